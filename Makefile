@@ -1,0 +1,50 @@
+# Every target sets up what it needs; nothing has to be installed first but git, make and Python >= 3.11.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Another index for torch's wheel, for example one of CPU-only builds; empty means the default index.
+TORCH_INDEX ?=
+STAMP := $(VENV)/.installed
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup demo test lint protos bench clean
+
+help:  ## Show the targets.
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/' | expand -t 10
+
+setup: $(STAMP)  ## Make .venv with everything that demo and test need.
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Python 3.11 or newer is needed, and $(PYTHON) is older. Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
+		echo "Python's venv module is needed. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo "Installing into $(VENV) (once; a few minutes, mostly torch) ..."
+	@$(if $(TORCH_INDEX),$(BIN)/pip install --quiet --constraint constraints.txt --index-url $(TORCH_INDEX) torch,true)
+	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]' || { \
+		echo "The installation failed. Behind a proxy set PIP_INDEX_URL; for CPU-only torch see TORCH_INDEX in README.md." >&2; exit 1; }
+	@touch $@
+
+demo: setup  ## Start the four services and make three pictures into out/.
+	@$(BIN)/python -m services.cli.demo
+
+test: setup  ## Run the whole test suite.
+	@$(BIN)/python -m pytest
+
+lint: setup  ## Check style, types, imports and protos.
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@./protos/check.sh
+
+protos: setup  ## Generate the Python code of protos/ anew.
+	@$(BIN)/python protos/generate.py
+
+bench: setup  ## Run the benchmarks whose numbers docs/benchmarks.md quotes.
+	@for script in core transport overhead pico health; do $(BIN)/python -m benchmarks.$$script || exit 1; done
+
+clean:  ## Remove .venv and what was built.
+	@rm -rf $(VENV) build dist out

@@ -1,0 +1,151 @@
+"""What a caller may ask of a model, and its limits. Torch-free; every front end validates with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from klein_core.errors import InvalidInput, Violation
+from klein_core.variants import default_guidance_scale, default_step_count
+
+SIZE_MULTIPLE_PX = 16
+"""Width and height are multiples of this: 8 for the autoencoder times 2 for patches."""
+SEED_LIMIT = 2**63
+"""Seeds are below this."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of a request. The defaults are those of the hosted klein API."""
+
+    side_px: int = 64
+    """Smallest width and height."""
+    pixel_count: int = 4 * 1024 * 1024
+    """Most pixels of one image."""
+    step_count: int = 1000
+    reference_count: int = 4
+    image_count: int = 8
+    prompt_characters: int = 32768
+    guidance_scale: float = 100.0
+
+
+DEFAULT_LIMITS = Limits()
+
+
+@dataclass(frozen=True)
+class GenerationParams:
+    """One request, validated; `steps` and `guidance` have the model's defaults filled in.
+
+    Raises:
+        InvalidInput: on construction, with every violation at once.
+    """
+
+    width_px: int
+    height_px: int
+    is_distilled: bool
+    """Whether the model is step-distilled, which decides the defaults and forbids guidance."""
+    prompt: str = ""
+    negative_prompt: str | None = None
+    seeds: tuple[int, ...] = (0,)
+    """One image for each."""
+    step_count: int | None = None
+    """`None` becomes the model's default."""
+    guidance_scale: float | None = None
+    """`None` becomes the model's default; 1 is no guidance."""
+    reference_count: int = 0
+    limits: Limits = field(default=DEFAULT_LIMITS, repr=False)
+
+    def __post_init__(self) -> None:
+        violations = list(self._violations())
+        if violations:
+            raise InvalidInput(violations)
+
+    @property
+    def steps(self) -> int:
+        """Steps, the default filled in."""
+        return default_step_count(self.is_distilled) if self.step_count is None else self.step_count
+
+    @property
+    def guidance(self) -> float:
+        """Guidance, the default filled in."""
+        return (
+            default_guidance_scale(self.is_distilled) if self.guidance_scale is None else self.guidance_scale
+        )
+
+    @property
+    def uses_guidance(self) -> bool:
+        """Whether each step needs a second, negative prediction (diffusers: scale > 1 and not distilled)."""
+        return not self.is_distilled and self.guidance > 1.0
+
+    @property
+    def rows(self) -> int:
+        return self.height_px // SIZE_MULTIPLE_PX
+
+    @property
+    def columns(self) -> int:
+        return self.width_px // SIZE_MULTIPLE_PX
+
+    def _violations(self) -> Iterator[Violation]:
+        yield from size_violations(self.width_px, self.height_px, self.limits)
+        yield from prompt_violations("prompt", self.prompt, self.limits)
+        yield from self._guidance_violations()
+        if not 1 <= self.steps <= self.limits.step_count:
+            yield Violation("step_count", f"is {self.steps}; must be in [1, {self.limits.step_count}]")
+        if not 1 <= len(self.seeds) <= self.limits.image_count:
+            yield Violation("image_count", f"is {len(self.seeds)}; must be in [1, {self.limits.image_count}]")
+        for seed in self.seeds:
+            if not 0 <= seed < SEED_LIMIT:
+                yield Violation("seed", f"is {seed}; must be in [0, 2^63 - 1]")
+        if not 0 <= self.reference_count <= self.limits.reference_count:
+            yield Violation(
+                "references",
+                f"has {self.reference_count} images; at most {self.limits.reference_count} are allowed",
+            )
+
+    def _guidance_violations(self) -> Iterator[Violation]:
+        if self.is_distilled and self.negative_prompt:
+            yield Violation(
+                "negative_prompt", "is not taken by distilled models; use a base model or leave it out"
+            )
+        if self.negative_prompt is not None:
+            yield from prompt_violations("negative_prompt", self.negative_prompt, self.limits)
+        if not math.isfinite(self.guidance):
+            yield Violation("guidance_scale", f"is {self.guidance}; must be a finite number")
+        elif self.is_distilled and self.guidance != 1.0:
+            yield Violation(
+                "guidance_scale",
+                f"is {self.guidance:g}; distilled models take no other value than 1: leave it out",
+            )
+        elif not 1.0 <= self.guidance <= self.limits.guidance_scale:
+            yield Violation(
+                "guidance_scale", f"is {self.guidance:g}; must be in [1, {self.limits.guidance_scale:g}]"
+            )
+
+
+def size_violations(width_px: int, height_px: int, limits: Limits = DEFAULT_LIMITS) -> Iterator[Violation]:
+    """Yields what is wrong with an image's size, a violation for each field."""
+    sides_are_good = True
+    for name, value in (("width_px", width_px), ("height_px", height_px)):
+        if value < limits.side_px:
+            sides_are_good = False
+            yield Violation(name, f"is {value}; must be at least {limits.side_px}")
+        elif value % SIZE_MULTIPLE_PX:
+            sides_are_good = False
+            below = value - value % SIZE_MULTIPLE_PX
+            nearest = f"{below} or {below + SIZE_MULTIPLE_PX}"
+            yield Violation(
+                name, f"is {value}; must be a multiple of {SIZE_MULTIPLE_PX}, for example {nearest}"
+            )
+    if sides_are_good and width_px * height_px > limits.pixel_count:
+        yield Violation(
+            "width_px",
+            f"times height_px is {width_px} × {height_px} = {width_px * height_px} pixels; "
+            f"at most {limits.pixel_count} are allowed",
+        )
+
+
+def prompt_violations(name: str, prompt: str, limits: Limits = DEFAULT_LIMITS) -> Iterator[Violation]:
+    """Yields what is wrong with a prompt; an empty one is fine."""
+    if len(prompt) > limits.prompt_characters:
+        yield Violation(name, f"has {len(prompt)} characters; at most {limits.prompt_characters} are allowed")
