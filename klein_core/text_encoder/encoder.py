@@ -1,0 +1,143 @@
+"""Prompts to embeddings: Qwen3 cut after its last tapped layer, the tapped layers side by side."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3Model
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+
+from klein_core.checkpoint_config import TEXT_ENCODER_FOLDER, TOKENIZER_FOLDER, read_text_encoder_config
+from klein_core.errors import CheckpointError
+from klein_core.text_encoder.tokenizer import PromptTokenizer, TokenizedPrompt
+from klein_core.variants import TextEncoderConfig
+from klein_core.weights import load_weights
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """One prompt as the flow transformer reads it."""
+
+    embedding: Tensor
+    """(sequence_length, embedding_channels), pad rows included: the transformer attends to them."""
+    token_count: int
+    """Real tokens, the chat template's included."""
+    truncated: bool
+    """Whether the prompt lost its end."""
+
+
+class TextEncoder:
+    """Tokenizer and cut Qwen3 of one checkpoint on one device."""
+
+    def __init__(self, config: TextEncoderConfig, tokenizer: PromptTokenizer, model: Qwen3Model) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.model = model
+
+    @classmethod
+    def from_folder(
+        cls,
+        checkpoint_folder: Path | str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> TextEncoder:
+        """Loads `tokenizer/` and the needed part of `text_encoder/`; `dtype` `None` is the checkpoint's own.
+
+        Raises:
+            CheckpointError: files are missing, corrupt or of another shape than the configuration.
+        """
+        folder = Path(checkpoint_folder)
+        config = read_text_encoder_config(folder)
+        tokenizer = PromptTokenizer.from_folder(folder / TOKENIZER_FOLDER, config.sequence_length)
+        model = build_cut_qwen3(config, device)
+        load_weights(
+            model,
+            folder / TEXT_ENCODER_FOLDER,
+            device=device,
+            dtype=dtype,
+            rename={name: (f"model.{name}",) for name in model.state_dict()},
+            ignorable=_is_past(max(config.tapped_layers)),
+        )
+        model.requires_grad_(False)
+        model.train(False)
+        return cls(config, tokenizer, model)
+
+    def encode(self, prompts: Sequence[str]) -> list[EncodedPrompt]:
+        """Encodes prompts in one batch, in the model's dtype and on its device.
+
+        Raises:
+            InvalidInput: a prompt is too long in characters or is not valid text.
+        """
+        if not prompts:
+            return []
+        tokenized = [self.tokenizer.tokenize(prompt) for prompt in prompts]
+        embeddings = self.embed(tokenized)
+        return [
+            EncodedPrompt(embedding, tokens.token_count, tokens.truncated)
+            for embedding, tokens in zip(embeddings, tokenized, strict=True)
+        ]
+
+    @torch.no_grad()
+    def embed(self, tokenized: Sequence[TokenizedPrompt]) -> Tensor:
+        """Runs the model on tokenised prompts: (B, sequence_length, embedding_channels)."""
+        device = self.model.device
+        token_ids = torch.tensor([tokens.token_ids for tokens in tokenized], device=device)
+        mask = torch.tensor([tokens.attention_mask for tokens in tokenized], device=device)
+        return tapped_embedding(self.model, token_ids, mask, self.config.tapped_layers)
+
+
+def build_cut_qwen3(config: TextEncoderConfig, device: torch.device | str = "cpu") -> Qwen3Model:
+    """Builds Qwen3 up to its last tapped layer, without its final norm.
+
+    Parameters are on `meta`, the rotary frequencies on `device`.
+    """
+    try:
+        qwen3 = Qwen3Config.from_dict(_cut(config))
+        qwen3._attn_implementation = "sdpa"
+        with torch.device("meta"):
+            model = Qwen3Model(qwen3)
+    # Qwen3Config's own checks raise several types of their own.
+    except Exception as error:
+        raise CheckpointError(
+            f"text_encoder/config.json is not a usable Qwen3 configuration: {error}"
+        ) from error
+    model.set_submodule("norm", torch.nn.Identity())
+    # Computed, not stored: a rotary built on meta would have frequencies without values.
+    model.rotary_emb = Qwen3RotaryEmbedding(qwen3).to(device)
+    return model
+
+
+def tapped_embedding(model: Qwen3Model, token_ids: Tensor, mask: Tensor, taps: Sequence[int]) -> Tensor:
+    """Concatenates the tapped hidden states of tokens (B, S) on the channel axis: (B, S, taps · hidden).
+
+    Pads are masked as keys but their rows are computed, as the flow transformer reads them.
+    """
+    output = model(input_ids=token_ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+    return torch.cat([output.hidden_states[tap] for tap in taps], dim=-1)
+
+
+def _cut(config: TextEncoderConfig) -> dict[str, object]:
+    """Returns the Qwen3 configuration of the needed layers only."""
+    layer_count = max(config.tapped_layers)
+    cut = {**config.qwen3, "num_hidden_layers": layer_count, "use_cache": False}
+    if isinstance(cut.get("layer_types"), list):
+        cut["layer_types"] = cut["layer_types"][:layer_count]
+    return cut
+
+
+def _is_past(layer_count: int) -> Callable[[str], bool]:
+    """Returns a test for checkpoint names of what comes after the last tapped layer."""
+    layer = re.compile(r"(?:model\.)?layers\.(\d+)\.")
+
+    def is_past(name: str) -> bool:
+        match = layer.match(name)
+        if match:
+            return int(match[1]) >= layer_count or name.endswith(".rotary_emb.inv_freq")
+        return name in ("lm_head.weight", "model.norm.weight", "norm.weight")
+
+    return is_past
