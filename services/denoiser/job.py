@@ -1,0 +1,113 @@
+"""One request as the scheduler sees it: how urgent, how large, how far."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import IntEnum
+
+
+class Urgency(IntEnum):
+    """Priority classes, the most urgent first."""
+
+    INTERACTIVE = 0
+    STANDARD = 1
+    BATCH = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSpec:
+    """What a request asks of the device. Times are seconds on the caller's monotonic clock."""
+
+    image_tokens: int
+    """Tokens of one image's share of a step: text, target and references, twice with guidance."""
+    step_count: int
+    """Steps of the whole schedule."""
+    image_count: int = 1
+    first_step: int = 0
+    """Steps that were done elsewhere."""
+    urgency: Urgency = Urgency.STANDARD
+    deadline: float | None = None
+    memory_bytes: int = 0
+    """What the request's tensors hold from admission to its end."""
+
+    @property
+    def unit_count(self) -> int:
+        """Units of work: one image, one step."""
+        return self.image_count * (self.step_count - self.first_step)
+
+
+@dataclass(eq=False)
+class Job:
+    """One admitted request. A unit is one step of one image; the images of a request step in turn."""
+
+    spec: JobSpec
+    sequence: int
+    """Order of admission."""
+    admitted_at: float
+    is_ready: bool = False
+    """Whether its tensors are here, so that it may be chosen."""
+    is_cancelled: bool = False
+    units_done: int = 0
+    started_at: float | None = None
+    spent_seconds: float = 0.0
+    """Its share of the device's time so far."""
+
+    @property
+    def order(self) -> tuple[int, float, int]:
+        """Sort key: class, then earliest deadline, then first come."""
+        deadline = math.inf if self.spec.deadline is None else self.spec.deadline
+        return (self.spec.urgency, deadline, self.sequence)
+
+    @property
+    def units_left(self) -> int:
+        return self.spec.unit_count - self.units_done
+
+    @property
+    def steps_done(self) -> int:
+        """Steps that all of its images have done, those before `first_step` included."""
+        return self.spec.first_step + self.units_done // self.spec.image_count
+
+    @property
+    def next_image(self) -> int:
+        return self.units_done % self.spec.image_count
+
+    @property
+    def units_left_in_step(self) -> int:
+        """Images that have not done the current step."""
+        return min(self.units_left, self.spec.image_count - self.next_image)
+
+    @property
+    def is_started(self) -> bool:
+        return self.started_at is not None
+
+    @property
+    def is_finished(self) -> bool:
+        return self.units_left == 0
+
+    def is_expired(self, now: float) -> bool:
+        """Whether its deadline has passed."""
+        return self.spec.deadline is not None and now >= self.spec.deadline
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One step of one image."""
+
+    job: Job
+    image: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the device does next."""
+
+    units: tuple[Unit, ...]
+    is_aged_turn: bool = False
+    """Whether it was led by a request that others had kept waiting."""
+    passes_over: bool = False
+    """Whether a request that has waited long waits on."""
+
+    @property
+    def tokens(self) -> int:
+        return sum(unit.job.spec.image_tokens for unit in self.units)

@@ -1,0 +1,202 @@
+"""Decides, between two steps, who leaves, who enters and what the device does next.
+
+Torch-free, and time is an argument, so every decision can be replayed. Not thread-safe: the engine locks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from services.denoiser.job import Job, JobSpec, Plan, Unit
+from services.denoiser.step_times import StepTimes
+from services.runtime.errors import DeadlineUnreachable, QueueFull
+
+UNKNOWN_RETRY_SECONDS = 1.0
+"""Hint to callers that find the queue full before any step was measured."""
+RETRY_SECONDS = (0.1, 60.0)
+"""Bounds of that hint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerLimits:
+    """Bounds that the scheduler keeps."""
+
+    queue_limit: int = 64
+    """Requests that may wait to be started."""
+    token_budget: int = 0
+    """Tokens of one step; 0 means one image at a time. A larger single image runs alone."""
+    step_image_limit: int = 64
+    """Images in one step."""
+    memory_limit_bytes: int = 4 * 1024**3
+    """Bytes of all admitted requests' tensors; a single request may exceed it."""
+    ageing_seconds: float = 30.0
+    """After so long a request counts as aged."""
+    aged_share: float = 0.125
+    """The share of the device's time that the oldest aged request gets, however urgent the others are."""
+
+
+class Scheduler:
+    """Earliest deadline first within priority classes, first come first served among equals.
+
+    The order is strict, so a running request pauses at a step boundary for one that goes before it; its state
+    stays where it is. Strictness starves, hence the oldest aged request leads a step whenever it has had less
+    than `aged_share` of the time since it was first passed over.
+    """
+
+    def __init__(self, limits: SchedulerLimits, step_times: StepTimes | None = None) -> None:
+        self.limits = limits
+        self.token_budget = limits.token_budget
+        self.step_times = step_times or StepTimes()
+        self._jobs: dict[int, Job] = {}
+        self._sequence = 0
+        self._aged_credit_seconds = 0.0
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        """Everything admitted and not yet left, in the order of service."""
+        return tuple(sorted(self._jobs.values(), key=lambda job: job.order))
+
+    @property
+    def queued_count(self) -> int:
+        return sum(not job.is_started for job in self._jobs.values())
+
+    @property
+    def running_count(self) -> int:
+        return sum(job.is_started for job in self._jobs.values())
+
+    def admit(self, spec: JobSpec, now: float) -> Job:
+        """Reserves a place; the job is chosen only after `make_ready`.
+
+        Raises:
+            QueueFull: as many wait as may, or their tensors take all the memory they may.
+            DeadlineUnreachable: measured step times say that it would end too late.
+        """
+        held = sum(job.spec.memory_bytes for job in self._jobs.values())
+        is_too_much = bool(self._jobs) and held + spec.memory_bytes > self.limits.memory_limit_bytes
+        if self.queued_count >= self.limits.queue_limit or is_too_much:
+            raise QueueFull(self.limits.queue_limit, self._retry_seconds())
+        job = Job(spec, self._sequence, admitted_at=now)
+        self._refuse_hopeless(job, now)
+        self._sequence += 1
+        self._jobs[job.sequence] = job
+        return job
+
+    def make_ready(self, job: Job) -> None:
+        """Says that the job's tensors are here."""
+        job.is_ready = True
+
+    def cancel(self, job: Job) -> None:
+        """Says that nobody wants the job any more; it leaves at the next `sweep`."""
+        job.is_cancelled = True
+
+    def sweep(self, now: float) -> list[Job]:
+        """Removes and returns cancelled and expired jobs."""
+        gone = [job for job in self._jobs.values() if job.is_cancelled or job.is_expired(now)]
+        self.remove(gone)
+        return gone
+
+    def remove(self, jobs: Iterable[Job]) -> None:
+        """Forgets jobs that ended in another way than by their last step."""
+        for job in jobs:
+            self._jobs.pop(job.sequence, None)
+
+    def choose(self, now: float) -> Plan | None:
+        """Returns the next step, or `None` when nothing is ready."""
+        ready = [job for job in self.jobs if job.is_ready]
+        if not ready:
+            return None
+        aged = min(
+            (job for job in ready if now - job.admitted_at >= self.limits.ageing_seconds),
+            key=lambda job: job.sequence,
+            default=None,
+        )
+        is_aged_turn = aged is not None and aged is not ready[0] and self._aged_credit_seconds >= 0
+        if aged is not None and is_aged_turn:
+            ready.remove(aged)
+            ready.insert(0, aged)
+        units = self._fill(ready)
+        for unit in units:
+            unit.job.started_at = now if unit.job.started_at is None else unit.job.started_at
+        passes_over = aged is not None and all(unit.job is not aged for unit in units)
+        return Plan(units, is_aged_turn, passes_over)
+
+    def complete(self, plan: Plan, seconds: float) -> list[Job]:
+        """Books a step that took `seconds`; returns the jobs that this finished, which leave."""
+        self.step_times.observe([unit.job.spec.image_tokens for unit in plan.units], seconds)
+        self._book_credit(plan, seconds)
+        self.charge(plan, seconds)
+        for unit in plan.units:
+            unit.job.units_done += 1
+        finished = list(dict.fromkeys(unit.job for unit in plan.units if unit.job.is_finished))
+        self.remove(finished)
+        return finished
+
+    def charge(self, plan: Plan, seconds: float) -> None:
+        """Shares the time of a step among its jobs by tokens."""
+        for unit in plan.units:
+            unit.job.spent_seconds += seconds * unit.job.spec.image_tokens / plan.tokens
+
+    def position(self, job: Job) -> int:
+        """Requests that go before it."""
+        return sum(other.order < job.order for other in self._jobs.values())
+
+    def estimated_wait(self, job: Job) -> float | None:
+        """Seconds until the job starts; `None` when a size class ahead of it was never measured."""
+        ahead = [other for other in self._jobs.values() if other.order < job.order]
+        tokens = sum(other.spec.image_tokens * other.units_left_in_step for other in ahead)
+        if self._fits(job, sum(other.units_left_in_step for other in ahead), tokens):
+            return 0.0
+        waits = [self.seconds_left(other) for other in ahead]
+        known = [seconds for seconds in waits if seconds is not None]
+        return sum(known) if len(known) == len(waits) else None
+
+    def newcomer_wait(self, spec: JobSpec, now: float) -> float | None:
+        """Seconds until a request that arrived now would start; `None` when unknown."""
+        return self.estimated_wait(Job(spec, self._sequence, admitted_at=now))
+
+    def seconds_left(self, job: Job) -> float | None:
+        """Device seconds that the job still needs; `None` when its size class was never measured."""
+        seconds = self.step_times.seconds(job.spec.image_tokens)
+        return None if seconds is None else seconds * job.units_left
+
+    def _fill(self, ready: list[Job]) -> tuple[Unit, ...]:
+        """Takes units in order while they fit; the first always does, and a small one may fill a gap."""
+        units: list[Unit] = []
+        tokens = 0
+        for job in ready:
+            for image in range(job.next_image, job.next_image + job.units_left_in_step):
+                if not self._fits(job, len(units), tokens):
+                    break
+                units.append(Unit(job, image))
+                tokens += job.spec.image_tokens
+        return tuple(units)
+
+    def _fits(self, job: Job, images: int, tokens: int) -> bool:
+        """Whether one more image of the job goes into a step that already has some."""
+        is_within = tokens + job.spec.image_tokens <= self.token_budget
+        return images == 0 or (is_within and images < self.limits.step_image_limit)
+
+    def _book_credit(self, plan: Plan, seconds: float) -> None:
+        """Aged turns pay 1 − share, other steps earn the share, and at most one earning is kept."""
+        earned = seconds * self.limits.aged_share
+        if plan.is_aged_turn:
+            self._aged_credit_seconds -= seconds - earned
+        elif plan.passes_over:
+            self._aged_credit_seconds = min(earned, self._aged_credit_seconds + earned)
+
+    def _refuse_hopeless(self, job: Job, now: float) -> None:
+        """Counts unmeasured work as none, so that nothing is refused on a guess."""
+        own = self.seconds_left(job)
+        if job.spec.deadline is None or own is None:
+            return
+        needed = own + (self.estimated_wait(job) or 0.0)
+        remaining = job.spec.deadline - now
+        if needed > remaining:
+            raise DeadlineUnreachable(remaining, needed)
+
+    def _retry_seconds(self) -> float:
+        left = [self.seconds_left(job) for job in self._jobs.values() if job.is_started]
+        known = [seconds for seconds in left if seconds is not None]
+        shortest, longest = RETRY_SECONDS
+        return min(max(min(known, default=UNKNOWN_RETRY_SECONDS), shortest), longest)
