@@ -22,8 +22,7 @@ class DownBlock(nn.Module):
         super().__init__()
         widths = [in_channels] + [out_channels] * config.layers_per_block
         self.resnets = nn.ModuleList(
-            ResidualBlock(before, after, config.norm_num_groups)
-            for before, after in pairwise(widths)
+            ResidualBlock(before, after, config.norm_num_groups) for before, after in pairwise(widths)
         )
         self.downsamplers = nn.ModuleList([Downsampler(out_channels)] if downsample else [])
 
@@ -40,8 +39,7 @@ class UpBlock(nn.Module):
         super().__init__()
         widths = [in_channels] + [out_channels] * (config.layers_per_block + 1)
         self.resnets = nn.ModuleList(
-            ResidualBlock(before, after, config.norm_num_groups)
-            for before, after in pairwise(widths)
+            ResidualBlock(before, after, config.norm_num_groups) for before, after in pairwise(widths)
         )
         self.upsamplers = nn.ModuleList([Upsampler(out_channels)] if upsample else [])
 

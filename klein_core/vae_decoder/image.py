@@ -1,0 +1,114 @@
+"""Decoded pixels to bytes, and bytes to files: PNG, JPEG, WebP or raw RGB."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from io import BytesIO
+from typing import Any
+
+import torch
+from PIL import ExifTags, Image, PngImagePlugin
+from torch import Tensor
+
+from klein_core.errors import InvalidInput, Violation
+
+IMAGE_FORMATS = ("png", "jpeg", "webp", "raw")
+LOSSY_FORMATS = ("jpeg", "webp")
+DEFAULT_QUALITY = 95
+METADATA_BYTE_LIMIT = 60_000
+"""A JPEG's EXIF block ends at 64 KiB; the other formats keep to the same."""
+
+# Measured: 5 times (PNG) and 3 times (WebP) as fast as the defaults, for somewhat larger files.
+_PNG_LEVEL = 1
+_WEBP_METHOD = 0
+_PNG_KEY_LENGTH = 79
+_USER_COMMENT_IS_ASCII = b"ASCII\0\0\0"
+
+
+def to_rgb_bytes(image: Tensor) -> Tensor:
+    """Turns a decoded image (3, H, W) in −1…1 into uint8 (H, W, 3), on the CPU.
+
+    Halves and shifts in the image's own precision, then rounds in fp32, as diffusers does; truncating instead
+    would be a level lower on half of all pixels.
+    """
+    unit = (image * 0.5 + 0.5).clamp(0, 1)
+    return (unit.permute(1, 2, 0).float() * 255).round().to(torch.uint8).cpu().contiguous()
+
+
+def encode_image(
+    rgb: Tensor, image_format: str, quality: int | None = None, metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """Encodes uint8 pixels (H, W, 3).
+
+    Args:
+        rgb: on the CPU.
+        image_format: one of `IMAGE_FORMATS`; `raw` is the pixels themselves, row-major.
+        quality: of JPEG and WebP, 1 to 100, 95 if `None`; must be `None` for the others.
+        metadata: texts to store in the file: as PNG text chunks, or in EXIF as JSON (`UserComment`), where
+            `Software` is also a tag of its own. Raw pixels have no place for it.
+
+    Raises:
+        InvalidInput: unknown format, quality out of range or for a lossless format, or metadata too large.
+    """
+    violations = list(format_violations(image_format, quality))
+    violations += _metadata_violations(metadata or {})
+    if violations:
+        raise InvalidInput(violations)
+    pixels = rgb.contiguous().numpy()
+    if image_format == "raw":
+        return pixels.tobytes()
+    file = BytesIO()
+    Image.fromarray(pixels).save(file, **_save_options(image_format, quality, metadata or {}))
+    return file.getvalue()
+
+
+def format_violations(image_format: str, quality: int | None) -> Iterator[Violation]:
+    """Yields what is wrong with a wish for a format and quality."""
+    if image_format not in IMAGE_FORMATS:
+        yield Violation("format", f"is {image_format!r}; must be one of {', '.join(IMAGE_FORMATS)}")
+    elif quality is not None and image_format not in LOSSY_FORMATS:
+        yield Violation(
+            "quality", f"is only for {' and '.join(LOSSY_FORMATS)}; leave it out for {image_format}"
+        )
+    if quality is not None and not 1 <= quality <= 100:
+        yield Violation("quality", f"is {quality}; must be in [1, 100]")
+
+
+def _metadata_violations(metadata: Mapping[str, str]) -> Iterator[Violation]:
+    size = len(json.dumps(dict(metadata)))
+    if size > METADATA_BYTE_LIMIT:
+        yield Violation("metadata", f"takes {size} bytes as JSON; at most {METADATA_BYTE_LIMIT} are allowed")
+    for key in metadata:
+        if not 1 <= len(key) <= _PNG_KEY_LENGTH or not key.isascii() or not key.isprintable():
+            yield Violation(
+                "metadata", f"has the key {key!r}; must be 1 to {_PNG_KEY_LENGTH} ASCII characters"
+            )
+
+
+def _save_options(image_format: str, quality: int | None, metadata: Mapping[str, str]) -> dict[str, Any]:
+    if image_format == "png":
+        return {"format": "PNG", "compress_level": _PNG_LEVEL, "pnginfo": _png_text(metadata)}
+    options: dict[str, Any] = {"quality": DEFAULT_QUALITY if quality is None else quality}
+    if metadata:
+        options["exif"] = _exif(metadata)
+    if image_format == "jpeg":
+        # Full-resolution colour, as the model's authors publish their samples.
+        return {"format": "JPEG", "subsampling": 0, **options}
+    return {"format": "WEBP", "method": _WEBP_METHOD, **options}
+
+
+def _png_text(metadata: Mapping[str, str]) -> PngImagePlugin.PngInfo:
+    info = PngImagePlugin.PngInfo()
+    for key, text in metadata.items():
+        info.add_itxt(key, text)
+    return info
+
+
+def _exif(metadata: Mapping[str, str]) -> Image.Exif:
+    exif = Image.Exif()
+    if "Software" in metadata:
+        exif[ExifTags.Base.Software] = metadata["Software"]
+    comment = _USER_COMMENT_IS_ASCII + json.dumps(dict(metadata)).encode("ascii")
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
+    return exif

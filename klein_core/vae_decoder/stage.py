@@ -1,0 +1,145 @@
+"""The autoencoder as a stage: reference files to latents, latents to pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from klein_core.checkpoint_config import VAE_FOLDER, read_vae_config
+from klein_core.errors import InvalidInput
+from klein_core.vae_decoder.autoencoder import Autoencoder
+from klein_core.vae_decoder.image import encode_image, to_rgb_bytes
+from klein_core.vae_decoder.references import (
+    DEFAULT_REFERENCE_LIMITS,
+    ReferenceLimits,
+    prepare_reference,
+)
+from klein_core.variants import VaeConfig
+from klein_core.weights import load_weights
+
+
+@dataclass(frozen=True)
+class EncodedReference:
+    """One reference as the flow transformer reads it."""
+
+    latents: Tensor
+    """(rows, columns, packed_channels), normalised."""
+    width_px: int
+    """Of the prepared image: 16 times the columns."""
+    height_px: int
+
+
+class VaeDecoder:
+    """The autoencoder of one checkpoint on one device."""
+
+    def __init__(
+        self, autoencoder: Autoencoder, reference_limits: ReferenceLimits = DEFAULT_REFERENCE_LIMITS
+    ) -> None:
+        self.autoencoder = autoencoder
+        self.reference_limits = reference_limits
+
+    @classmethod
+    def from_folder(
+        cls,
+        checkpoint_folder: Path | str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        reference_limits: ReferenceLimits = DEFAULT_REFERENCE_LIMITS,
+    ) -> VaeDecoder:
+        """Loads `vae/`; `dtype` `None` is the checkpoint's own.
+
+        Raises:
+            CheckpointError: files are missing, corrupt or of another shape than the configuration.
+        """
+        config = read_vae_config(checkpoint_folder)
+        with torch.device("meta"):
+            autoencoder = Autoencoder(config)
+        load_weights(
+            autoencoder,
+            Path(checkpoint_folder) / VAE_FOLDER,
+            device=device,
+            dtype=dtype,
+            ignorable=lambda name: name == "bn.num_batches_tracked",
+        )
+        return cls(autoencoder.requires_grad_(False).eval(), reference_limits)
+
+    @property
+    def config(self) -> VaeConfig:
+        return self.autoencoder.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of weights and of encoded references."""
+        return self.autoencoder.encoder.conv_in.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are; inputs are moved there."""
+        return self.autoencoder.encoder.conv_in.weight.device
+
+    def encode_reference(self, data: bytes, field: str = "reference") -> EncodedReference:
+        """Prepares and encodes one image file; `field` is the caller's name for it in errors.
+
+        Raises:
+            InvalidInput: the file is not an acceptable image.
+        """
+        image = prepare_reference(data, field=field, limits=self.reference_limits)
+        latents = self.encode(image_tensor(image))
+        return EncodedReference(latents, width_px=image.width, height_px=image.height)
+
+    @torch.no_grad()
+    def encode(self, image: Tensor) -> Tensor:
+        """Encodes one image (3, H, W) in −1…1 to latents (rows, columns, packed_channels)."""
+        latents = self.autoencoder.encode(image.unsqueeze(0).to(self.device, self.dtype))
+        return latents[0].permute(1, 2, 0).contiguous()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decodes latents (rows, columns, packed_channels) to pixels: uint8 (H, W, 3), on the CPU.
+
+        Raises:
+            InvalidInput: the latents have another shape, or values that do not decode to finite pixels.
+        """
+        self._check(latents)
+        packed = latents.to(self.device, self.dtype).permute(2, 0, 1).unsqueeze(0).contiguous()
+        image = self.autoencoder.decode(packed)[0]
+        if not bool(image.isfinite().all()):
+            raise InvalidInput.of(
+                "latents", "decode to NaN or infinity; their values must be finite and small"
+            )
+        return to_rgb_bytes(image)
+
+    def decode_image(
+        self,
+        latents: Tensor,
+        image_format: str = "png",
+        quality: int | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> bytes:
+        """Decodes latents (rows, columns, packed_channels) to a file; see `encode_image`.
+
+        Raises:
+            InvalidInput: as `decode` and `encode_image`.
+        """
+        return encode_image(self.decode(latents), image_format, quality, metadata)
+
+    def _check(self, latents: Tensor) -> None:
+        channels = self.config.packed_channels
+        if latents.ndim != 3 or latents.shape[2] != channels or latents.numel() == 0:
+            raise InvalidInput.of(
+                "latents", f"have shape {tuple(latents.shape)}; must be (rows, columns, {channels})"
+            )
+        if not latents.is_floating_point():
+            raise InvalidInput.of("latents", f"are {latents.dtype}; must be floating point")
+
+
+def image_tensor(image: Image.Image) -> Tensor:
+    """Turns an RGB image into a tensor (3, H, W) in −1…1, fp32."""
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32) / 255)
+    return 2 * pixels.permute(2, 0, 1) - 1
