@@ -1,0 +1,152 @@
+"""`python -m services.cli.demo`: starts the suite, makes pictures through its public API, stops it."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from klein_api.v1 import image_pb2
+from klein_api.v1 import image_service_pb2 as api
+from rich.console import Console
+from rich.table import Table
+
+from services.cli.child import inherited_environment
+from services.cli.client import Generation, connect, generate
+from services.cli.errors import INTERRUPTED, CliError, call_error
+from services.cli.loading import wait_with_progress
+from services.cli.progress import GenerationProgress
+from services.cli.suite import Suite, SuiteOptions
+
+FOLDER = Path("out")
+SHEET = "contact-sheet.png"
+TIMEOUT_SECONDS = 120.0
+OPERATIONS = ("encode-prompt", "encode-reference", "denoise", "decode")
+
+
+@dataclass(frozen=True)
+class DemoPicture:
+    """One request of the demo."""
+
+    name: str
+    title: str
+    prompt: str
+    seed: int
+    references: tuple[str, ...] = ()
+    """Names of pictures made before."""
+
+    def image_spec(self, references: Sequence[bytes]) -> api.ImageSpec:
+        return api.ImageSpec(
+            prompt=self.prompt, references=references, seed=self.seed, format=image_pb2.IMAGE_FORMAT_PNG
+        )
+
+    def file_in(self, folder: Path) -> Path:
+        return folder / f"{self.name}.png"
+
+
+PICTURES = (
+    DemoPicture("1-text-to-image", "text to image", "a large red heart on a yellow background", 1),
+    DemoPicture("2-edit", "edit", "make the background blue", 2, ("1-text-to-image",)),
+    DemoPicture("3-second-reference", "text to image", "a green star on a white background", 3),
+    DemoPicture(
+        "4-composition",
+        "two references",
+        "put the shape of image 1 on the left and the shape of image 2 on the right",
+        4,
+        ("1-text-to-image", "3-second-reference"),
+    ),
+)
+
+
+def main() -> int:
+    """Runs the demo; returns the exit code."""
+    console = Console()
+    try:
+        run_demo(FOLDER, console)
+    except CliError as error:
+        error.show(console)
+        return error.exit_code
+    except KeyboardInterrupt:
+        console.print("Cancelled.")
+        return INTERRUPTED
+    return 0
+
+
+def run_demo(folder: Path, console: Console) -> None:
+    """Starts the suite, makes the pictures and the sheet, stops the suite.
+
+    Raises:
+        CliError: with what to do about it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    console.print("Starting the four services ...")
+    with Suite(SuiteOptions()) as suite:
+        wait_with_progress(suite, console)
+        try:
+            made = asyncio.run(make_pictures(suite.target, folder, console))
+        except CliError:
+            suite.raise_if_died()
+            raise
+    draw_sheet(folder)
+    console.print(times_table(made))
+    console.print(f"The pictures are in {folder}/, all of them on {folder / SHEET}.", highlight=False)
+    console.print(
+        "Make your own: `klein up` in one terminal, `klein generate --help` in another.", markup=False
+    )
+
+
+async def make_pictures(target: str, folder: Path, console: Console) -> dict[str, Generation]:
+    """Makes all pictures of the demo and writes them into `folder`.
+
+    Raises:
+        CliError: a call failed.
+    """
+    made: dict[str, Generation] = {}
+    async with connect(target) as stub:
+        for picture in PICTURES:
+            spec = picture.image_spec([made[name].images[0].data for name in picture.references])
+            with GenerationProgress(
+                console, title=f"{picture.title}, “{picture.prompt}”", keep=True
+            ) as progress:
+                try:
+                    made[picture.name] = await generate(
+                        stub, spec, timeout_seconds=TIMEOUT_SECONDS, on_event=progress.handle
+                    )
+                except grpc.aio.AioRpcError as error:
+                    raise call_error(error, target) from error
+            picture.file_in(folder).write_bytes(made[picture.name].images[0].data)
+    return made
+
+
+def draw_sheet(folder: Path) -> None:
+    """Draws the contact sheet in a process of its own, as this one has no image library.
+
+    Raises:
+        CliError: it failed.
+    """
+    pairs = [f"{picture.title}: {picture.prompt}={picture.file_in(folder)}" for picture in PICTURES]
+    command = [sys.executable, "-m", "klein_core.pico.contact_sheet", str(folder / SHEET), *pairs]
+    done = subprocess.run(command, env=inherited_environment(), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CliError(f"The contact sheet could not be drawn: {done.stderr.strip().splitlines()[-1]}.")
+
+
+def times_table(made: Mapping[str, Generation]) -> Table:
+    """How long each picture took in each stage, in milliseconds, as the orchestrator saw it."""
+    table = Table("picture", *(f"{operation} ms" for operation in OPERATIONS), "total ms")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, generation in made.items():
+        summary = generation.summary
+        took = {timing.operation: timing.call_duration.ToMilliseconds() for timing in summary.stage_timings}
+        cells = [str(took.get(operation, "–")) for operation in OPERATIONS]
+        table.add_row(name, *cells, str(summary.total_duration.ToMilliseconds()))
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

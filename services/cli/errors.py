@@ -1,0 +1,119 @@
+"""What the command line says when something goes wrong: one sentence, a hint, an exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import grpc
+from rich.console import Console
+from rich.text import Text
+
+from klein_core.errors import Violation
+from services.runtime.status import StatusDetails, explain
+
+FAILED = 1
+MISUSED = 2
+INTERRUPTED = 130
+
+_FLAGS = {
+    "prompt": "PROMPT",
+    "negative_prompt": "--negative-prompt",
+    "references": "--reference",
+    "width_px": "--size",
+    "height_px": "--size",
+    "step_count": "--steps",
+    "guidance_scale": "--guidance",
+    "seed": "--seed",
+    "image_count": "--count",
+    "format": "--format",
+    "quality": "--quality",
+    "model": "--model",
+}
+
+
+@dataclass
+class CliError(Exception):
+    """Ends the command with one sentence, a hint and an exit code."""
+
+    sentence: str
+    hint: str = ""
+    exit_code: int = FAILED
+
+    def __str__(self) -> str:
+        return f"{self.sentence} {self.hint}".strip()
+
+    def show(self, console: Console) -> None:
+        console.print(Text.assemble(("Error: ", "bold red"), self.sentence), soft_wrap=True)
+        if self.hint:
+            console.print(Text.assemble(("Hint: ", "bold"), self.hint), soft_wrap=True)
+
+
+def call_error(error: grpc.aio.AioRpcError, target: str) -> CliError:
+    """Turns a failed call's status into what a person can act on."""
+    details = explain(error)
+    match details.code:
+        case grpc.StatusCode.UNAVAILABLE:
+            return _unavailable(details, target)
+        case grpc.StatusCode.INVALID_ARGUMENT:
+            return CliError(_violation_sentence(details), exit_code=MISUSED)
+        case grpc.StatusCode.NOT_FOUND:
+            return CliError(
+                _sentence(details), f"`klein status --target {target}` lists the models.", MISUSED
+            )
+        case grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return _exhausted(details)
+        case grpc.StatusCode.DEADLINE_EXCEEDED:
+            return CliError("The time given with --timeout passed.", "Give it more, or ask for fewer steps.")
+        case grpc.StatusCode.UNIMPLEMENTED:
+            return CliError(
+                f"What listens at {target} is not a klein orchestrator.",
+                "Check --target and the server's version.",
+            )
+        case grpc.StatusCode.UNAUTHENTICATED | grpc.StatusCode.PERMISSION_DENIED:
+            return CliError(_sentence(details), "Ask the server's operator for access.")
+        case grpc.StatusCode.CANCELLED:
+            return CliError("The call was cancelled.", exit_code=INTERRUPTED)
+        case code:
+            return CliError(f"{_sentence(details)} ({code.name})", "The server's log has more about it.")
+
+
+def _unavailable(details: StatusDetails, target: str) -> CliError:
+    if details.reason:
+        return CliError(
+            _sentence(details), f"`klein status --target {target}` shows the stages; try again soon."
+        )
+    return CliError(
+        f"Nothing answers at {target}.",
+        "Start the suite with `klein up`, or name another server with --target.",
+    )
+
+
+def _exhausted(details: StatusDetails) -> CliError:
+    if details.retry_after_seconds:
+        return CliError(_sentence(details), f"Try again in {details.retry_after_seconds:.0f} s.")
+    if "larger than max" in details.message:
+        return CliError(
+            "The references are larger than the server takes.", "Make the files smaller.", MISUSED
+        )
+    return CliError(_sentence(details), "Try again later, or allow more time with --timeout.")
+
+
+def _violation_sentence(details: StatusDetails) -> str:
+    violations = list(_named(details.violations))
+    return _period("; ".join(violations)) if violations else _sentence(details)
+
+
+def _named(violations: Iterable[Violation]) -> Iterable[str]:
+    for violation in violations:
+        name, bracket, index = violation.field.removeprefix("spec.").partition("[")
+        yield f"{_FLAGS.get(name, name)}{bracket}{index} ({violation.field}) {violation.description}"
+
+
+def _sentence(details: StatusDetails) -> str:
+    return _period(details.message or details.code.name.replace("_", " ").lower())
+
+
+def _period(text: str) -> str:
+    text = text.strip()
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")

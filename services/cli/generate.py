@@ -1,0 +1,172 @@
+"""`klein generate`: one request, from the command line's words to files."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from klein_api.v1 import image_pb2
+from klein_api.v1 import image_service_pb2 as api
+from rich.console import Console
+
+from services.cli.client import Generation, connect, generate
+from services.cli.errors import MISUSED, CliError, call_error
+from services.cli.progress import GenerationProgress
+
+STANDARD_OUTPUT = Path("-")
+_FORMATS = {
+    "png": image_pb2.IMAGE_FORMAT_PNG,
+    "jpeg": image_pb2.IMAGE_FORMAT_JPEG,
+    "webp": image_pb2.IMAGE_FORMAT_WEBP,
+}
+_SUFFIXES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """What the command line said; `None` leaves a choice to the server."""
+
+    prompt: str
+    output: Path
+    references: tuple[Path, ...] = ()
+    negative_prompt: str | None = None
+    size: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int | None = None
+    count: int | None = None
+    image_format: str | None = None
+    quality: int | None = None
+    model: str = ""
+
+    def image_spec(self) -> api.ImageSpec:
+        """The request. Limits are the server's to check, as only it knows them.
+
+        Raises:
+            CliError: a reference cannot be read, a size cannot be understood, a number fits no request.
+        """
+        width_px, height_px = parse_size(self.size) if self.size else (None, None)
+        try:
+            return api.ImageSpec(
+                model=self.model,
+                prompt=self.prompt,
+                negative_prompt=self.negative_prompt,
+                references=[_read(path) for path in self.references],
+                width_px=width_px,
+                height_px=height_px,
+                step_count=self.steps,
+                guidance_scale=self.guidance,
+                seed=self.seed,
+                image_count=self.count,
+                format=_FORMATS[self.format_name()],
+                quality=self.quality,
+                priority=image_pb2.PRIORITY_INTERACTIVE,
+            )
+        except ValueError as error:
+            raise CliError(f"A number is far outside its limits: {error}.", exit_code=MISUSED) from error
+
+    def format_name(self) -> str:
+        """The format asked for, else the one that the file's suffix names."""
+        if self.image_format:
+            return self.image_format
+        if self.output == STANDARD_OUTPUT:
+            return "png"
+        try:
+            return _SUFFIXES[self.output.suffix.lower()]
+        except KeyError:
+            raise CliError(
+                f"{self.output} does not tell the format.",
+                f"End it in {', '.join(_SUFFIXES)}, or give --format.",
+                MISUSED,
+            ) from None
+
+    def check_output(self) -> None:
+        """Raises CliError when what will be made could not be written, before work is spent on it."""
+        if self.output == STANDARD_OUTPUT:
+            if (self.count or 1) > 1:
+                raise CliError("Only one image fits on standard output.", "Name a file with -o.", MISUSED)
+        elif self.output.is_dir():
+            raise CliError(f"{self.output} is a folder.", "Name a file with -o.", MISUSED)
+        elif not self.output.parent.is_dir():
+            raise CliError(f"The folder {self.output.parent} does not exist.", "Make it first.", MISUSED)
+
+    def file_of(self, index: int) -> Path:
+        """Where image `index` goes: FILE, or FILE-1, FILE-2 … when there are several."""
+        if (self.count or 1) == 1:
+            return self.output
+        return self.output.with_name(f"{self.output.stem}-{index + 1}{self.output.suffix}")
+
+
+def run_generate(options: GenerateOptions, target: str, timeout_seconds: float, console: Console) -> None:
+    """Makes the images, shows how it goes, writes the files, prints a line about them.
+
+    Raises:
+        CliError: with what to do about it.
+    """
+    options.check_output()
+    spec = options.image_spec()
+    generation = asyncio.run(_generate(spec, target, timeout_seconds, console))
+    files = [_write(options.file_of(image.index), image.data) for image in generation.images]
+    out = console if options.output == STANDARD_OUTPUT else Console()
+    out.print(summary_line(generation, files), highlight=False, soft_wrap=True, markup=False)
+    if generation.summary.prompt_truncated:
+        console.print("The prompt was too long: its end was cut off.", style="yellow")
+
+
+async def _generate(spec: api.ImageSpec, target: str, timeout_seconds: float, console: Console) -> Generation:
+    with GenerationProgress(console) as progress:
+        try:
+            async with connect(target) as stub:
+                return await generate(stub, spec, timeout_seconds=timeout_seconds, on_event=progress.handle)
+        except grpc.aio.AioRpcError as error:
+            raise call_error(error, target) from error
+
+
+def summary_line(generation: Generation, files: list[str]) -> str:
+    """Files, seeds, size, and how long each stage took."""
+    images, summary = generation.images, generation.summary
+    seeds = ", ".join(str(image.seed) for image in images)
+    size = " ".join(dict.fromkeys(f"{image.width_px}×{image.height_px}" for image in images))
+    timings = " · ".join(
+        f"{timing.operation} {timing.call_duration.ToMilliseconds()} ms" for timing in summary.stage_timings
+    )
+    total_seconds = summary.total_duration.ToMilliseconds() / 1000
+    word = "seed" if len(images) == 1 else "seeds"
+    return f"{', '.join(files)}: {size}, {word} {seeds}, {summary.model}, {total_seconds:.2f} s ({timings})"
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Reads `1024x768`, or `1024` for a square.
+
+    Raises:
+        CliError: it is neither.
+    """
+    match = re.fullmatch(r"(\d{1,9})(?:[xX×](\d{1,9}))?", text.strip())
+    if match is None:
+        raise CliError(f"--size {text!r} is no size.", "Write WIDTHxHEIGHT, for example 1024x768.", MISUSED)
+    width_px = int(match[1])
+    return width_px, int(match[2]) if match[2] else width_px
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CliError(
+            f"The reference {path} cannot be read: {error.strerror}.", exit_code=MISUSED
+        ) from error
+
+
+def _write(path: Path, data: bytes) -> str:
+    try:
+        if path == STANDARD_OUTPUT:
+            sys.stdout.buffer.write(data)
+        else:
+            path.write_bytes(data)
+    except OSError as error:
+        raise CliError(f"{path} cannot be written: {error.strerror}.") from error
+    return str(path)

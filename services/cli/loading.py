@@ -1,0 +1,72 @@
+"""What each process is doing while a suite starts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from services.cli.readiness import Readiness
+from services.cli.suite import PROCESSES, Suite
+
+
+def wait_with_progress(
+    suite: Suite,
+    console: Console,
+    *,
+    cancelled: Callable[[], bool] = lambda: False,
+    on_poll: Callable[[], None] = lambda: None,
+) -> float | None:
+    """Waits until the suite is ready while showing how far each process is.
+
+    Returns:
+        Seconds that it took, or `None` when `cancelled` said so first.
+
+    Raises:
+        StageDied: a process ended instead.
+        CliError: it takes too long.
+    """
+    progress = LoadingProgress()
+
+    def show(states: Mapping[str, Readiness]) -> None:
+        progress.update(states)
+        on_poll()
+
+    with Live(console=console, refresh_per_second=10, get_renderable=progress.render):
+        is_ready = suite.wait_until_ready(on_change=show, cancelled=cancelled)
+    return progress.seconds if is_ready else None
+
+
+class LoadingProgress:
+    """A line for each process: a spinner, and when it was ready."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._states: Mapping[str, Readiness] = dict.fromkeys(PROCESSES, Readiness.STARTING)
+        self._ready_after: dict[str, float] = {}
+        self._spinner = Spinner("dots")
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    def update(self, states: Mapping[str, Readiness]) -> None:
+        self._states = dict(states)
+        for process, state in states.items():
+            if state is Readiness.READY:
+                self._ready_after.setdefault(process, self.seconds)
+
+    def render(self) -> RenderableType:
+        grid = Table.grid(padding=(0, 1))
+        for process, state in self._states.items():
+            ready_after = self._ready_after.get(process)
+            if ready_after is None:
+                grid.add_row(self._spinner, process, state.value)
+            else:
+                grid.add_row(Text("✓", "green"), process, f"ready after {ready_after:.1f} s")
+        return grid

@@ -1,0 +1,218 @@
+"""The `klein` command."""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import StrEnum
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from services.cli.errors import FAILED, INTERRUPTED, CliError
+from services.cli.serve import StageGroup
+
+DEFAULT_PORT = 50050
+DEFAULT_TARGET = f"127.0.0.1:{DEFAULT_PORT}"
+
+app = typer.Typer(
+    name="klein",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=(
+        "First steps: [bold]klein up[/] in one terminal, then in another\n\n"
+        '[bold]klein generate "a large red heart on a yellow background" -o heart.png[/]'
+    ),
+)
+serve_app = typer.Typer(
+    cls=StageGroup, no_args_is_help=True, help="Run one stage of the suite in this process."
+)
+app.add_typer(serve_app, name="serve")
+
+Target = Annotated[
+    str, typer.Option(metavar="HOST:PORT", envvar="KLEIN_TARGET", help="The orchestrator to call.")
+]
+
+
+class FormatName(StrEnum):
+    """How images are encoded."""
+
+    PNG = "png"
+    JPEG = "jpeg"
+    WEBP = "webp"
+
+
+class DtypeName(StrEnum):
+    """What stages compute in."""
+
+    CHECKPOINT = "checkpoint"
+    BF16 = "bf16"
+    F16 = "f16"
+    F32 = "f32"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; every failure becomes a sentence on standard error and an exit code."""
+    try:
+        app(arguments)
+    except CliError as error:
+        error.show(_console())
+        return error.exit_code
+    except KeyboardInterrupt:
+        _console().print("Cancelled.")
+        return INTERRUPTED
+    except Exception as error:
+        if os.environ.get("KLEIN_TRACEBACK"):
+            raise
+        sentence = f"{type(error).__name__}: {error}. This is a fault in klein itself."
+        CliError(sentence, "Set KLEIN_TRACEBACK=1 to see where, and report it.").show(_console())
+        return FAILED
+    return 0
+
+
+def _console() -> Console:
+    return Console(stderr=True)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"klein-suite {metadata.version('klein-suite')}")
+        raise typer.Exit
+
+
+@app.callback()
+def klein(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    """FLUX.2 klein as four gRPC services: start them, watch them, make pictures with them."""
+
+
+@app.command(
+    epilog="[bold]klein up[/]: the embedded model.\n\n"
+    "[bold]klein up --model ./FLUX.2-klein-4B --device cuda[/]: a downloaded one.\n\n"
+    "[bold]klein up --port 0 --verbose[/]: beside another suite, logs shown."
+)
+def up(
+    model: Annotated[
+        str,
+        typer.Option(metavar="pico|FOLDER", help="The embedded model, or a folder in the diffusers layout."),
+    ] = "pico",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port of the public API; 0 takes a free one.")
+    ] = DEFAULT_PORT,
+    host: Annotated[
+        str, typer.Option(help="Address of the public API; 0.0.0.0 lets other machines in.")
+    ] = "127.0.0.1",
+    device: Annotated[
+        str, typer.Option(metavar="auto|cpu|cuda|cuda:N|mps", help="Where to compute.")
+    ] = "auto",
+    dtype: Annotated[DtypeName, typer.Option(help="What to compute in.")] = DtypeName.CHECKPOINT,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads of each stage; 0 chooses.")] = 0,
+    log_folder: Annotated[
+        Path | None, typer.Option(help="Where the logs go; else a temporary folder.")
+    ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show the logs as they are written.")
+    ] = False,
+) -> None:
+    """Run the whole suite on this machine: four processes, one public port. Ctrl-C stops them."""
+    from services.cli.suite import SuiteOptions
+    from services.cli.up import run_up
+
+    options = SuiteOptions(
+        model=model,
+        host=host,
+        port=port,
+        device=device,
+        dtype=dtype.value,
+        threads=threads,
+        log_folder=log_folder,
+    )
+    raise typer.Exit(run_up(options, Console(), verbose=verbose))
+
+
+@app.command(
+    epilog='[bold]klein generate "a green star" -o star.png[/]\n\n'
+    '[bold]klein generate "make the background blue" --reference star.png -o blue.webp[/]\n\n'
+    '[bold]klein generate "a ring" --size 128x192 --seed 7 --count 4 -o ring.png[/]: ring-1.png … ring-4.png'
+)
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to make, or what to change in the references.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Where to write; replaced if there; - is standard output."
+        ),
+    ],
+    reference: Annotated[
+        list[Path] | None,
+        typer.Option("--reference", "-r", metavar="FILE", help="An image to start from; may be repeated."),
+    ] = None,
+    negative: Annotated[
+        str | None, typer.Option("--negative-prompt", help="What it should not be; base models only.")
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WxH", help="Pixels, multiples of 16; else the first reference's or the model's own."
+        ),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps; else the model's own.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Strength of guidance; base models only.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed makes the same image; else random.")] = None,
+    count: Annotated[
+        int | None, typer.Option(help="Images to make: FILE-1, FILE-2 … with following seeds.")
+    ] = None,
+    image_format: Annotated[
+        FormatName | None, typer.Option("--format", help="Encoding; else what FILE's suffix says.")
+    ] = None,
+    quality: Annotated[int | None, typer.Option(help="Quality of JPEG and WebP, 1 to 100.")] = None,
+    model: Annotated[str, typer.Option(help="A model that the server routes; else its default.")] = "",
+    target: Target = DEFAULT_TARGET,
+    timeout: Annotated[
+        float, typer.Option(min=0.001, metavar="SECONDS", help="Longest wait for all of it.")
+    ] = 600.0,
+) -> None:
+    """Make images through a running suite and write them to files."""
+    from services.cli.generate import GenerateOptions, run_generate
+
+    options = GenerateOptions(
+        prompt=prompt,
+        output=output,
+        references=tuple(reference or ()),
+        negative_prompt=negative,
+        size=size,
+        steps=steps,
+        guidance=guidance,
+        seed=seed,
+        count=count,
+        image_format=image_format.value if image_format else None,
+        quality=quality,
+        model=model,
+    )
+    run_generate(options, target, timeout, _console())
+
+
+@app.command(epilog="Exits with 0 only when every stage of every model serves: `klein status && …`.")
+def status(
+    target: Target = DEFAULT_TARGET,
+    timeout: Annotated[
+        float, typer.Option(min=0.001, metavar="SECONDS", help="Longest wait for an answer.")
+    ] = 10.0,
+) -> None:
+    """Show the models and their stages: health, device, load, problems."""
+    from services.cli.status import run_status
+
+    raise typer.Exit(run_status(target, timeout, Console()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""Ports of this machine that nothing listens on."""
+
+from __future__ import annotations
+
+import socket
+from contextlib import ExitStack
+
+from services.cli.errors import MISUSED, CliError
+
+LOOPBACK = "127.0.0.1"
+
+
+def free_ports(count: int, host: str = LOOPBACK) -> list[int]:
+    """Finds `count` different free ports."""
+    with ExitStack() as held:
+        sockets = [held.enter_context(_bound(host, 0)) for _ in range(count)]
+        return [each.getsockname()[1] for each in sockets]
+
+
+def is_free(port: int, host: str = LOOPBACK) -> bool:
+    """Whether a server could listen on `port` of `host`."""
+    try:
+        _bound(host, port).close()
+    except OSError:
+        return False
+    return True
+
+
+def require_free(port: int, host: str) -> None:
+    """Raises CliError when something already listens on `port`."""
+    if not is_free(port, host):
+        raise CliError(
+            f"Port {port} of {host} is taken, or may not be used.",
+            "Is the suite running already? `klein status` tells. --port 0 takes any free port.",
+            MISUSED,
+        )
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    # Without SO_REUSEPORT: gRPC servers set it, so two suites would else share a port without a word.
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    each = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        each.bind((host.strip("[]"), port))
+    except OSError:
+        each.close()
+        raise
+    return each

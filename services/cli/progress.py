@@ -1,0 +1,75 @@
+"""A picture's way through the suite as a progress bar."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from klein_api.v1 import image_service_pb2 as api
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+
+class GenerationProgress:
+    """Shows the events of one request; gone once the request is done, unless `keep`."""
+
+    def __init__(self, console: Console, *, title: str = "", keep: bool = False) -> None:
+        self._title = f"{title}: " if title else ""
+        self._progress = Progress(
+            SpinnerColumn(finished_text=" "),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TextColumn("{task.fields[count]}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=not keep,
+        )
+        self._task = self._progress.add_task(f"{self._title}encoding", total=None, count="")
+        self._image_count = 0
+
+    def __enter__(self) -> GenerationProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def handle(self, event: api.StreamGenerateImageResponse) -> None:
+        """Shows one event."""
+        match event.WhichOneof("event"):
+            case "queued":
+                self._describe(_queued_text(event.queued))
+            case "step":
+                self._show_step(event.step)
+            case "image":
+                self._image_count += 1
+                self._describe(f"{self._image_count} made")
+            case "summary":
+                self._finish()
+
+    def _show_step(self, step: api.GenerationStep) -> None:
+        text = "decoding" if step.step == step.step_count else "denoising"
+        self._progress.update(
+            self._task,
+            description=self._title + text,
+            completed=step.step,
+            total=step.step_count,
+            count=f"{step.step}/{step.step_count} steps",
+        )
+
+    def _finish(self) -> None:
+        task = self._progress.tasks[self._task]
+        total = task.total or 1
+        self._progress.update(self._task, description=f"{self._title}done", completed=total, total=total)
+
+    def _describe(self, text: str) -> None:
+        self._progress.update(self._task, description=self._title + text)
+
+
+def _queued_text(queued: api.GenerationQueued) -> str:
+    if queued.position == 0:
+        return "next in the queue"
+    wait = queued.estimated_wait.ToTimedelta().total_seconds()
+    text = f"{queued.position} ahead in the queue"
+    return f"{text}, about {wait:.0f} s" if wait else text

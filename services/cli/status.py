@@ -1,0 +1,74 @@
+"""`klein status`: what runs, and how busy it is."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+from klein_api.v1 import image_service_pb2 as api
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from services.cli.client import connect
+from services.cli.errors import FAILED, call_error
+
+STAGE_NAMES = ("text-encoder", "denoiser", "vae-decoder")
+
+
+def run_status(target: str, timeout_seconds: float, console: Console) -> int:
+    """Prints a table; returns 0 only when every stage of every model serves.
+
+    Raises:
+        CliError: the orchestrator does not answer.
+    """
+    answer = asyncio.run(_list_models(target, timeout_seconds))
+    console.print(status_table(answer))
+    all_serve = bool(answer.models) and all(model.serving for model in answer.models)
+    if not answer.models:
+        console.print(f"The orchestrator at {target} has no model.")
+    return 0 if all_serve else FAILED
+
+
+async def _list_models(target: str, timeout_seconds: float) -> api.ListModelsResponse:
+    try:
+        async with connect(target) as stub:
+            return await stub.ListModels(api.ListModelsRequest(), timeout=timeout_seconds)
+    except grpc.aio.AioRpcError as error:
+        raise call_error(error, target) from error
+
+
+def status_table(answer: api.ListModelsResponse) -> Table:
+    """A row for each stage of each model."""
+    table = Table("model", "stage", "health", "device", "dtype", "running", "queued", "target", "problem")
+    for model in answer.models:
+        name = f"{model.name} (default)" if model.name == answer.default_model else model.name
+        for position, stage in enumerate(model.stages):
+            table.add_row(name if position == 0 else "", *_stage_cells(position, stage))
+        table.add_section()
+    return table
+
+
+def _stage_cells(position: int, stage: api.RoutedStage) -> list[str | Text]:
+    described = stage.description
+    name = described.stage or (STAGE_NAMES[position] if position < len(STAGE_NAMES) else "")
+    load = described.load
+    known = stage.HasField("description")
+    return [
+        name,
+        _health(stage, known=known),
+        described.device or "–",
+        described.dtype or "–",
+        str(load.running_count) if known else "–",
+        f"{load.queued_count}/{load.queue_limit}" if known else "–",
+        stage.target,
+        stage.problem,
+    ]
+
+
+def _health(stage: api.RoutedStage, *, known: bool) -> Text:
+    if not known:
+        return Text("unreachable", "red")
+    if not stage.description.serving:
+        return Text("loading", "yellow")
+    return Text("wrong", "red") if stage.problem else Text("serving", "green")

@@ -1,0 +1,226 @@
+"""All four processes of the suite on this machine: their start, their life, their end.
+
+Used by `klein up`, the demo, the end-to-end tests and the benchmarks.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+from klein_core.pico.location import WEIGHTS
+from services.cli.child import Child, ChildSpec, StageDied, inherited_environment, wait_for_all
+from services.cli.errors import MISUSED, CliError
+from services.cli.ports import LOOPBACK, free_ports, is_free
+from services.cli.readiness import Probes, Readiness
+
+PICO = "pico"
+STAGES = ("text-encoder", "denoiser", "vae-decoder")
+PROCESSES = (*STAGES, "orchestrator")
+FIRST_METRICS_PORT = 9464
+GRACE_SECONDS = 5.0
+POLL_SECONDS = 0.05
+
+OnChange = Callable[[Mapping[str, Readiness]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteOptions:
+    """How the suite is to run."""
+
+    model: str = PICO
+    """`pico`, or a checkpoint's folder in the diffusers layout."""
+    host: str = LOOPBACK
+    """Where the public API listens."""
+    port: int = 0
+    """The public API's port; 0 takes a free one."""
+    device: str = "auto"
+    dtype: str = "checkpoint"
+    threads: int = 0
+    """Threads that each stage computes with; 0 means half of the cores, at least one."""
+    log_folder: Path | None = None
+    """`None` makes a folder among the temporary files."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """More KLEIN_* variables for every process."""
+
+
+class Suite:
+    """Four processes that live and end together. Leaving the `with` block stops them.
+
+    Raises:
+        CliError: the model is not there.
+    """
+
+    def __init__(self, options: SuiteOptions) -> None:
+        self.options = options
+        self.model_name = require_model(options.model)
+        self.log_folder = options.log_folder or Path(tempfile.mkdtemp(prefix="klein-"))
+        self.log_folder.mkdir(parents=True, exist_ok=True)
+        *stage_ports, free = free_ports(len(PROCESSES))
+        self.ports = dict(zip(PROCESSES, (*stage_ports, options.port or free), strict=True))
+        self.metrics_ports = _metrics_ports()
+        self.children: dict[str, Child] = {}
+
+    @property
+    def target(self) -> str:
+        """Where clients on this machine reach the public API."""
+        host = LOOPBACK if self.options.host in ("0.0.0.0", "[::]", "::") else self.options.host
+        return f"{host}:{self.ports['orchestrator']}"
+
+    def __enter__(self) -> Suite:
+        try:
+            for process in PROCESSES:
+                self.children[process] = Child(self._child_spec(process))
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def wait_until_ready(
+        self,
+        *,
+        timeout_seconds: float = 600.0,
+        on_change: OnChange = lambda states: None,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> bool:
+        """Waits until all four serve; false when `cancelled` said so first.
+
+        Raises:
+            StageDied: one ended instead.
+            CliError: the time passed.
+        """
+        states = dict.fromkeys(PROCESSES, Readiness.STARTING)
+        end = time.monotonic() + timeout_seconds
+        with Probes({process: child.address for process, child in self.children.items()}) as probes:
+            while not cancelled():
+                self.raise_if_died()
+                states |= probes.check(
+                    [name for name, state in states.items() if state is not Readiness.READY]
+                )
+                on_change(states)
+                if all(state is Readiness.READY for state in states.values()):
+                    return True
+                if time.monotonic() > end:
+                    raise CliError(
+                        f"{_late(states)} not ready after {timeout_seconds:.0f} s.", self.logs_hint
+                    )
+                time.sleep(POLL_SECONDS)
+        return False
+
+    def raise_if_died(self) -> None:
+        """Raises StageDied when one of the four no longer runs."""
+        for child in self.children.values():
+            if child.exit_code is not None:
+                raise StageDied(child)
+
+    def stop(self, *, insisted: Callable[[], bool] = lambda: False) -> list[str]:
+        """Stops what runs, the orchestrator first so that its requests can end; kills what takes too long.
+
+        Args:
+            insisted: asked all the time; true means to kill at once.
+
+        Returns:
+            The names of those that had to be killed.
+        """
+        running = [child for child in self.children.values() if child.exit_code is None]
+        killed: list[str] = []
+        for group in (
+            [child for child in running if child.stage == "orchestrator"],
+            [child for child in running if child.stage != "orchestrator"],
+        ):
+            killed += _stop_together(group, insisted)
+        return killed
+
+    @property
+    def logs_hint(self) -> str:
+        return f"The logs are in {self.log_folder}."
+
+    def _child_spec(self, process: str) -> ChildSpec:
+        environment = inherited_environment() | self._settings(process)
+        address = self.target if process == "orchestrator" else f"{LOOPBACK}:{self.ports[process]}"
+        return ChildSpec(process, address, environment, self.log_folder / f"{process}.log")
+
+    def _settings(self, process: str) -> dict[str, str]:
+        is_public = process == "orchestrator"
+        common = {
+            "KLEIN_HOST": self.options.host if is_public else LOOPBACK,
+            "KLEIN_PORT": str(self.ports[process]),
+            "KLEIN_METRICS_PORT": str(self.metrics_ports[process]),
+            "KLEIN_MODEL_NAME": self.model_name,
+            "KLEIN_LOG_FORMAT": os.environ.get("KLEIN_LOG_FORMAT", "console"),
+            # Nobody balances over these processes, so there is nobody to wait for before they stop.
+            "KLEIN_DRAIN_DELAY_SECONDS": "0",
+            "KLEIN_GRACE_SECONDS": f"{GRACE_SECONDS:g}",
+        }
+        specific = self._orchestrator_settings() if is_public else self._stage_settings()
+        return common | specific | dict(self.options.settings)
+
+    def _orchestrator_settings(self) -> dict[str, str]:
+        targets = {
+            f"KLEIN_{stage.replace('-', '_').upper()}_TARGET": f"{LOOPBACK}:{self.ports[stage]}"
+            for stage in STAGES
+        }
+        return targets | (PICO_LIMITS if self.options.model == PICO else {})
+
+    def _stage_settings(self) -> dict[str, str]:
+        return {
+            "KLEIN_MODEL_PATH": self.options.model,
+            "KLEIN_DEVICE": self.options.device,
+            "KLEIN_DTYPE": self.options.dtype,
+            "KLEIN_THREADS": str(self.options.threads or max(1, (os.cpu_count() or 1) // 2)),
+        }
+
+
+PICO_LIMITS = {"KLEIN_DEFAULT_SIZE_PX": "128", "KLEIN_MAXIMUM_PIXEL_COUNT": str(256 * 256)}
+"""What pico was trained on; it makes nonsense of larger pictures."""
+
+
+def require_model(model: str) -> str:
+    """Checks that a model's files are there; returns its name.
+
+    Raises:
+        CliError: they are not.
+    """
+    folder = WEIGHTS if model == PICO else Path(model)
+    for part in ("text_encoder", "transformer", "vae"):
+        if not (folder / part / "config.json").is_file():
+            raise CliError(
+                f"{model} is not a complete checkpoint: {folder / part / 'config.json'} is missing.",
+                "--model takes `pico` or a folder in the diffusers layout.",
+                MISUSED,
+            )
+    return PICO if model == PICO else folder.resolve().name
+
+
+def _metrics_ports() -> dict[str, int]:
+    wanted = range(FIRST_METRICS_PORT, FIRST_METRICS_PORT + len(PROCESSES))
+    ports = list(wanted) if all(is_free(port) for port in wanted) else free_ports(len(PROCESSES))
+    return dict(zip(PROCESSES, ports, strict=True))
+
+
+def _late(states: Mapping[str, Readiness]) -> str:
+    return ", ".join(
+        f"{name} ({state.value})" for name, state in states.items() if state is not Readiness.READY
+    )
+
+
+def _stop_together(children: list[Child], insisted: Callable[[], bool]) -> list[str]:
+    for child in children:
+        child.terminate()
+    end = time.monotonic() + GRACE_SECONDS + 2.0
+    while children and time.monotonic() < end and not insisted():
+        children = wait_for_all(children, POLL_SECONDS)
+    for child in children:
+        child.kill()
+    wait_for_all(children, GRACE_SECONDS)
+    return [child.stage for child in children]
