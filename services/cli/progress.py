@@ -22,6 +22,7 @@ class GenerationProgress:
             TimeElapsedColumn(),
             console=console,
             transient=not keep,
+            disable=not keep and not console.is_terminal,
         )
         self._task = self._progress.add_task(f"{self._title}encoding", total=None, count="")
         self._image_count = 0

@@ -1,0 +1,320 @@
+"""`klein generate` and `klein status` against a real gRPC server with a servicer that only answers."""
+
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+from klein_api.v1 import image_pb2
+from klein_api.v1 import image_service_pb2 as api
+from klein_api.v1 import stage_service_pb2 as stage_api
+from klein_api.v1.image_service_pb2_grpc import ImageServiceServicer, add_ImageServiceServicer_to_server
+
+from klein_core.errors import InvalidInput, Violation
+from services.cli.child import inherited_environment
+from services.cli.main import main
+from services.cli.ports import free_ports
+from services.runtime.errors import QueueFull, StageUnavailable, UnknownModel
+from services.runtime.status import status_of
+
+Result = tuple[int, str, str]
+Klein = Callable[..., Result]
+
+
+class Orchestrator(ImageServiceServicer):
+    """Remembers what it was asked; answers with what the test put in."""
+
+    def __init__(self) -> None:
+        self.specs: list[api.ImageSpec] = []
+        self.error: Exception | None = None
+        self.blocks = False
+        self.called = threading.Event()
+        self.cancelled = threading.Event()
+        self.models = api.ListModelsResponse()
+
+    def GenerateImage(self, request, context):
+        raise NotImplementedError
+
+    def StreamGenerateImage(self, request, context):
+        self.specs.append(request.spec)
+        self.called.set()
+        if self.blocks:
+            context.add_callback(self.cancelled.set)
+            self.cancelled.wait(30)
+            return
+        if self.error is not None:
+            status = status_of(self.error)
+            context.set_trailing_metadata(status.trailing_metadata())
+            context.abort(status.code, status.message)
+        yield api.StreamGenerateImageResponse(queued=api.GenerationQueued(position=2))
+        yield api.StreamGenerateImageResponse(step=api.GenerationStep(step=1, step_count=1))
+        for index in range(request.spec.image_count or 1):
+            image = api.GeneratedImage(
+                index=index, seed=41 + index, width_px=64, height_px=96, data=b"picture %d" % index
+            )
+            yield api.StreamGenerateImageResponse(image=image)
+        summary = api.GenerationSummary(model="fake", prompt_truncated=request.spec.prompt == "long")
+        timing = summary.stage_timings.add(stage="denoiser", operation="denoise", call_count=1)
+        timing.call_duration.FromMilliseconds(123)
+        summary.total_duration.FromMilliseconds(1500)
+        yield api.StreamGenerateImageResponse(summary=summary)
+
+    def ListModels(self, request, context):
+        return self.models
+
+
+@contextmanager
+def serving(servicer: ImageServiceServicer) -> Iterator[str]:
+    server = grpc.server(ThreadPoolExecutor(4))
+    add_ImageServiceServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.stop(0).wait()
+
+
+@pytest.fixture
+def orchestrator() -> Orchestrator:
+    return Orchestrator()
+
+
+@pytest.fixture
+def target(orchestrator: Orchestrator) -> Iterator[str]:
+    with serving(orchestrator) as address:
+        yield address
+
+
+@pytest.fixture
+def klein(capfd: pytest.CaptureFixture[str]) -> Klein:
+    def run(*arguments: object) -> Result:
+        try:
+            exit_code = main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            exit_code = int(end.code or 0)
+        printed = capfd.readouterr()
+        return exit_code, printed.out, printed.err
+
+    return run
+
+
+def test_every_flag_reaches_the_request(
+    klein: Klein, target: str, orchestrator: Orchestrator, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first.png", tmp_path / "second.png"
+    first.write_bytes(b"one")
+    second.write_bytes(b"two")
+    exit_code, _, err = klein(
+        *("generate", "a star", "--reference", first, "--reference", second, "--negative-prompt", "a heart"),
+        *("--size", "64x96", "--steps", 7, "--guidance", 2.5, "--seed", 41, "--count", 2, "--format", "webp"),
+        *("--quality", 80, "--model", "fake", "--target", target, "-o", tmp_path / "star.webp"),
+    )
+    assert (exit_code, err) == (0, "")
+    assert orchestrator.specs == [
+        api.ImageSpec(
+            model="fake",
+            prompt="a star",
+            negative_prompt="a heart",
+            references=[b"one", b"two"],
+            width_px=64,
+            height_px=96,
+            step_count=7,
+            guidance_scale=2.5,
+            seed=41,
+            image_count=2,
+            format=image_pb2.IMAGE_FORMAT_WEBP,
+            quality=80,
+            priority=image_pb2.PRIORITY_INTERACTIVE,
+        )
+    ]
+    assert (tmp_path / "star-1.webp").read_bytes() == b"picture 0"
+    assert (tmp_path / "star-2.webp").read_bytes() == b"picture 1"
+
+
+def test_what_is_not_said_is_left_to_the_server(
+    klein: Klein, target: str, orchestrator: Orchestrator, tmp_path: Path
+) -> None:
+    exit_code, out, _ = klein("generate", "", "--target", target, "-o", tmp_path / "any.JPG")
+    assert exit_code == 0
+    spec = orchestrator.specs[0]
+    assert {field.name for field, _ in spec.ListFields()} == {"format", "priority"}
+    assert spec.format == image_pb2.IMAGE_FORMAT_JPEG
+    assert out.count("\n") == 1
+    for fact in ("any.JPG", "64×96", "seed 41", "fake", "1.50 s", "denoise 123 ms"):
+        assert fact in out
+
+
+def test_a_dash_writes_the_picture_alone_to_standard_output(klein: Klein, target: str) -> None:
+    exit_code, out, err = klein("generate", "long", "--target", target, "-o", "-")
+    assert (exit_code, out) == (0, "picture 0")
+    assert "seed 41" in err
+    assert "cut off" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["-o", "picture.bmp"], ["picture.bmp", ".webp", "--format"]),
+        (["-o", "nowhere/picture.png"], ["nowhere", "does not exist"]),
+        (["-o", "."], ["folder"]),
+        (["-o", "-", "--count", "2"], ["standard output"]),
+        (["-o", "p.png", "--reference", "missing.png"], ["missing.png", "No such file"]),
+        (["-o", "p.png", "--size", "large"], ["--size", "1024x768"]),
+        (["-o", "p.png", "--size", "64x"], ["--size", "1024x768"]),
+        (["-o", "p.png", "--seed", str(2**63)], ["far outside", str(2**63)]),
+        (["-o", "p.png", "--steps", str(2**31)], ["far outside", str(2**31)]),
+    ],
+)
+def test_misuse_is_told_before_anything_is_asked(
+    klein: Klein, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    exit_code, out, err = klein("generate", "a star", *arguments)
+    assert (exit_code, out) == (2, "")
+    assert all(word in err for word in words)
+
+
+def test_nothing_running_is_one_sentence_and_a_hint(klein: Klein, tmp_path: Path) -> None:
+    target = f"127.0.0.1:{free_ports(1)[0]}"
+    for arguments in (["generate", "a star", "-o", str(tmp_path / "p.png")], ["status"]):
+        exit_code, out, err = klein(*arguments, "--target", target)
+        assert (exit_code, out) == (1, "")
+        assert err.splitlines() == [
+            f"Error: Nothing answers at {target}.",
+            "Hint: Start the suite with `klein up`, or name another server with --target.",
+        ]
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code", "words"),
+    [
+        (
+            InvalidInput([Violation("width_px", "is 70; no"), Violation("references[1]", "is no image")]),
+            2,
+            ["--size", "width_px", "is 70; no", "--reference[1]", "is no image"],
+        ),
+        (UnknownModel("model", "nono", ["pico"]), 2, ["nono", "pico", "klein status"]),
+        (QueueFull(3, 4.0), 1, ["full", "4 s"]),
+        (StageUnavailable("the denoiser is loading"), 1, ["The denoiser is loading.", "klein status"]),
+        (ZeroDivisionError("secret"), 1, ["INTERNAL", "log"]),
+    ],
+)
+def test_a_refusal_says_what_to_do(
+    klein: Klein,
+    target: str,
+    orchestrator: Orchestrator,
+    tmp_path: Path,
+    error: Exception,
+    exit_code: int,
+    words: list[str],
+) -> None:
+    orchestrator.error = error
+    got, out, err = klein("generate", "a star", "--target", target, "-o", tmp_path / "p.png")
+    assert (got, out) == (exit_code, "")
+    assert all(word in err for word in words), err
+    assert "Traceback" not in err
+    assert "secret" not in err
+    assert not (tmp_path / "p.png").exists()
+
+
+def test_the_timeout_ends_the_call(
+    klein: Klein, target: str, orchestrator: Orchestrator, tmp_path: Path
+) -> None:
+    orchestrator.blocks = True
+    exit_code, _, err = klein(
+        "generate", "a star", "--timeout", 0.3, "--target", target, "-o", tmp_path / "p.png"
+    )
+    assert exit_code == 1
+    assert "--timeout" in err
+    assert orchestrator.cancelled.wait(5)
+
+
+def test_control_c_cancels_the_call(target: str, orchestrator: Orchestrator, tmp_path: Path) -> None:
+    orchestrator.blocks = True
+    command = [
+        sys.executable,
+        "-m",
+        "services.cli.main",
+        "generate",
+        "a star",
+        "--target",
+        target,
+        "-o",
+        "p.png",
+    ]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=inherited_environment(), stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert orchestrator.called.wait(20)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=10)
+    assert orchestrator.cancelled.wait(5)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+
+
+def stage(name: str, *, serving: bool = True, problem: str = "", described: bool = True) -> api.RoutedStage:
+    description = stage_api.DescribeStageResponse(
+        stage=name, model="fake", serving=serving, device="cpu", dtype="bf16"
+    )
+    description.load.queued_count, description.load.queue_limit = 3, 64
+    return api.RoutedStage(
+        target=f"{name}:1", problem=problem, description=description if described else None
+    )
+
+
+@pytest.mark.parametrize(
+    ("denoiser", "exit_code", "word"),
+    [
+        (stage("denoiser"), 0, "serving"),
+        (stage("denoiser", serving=False, problem="it loads"), 1, "loading"),
+        (stage("denoiser", problem="it serves another model"), 1, "wrong"),
+        (stage("denoiser", described=False, problem="connection refused"), 1, "unreachable"),
+    ],
+)
+def test_status_is_good_only_when_all_stages_serve(
+    klein: Klein,
+    target: str,
+    orchestrator: Orchestrator,
+    monkeypatch: pytest.MonkeyPatch,
+    denoiser: api.RoutedStage,
+    exit_code: int,
+    word: str,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    stages = [stage("text-encoder"), denoiser, stage("vae-decoder")]
+    model = api.RoutedModel(name="fake", serving=exit_code == 0, stages=stages)
+    orchestrator.models = api.ListModelsResponse(models=[model], default_model="fake")
+    got, out, _ = klein("status", "--target", target)
+    assert got == exit_code
+    row = next(line for line in out.splitlines() if "denoiser" in line)
+    assert word in row
+    assert denoiser.problem in row
+    assert "3/64" in out
+
+
+def test_status_without_models_is_not_good(klein: Klein, target: str) -> None:
+    assert klein("status", "--target", target)[0] == 1
+
+
+def test_the_client_side_imports_no_model_library() -> None:
+    script = (
+        "import sys, pkgutil, importlib, services.cli as c;"
+        "[importlib.import_module(f'services.cli.{m.name}') for m in pkgutil.iter_modules(c.__path__)];"
+        "print({'torch','transformers','numpy','PIL','safetensors'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=inherited_environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "set()"

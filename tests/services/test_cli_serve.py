@@ -1,0 +1,64 @@
+"""`klein serve STAGE`: settings as flags, shown and refused by name."""
+
+import pytest
+
+from services.cli.main import main
+from services.cli.serve import STAGE_NAMES
+
+
+def klein(*arguments: str) -> int:
+    try:
+        return main(list(arguments))
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
+@pytest.mark.parametrize("stage", STAGE_NAMES)
+def test_check_config_shows_every_setting_with_its_source(
+    stage: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KLEIN_LOG_LEVEL", "debug")
+    assert klein("serve", stage, "--check-config", "--port", "12345") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any("KLEIN_PORT" in line and "12345" in line and "--port" in line for line in lines)
+    assert any("KLEIN_LOG_LEVEL" in line and "debug" in line for line in lines)
+    assert any("KLEIN_QUEUE_LIMIT" in line and "default" in line for line in lines)
+
+
+def test_a_bad_flag_value_is_one_sentence_with_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert klein("serve", "denoiser", "--check-config", "--port", "99999") == 2
+    err = capsys.readouterr().err
+    assert "--port" in err
+    assert "65535" in err
+    assert "Traceback" not in err
+
+
+def test_a_bad_variable_is_one_sentence_with_its_name(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KLEIN_METRICS_PORT", "many")
+    assert klein("serve", "text-encoder", "--check-config") == 2
+    err = capsys.readouterr().err
+    assert "KLEIN_METRICS_PORT" in err
+    assert "many" in err
+
+
+def test_model_is_short_for_model_path(capsys: pytest.CaptureFixture[str]) -> None:
+    assert klein("serve", "vae-decoder", "--check-config", "--model", "some/folder") == 0
+    assert any(
+        "KLEIN_MODEL_PATH" in line and "some/folder" in line for line in capsys.readouterr().out.splitlines()
+    )
+
+
+@pytest.mark.parametrize("arguments", [["painter"], ["denoiser", "--no-such-flag", "1"]])
+def test_what_does_not_exist_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert klein("serve", *arguments) == 2
+    assert arguments[-2 if len(arguments) > 1 else 0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", STAGE_NAMES)
+def test_help_lists_the_settings(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert klein("serve", stage, "--help") == 0
+    out = capsys.readouterr().out
+    assert "--metrics-port" in out
+    assert "KLEIN_GRACE_SECONDS" in out
