@@ -1,0 +1,99 @@
+"""Surrounds calls of all of gRPC's four shapes with one context manager each."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, aclosing
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import grpc
+
+from services.runtime.metrics import Method
+
+_Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+_Continuation: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]]"
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call that is being handled."""
+
+    method: Method
+    path: str
+    """`/package.Service/Method`."""
+    metadata: tuple[tuple[str, str | bytes], ...]
+    context: grpc.aio.ServicerContext[Any, Any]
+
+    @property
+    def is_housekeeping(self) -> bool:
+        """Whether it is of a standard service: health, reflection, channelz."""
+        return self.method.service.startswith("grpc.")
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor, ABC):
+    """Base of interceptors: `around` is entered before the handler and left after its last message."""
+
+    @abstractmethod
+    def around(self, call: Call) -> AbstractAsyncContextManager[None]:
+        """Returns what surrounds the handler; sees its exceptions, cancellation too."""
+
+    async def intercept_service(
+        self, continuation: _Continuation, handler_call_details: grpc.HandlerCallDetails
+    ) -> _Handler | None:
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None  # an unknown method, which gRPC answers with UNIMPLEMENTED
+        return _wrapped(handler, handler_call_details, self.around)
+
+
+_Around = Callable[[Call], AbstractAsyncContextManager[None]]
+
+
+def _wrapped(
+    handler: grpc.RpcMethodHandler[Any, Any], details: grpc.HandlerCallDetails, around: _Around
+) -> grpc.RpcMethodHandler[Any, Any]:
+    shape = (handler.request_streaming, handler.response_streaming)
+    name, make = _SHAPES[shape]
+    behaviour = getattr(handler, name)
+    method = Method.of(details.method, *shape)
+    metadata = tuple(details.invocation_metadata or ())
+
+    async def respond(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        async with around(Call(method, details.method, metadata, context)):
+            return await behaviour(request, context)
+
+    # Writing the messages here, rather than yielding them, makes a cancellation that arrives while one is
+    # being sent pass through `around` and close the handler's generator at once.
+    async def respond_with_stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        async with around(Call(method, details.method, metadata, context)):
+            await _write_all(behaviour(request, context), context)
+
+    wrapper = respond_with_stream if handler.response_streaming else respond
+    made: grpc.RpcMethodHandler[Any, Any] = make(
+        wrapper,
+        request_deserializer=handler.request_deserializer,
+        response_serializer=handler.response_serializer,
+    )
+    return made
+
+
+async def _write_all(
+    responses: AsyncGenerator[Any, None] | Awaitable[None], context: grpc.aio.ServicerContext[Any, Any]
+) -> None:
+    if inspect.isasyncgen(responses):
+        async with aclosing(responses):
+            async for response in responses:
+                await context.write(response)
+    else:
+        await responses  # type: ignore[misc]
+
+
+_SHAPES: dict[tuple[bool, bool], tuple[str, Callable[..., Any]]] = {
+    (False, False): ("unary_unary", grpc.unary_unary_rpc_method_handler),
+    (True, False): ("stream_unary", grpc.stream_unary_rpc_method_handler),
+    (False, True): ("unary_stream", grpc.unary_stream_rpc_method_handler),
+    (True, True): ("stream_stream", grpc.stream_stream_rpc_method_handler),
+}

@@ -1,0 +1,84 @@
+"""What can go wrong in a server that is not the model's fault.
+
+ServiceError
+├── QueueFull             the bounded queue has no place; come back after `retry_after_seconds`
+├── DeadlineUnreachable   the work cannot be done in the time that is left; nothing was computed
+├── DeadlinePassed        the caller's time is over
+├── ReceiveTimeout        the caller's stream stalled or never ended
+├── StageUnavailable      loading, draining or lost; another replica may do it
+└── UnknownModel          the name is not served here
+
+`klein_core.errors` has the model's own errors; `services.runtime.status` maps both to gRPC.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from klein_core.errors import DeviceFault
+
+
+class ServiceError(Exception):
+    """Base of every error that servers raise on purpose; its text is shown to the caller."""
+
+
+class QueueFull(ServiceError):
+    """The queue already holds `limit` requests."""
+
+    def __init__(self, limit: int, retry_after_seconds: float = 1.0) -> None:
+        self.limit = limit
+        self.retry_after_seconds = retry_after_seconds
+        super().__init__(f"the queue is full ({limit} requests wait); retry in {retry_after_seconds:.1f} s")
+
+
+class DeadlineUnreachable(ServiceError):
+    """The request would finish after its deadline, so it was not begun."""
+
+    def __init__(self, remaining_seconds: float, estimated_seconds: float) -> None:
+        self.remaining_seconds = remaining_seconds
+        self.estimated_seconds = estimated_seconds
+        super().__init__(
+            f"the deadline is in {remaining_seconds:.1f} s and the request would take about "
+            f"{estimated_seconds:.1f} s; allow more time or retry when the stage is less busy"
+        )
+
+
+class DeadlinePassed(ServiceError):
+    """The caller's deadline passed before the work began."""
+
+    def __init__(self) -> None:
+        super().__init__("the deadline passed before the work began")
+
+
+class ReceiveTimeout(ServiceError):
+    """The request's stream was not complete within the time that a server waits for one."""
+
+    def __init__(self, timeout_seconds: float) -> None:
+        self.timeout_seconds = timeout_seconds
+        super().__init__(
+            f"the request's stream was not complete after {timeout_seconds:g} s; "
+            "send all parts without pause and close the sending side"
+        )
+
+
+class StageUnavailable(ServiceError):
+    """The stage takes no work now: it loads, drains or is lost. `reason` is shown to the caller."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason)
+
+
+class UnknownModel(ServiceError):
+    """The request names a model that is not served here."""
+
+    def __init__(self, field: str, name: str, known: Sequence[str]) -> None:
+        self.field = field
+        self.name = name
+        self.known = tuple(known)
+        listed = ", ".join(known) if known else "none"
+        super().__init__(f"{field}: there is no model {name!r} here; known: {listed}")
+
+
+class DeviceOutOfMemory(DeviceFault):
+    """The device had no memory for this request; later, smaller ones may fit."""

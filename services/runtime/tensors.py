@@ -1,0 +1,101 @@
+"""Between torch tensors and frames; beside `devices`, the only module of the runtime that imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+import torch
+from klein_api.v1 import tensor_pb2
+
+from klein_core.errors import InvalidInput
+from services.runtime.frames import FrameReader, TensorSpec, split_frames
+
+_DATA_TYPES: dict[torch.dtype, int] = {
+    torch.bfloat16: tensor_pb2.DATA_TYPE_BF16,
+    torch.float16: tensor_pb2.DATA_TYPE_F16,
+    torch.float32: tensor_pb2.DATA_TYPE_F32,
+}
+_DTYPES = {number: dtype for dtype, number in _DATA_TYPES.items()}
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
+
+
+def data_type_of(dtype: torch.dtype) -> int:
+    """Returns the wire's `DataType` of a torch dtype.
+
+    Raises:
+        ValueError: the wire has none for it.
+    """
+    if dtype not in _DATA_TYPES:
+        raise ValueError(f"tensors of {dtype} do not travel; only bf16, f16 and f32 do")
+    return _DATA_TYPES[dtype]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Returns the short name of a dtype that travels: bf16, f16 or f32."""
+    return _NAMES[dtype]
+
+
+def host_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the tensor contiguous in host memory; waits for the device, so call it on the worker."""
+    return tensor.detach().to("cpu").contiguous()
+
+
+def tensor_frames(tensor: torch.Tensor) -> Iterator[tensor_pb2.TensorFrame]:
+    """Yields a tensor's frames. Copies from the device first where it has to, on the first frame."""
+    host = host_tensor(tensor)
+    spec = TensorSpec(data_type_of(host.dtype), tuple(host.shape))
+    view = memoryview(host.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
+    yield from split_frames(view, spec)
+
+
+def frames_tensor(
+    reader: FrameReader,
+    *,
+    shape: tuple[int | None, ...] | None = None,
+    dtypes: Collection[torch.dtype] | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Returns the tensor that a finished reader holds; on the CPU it shares the reader's memory.
+
+    Args:
+        reader: has got all frames.
+        shape: what the shape must be, `None` for any extent; `None` means any shape.
+        dtypes: element types that are taken; `None` means all.
+        device: where the tensor is wanted.
+        dtype: converts to this element type on the device; `None` keeps what came.
+
+    Raises:
+        InvalidInput: the tensor is incomplete or of another shape or element type.
+    """
+    reader.require_finished()
+    check_spec(reader, shape=shape, dtypes=dtypes)
+    flat = torch.frombuffer(reader.data, dtype=_DTYPES[reader.spec.data_type])
+    return flat.view(reader.spec.shape).to(device=device, dtype=dtype)
+
+
+def check_spec(
+    reader: FrameReader,
+    *,
+    shape: tuple[int | None, ...] | None = None,
+    dtypes: Collection[torch.dtype] | None = None,
+) -> None:
+    """Checks a tensor's spec as `frames_tensor` does; possible from the first frame on.
+
+    Raises:
+        InvalidInput: the tensor is of another shape or element type.
+    """
+    actual = reader.spec.shape
+    if shape is not None and (
+        len(actual) != len(shape) or any(_differ(a, e) for a, e in zip(actual, shape, strict=True))
+    ):
+        expected = ", ".join("any" if extent is None else str(extent) for extent in shape)
+        raise InvalidInput.of(reader.field, f"has shape {list(actual)}; must be [{expected}]")
+    actual_dtype = _DTYPES[reader.spec.data_type]
+    if dtypes is not None and actual_dtype not in dtypes:
+        wanted = ", ".join(sorted(_NAMES[dtype] for dtype in dtypes))
+        raise InvalidInput.of(reader.field, f"has element type {_NAMES[actual_dtype]}; must be {wanted}")
+
+
+def _differ(actual: int, expected: int | None) -> bool:
+    return expected is not None and actual != expected
