@@ -66,7 +66,7 @@ def main() -> int:
     """Runs the demo; returns the exit code."""
     console = Console()
     try:
-        run_demo(FOLDER, console)
+        run_demo(FOLDER, console, SuiteOptions())
     except CliError as error:
         error.show(console)
         return error.exit_code
@@ -76,7 +76,7 @@ def main() -> int:
     return 0
 
 
-def run_demo(folder: Path, console: Console) -> None:
+def run_demo(folder: Path, console: Console, options: SuiteOptions) -> None:
     """Starts the suite, makes the pictures and the sheet, stops the suite.
 
     Raises:
@@ -84,7 +84,7 @@ def run_demo(folder: Path, console: Console) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     console.print("Starting the four services ...")
-    with Suite(SuiteOptions()) as suite:
+    with Suite(options) as suite:
         wait_with_progress(suite, console)
         try:
             made = asyncio.run(make_pictures(suite.target, folder, console))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 
 from rich.console import Console, RenderableType
 from rich.live import Live
@@ -34,10 +35,12 @@ def wait_with_progress(
     progress = LoadingProgress()
 
     def show(states: Mapping[str, Readiness]) -> None:
-        progress.update(states)
+        for process in progress.update(states):
+            if not console.is_terminal:
+                console.print(f"{process} ready after {progress.seconds:.1f} s", highlight=False)
         on_poll()
 
-    with Live(console=console, refresh_per_second=10, get_renderable=progress.render):
+    with progress.live(console) if console.is_terminal else nullcontext():
         is_ready = suite.wait_until_ready(on_change=show, cancelled=cancelled)
     return progress.seconds if is_ready else None
 
@@ -55,11 +58,17 @@ class LoadingProgress:
     def seconds(self) -> float:
         return time.monotonic() - self._started
 
-    def update(self, states: Mapping[str, Readiness]) -> None:
+    def live(self, console: Console) -> Live:
+        """The lines as a display that refreshes itself inside a `with` block."""
+        return Live(console=console, refresh_per_second=10, get_renderable=self.render)
+
+    def update(self, states: Mapping[str, Readiness]) -> list[str]:
+        """Takes the new states; returns the processes that have become ready."""
         self._states = dict(states)
-        for process, state in states.items():
-            if state is Readiness.READY:
-                self._ready_after.setdefault(process, self.seconds)
+        ready = {process for process, state in states.items() if state is Readiness.READY}
+        new = sorted(ready - self._ready_after.keys())
+        self._ready_after |= dict.fromkeys(new, self.seconds)
+        return new
 
     def render(self) -> RenderableType:
         grid = Table.grid(padding=(0, 1))

@@ -14,6 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from services.cli.errors import MISUSED, CliError
 from services.cli.stage_process import run_stage
+from services.cli.suite import require_torch
 from services.runtime.settings import ServerSettings, SettingsError, describe, load_settings, variable_name
 
 STAGE_NAMES = ("text-encoder", "denoiser", "vae-decoder", "orchestrator")
@@ -57,6 +58,8 @@ def run_serve(stage: str, overrides: dict[str, str], *, check_config: bool) -> i
     if check_config:
         typer.echo(describe(loaded))
         return 0
+    if stage != "orchestrator":
+        require_torch()
     return run_stage(stage, overrides)
 
 

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 
@@ -57,6 +58,7 @@ class Suite:
     """
 
     def __init__(self, options: SuiteOptions) -> None:
+        require_torch()
         self.options = options
         self.model_name = require_model(options.model)
         self.log_folder = options.log_folder or Path(tempfile.mkdtemp(prefix="klein-"))
@@ -170,6 +172,8 @@ class Suite:
             f"KLEIN_{stage.replace('-', '_').upper()}_TARGET": f"{LOOPBACK}:{self.ports[stage]}"
             for stage in STAGES
         }
+        # Exactly this suite, whatever table the person's own shell names.
+        targets["KLEIN_ROUTING_TABLE"] = ""
         return targets | (PICO_LIMITS if self.options.model == PICO else {})
 
     def _stage_settings(self) -> dict[str, str]:
@@ -183,6 +187,15 @@ class Suite:
 
 PICO_LIMITS = {"KLEIN_DEFAULT_SIZE_PX": "128", "KLEIN_MAXIMUM_PIXEL_COUNT": str(256 * 256)}
 """What pico was trained on; it makes nonsense of larger pictures."""
+
+
+def require_torch() -> None:
+    """Raises CliError in an installation that can only be a client or an orchestrator."""
+    if find_spec("torch") is None:
+        raise CliError(
+            "This installation cannot run stages: torch is missing.",
+            "Install it with: pip install 'klein-suite[stages]'",
+        )
 
 
 def require_model(model: str) -> str:

@@ -1,0 +1,42 @@
+"""What `make demo` runs, with a tiny random checkpoint: only the pictures mean nothing."""
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from services.cli.demo import PICTURES, SHEET, run_demo
+from services.cli.errors import CliError
+from services.cli.suite import SuiteOptions
+from tests.tiny.checkpoint import save_tiny_checkpoint
+
+
+def test_the_demo_makes_every_picture_and_a_sheet(tmp_path: Path) -> None:
+    from PIL import Image
+
+    save_tiny_checkpoint(tmp_path / "tiny")
+    console = Console(record=True, width=120, quiet=False)
+    options = SuiteOptions(
+        model=str(tmp_path / "tiny"),
+        device="cpu",
+        threads=1,
+        log_folder=tmp_path / "logs",
+        settings={"KLEIN_DEFAULT_SIZE_PX": "64"},
+    )
+    run_demo(tmp_path / "out", console, options)
+
+    for picture in PICTURES:
+        with Image.open(picture.file_in(tmp_path / "out")) as image:
+            assert image.size == (64, 64)
+    with Image.open(tmp_path / "out" / SHEET) as sheet:
+        assert sheet.width > 4 * 256
+    text = console.export_text()
+    for picture in PICTURES:
+        assert picture.prompt in text
+    assert "encode-reference" in text
+    assert SHEET in text
+
+
+def test_a_demo_without_its_model_says_so(tmp_path: Path) -> None:
+    with pytest.raises(CliError, match="not a complete checkpoint"):
+        run_demo(tmp_path / "out", Console(quiet=True), SuiteOptions(model=str(tmp_path)))

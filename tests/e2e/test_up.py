@@ -1,0 +1,195 @@
+"""`klein up` with real processes and a tiny random checkpoint: life, death, and nothing left behind."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from services.cli.child import inherited_environment
+from services.cli.ports import free_ports
+from services.cli.suite import PROCESSES
+from tests.tiny.checkpoint import save_tiny_checkpoint
+
+READY_SECONDS = 90.0
+STOP_SECONDS = 15.0
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    save_tiny_checkpoint(folder)
+    return folder
+
+
+class Up:
+    """A running `klein up`."""
+
+    def __init__(self, process: psutil.Popen, output: Path, port: int) -> None:
+        self.process = process
+        self._output = output
+        self.target = f"127.0.0.1:{port}"
+        self.logs = output.with_suffix("")
+
+    @property
+    def text(self) -> str:
+        return self._output.read_text()
+
+    @property
+    def stages(self) -> dict[str, psutil.Process]:
+        return {each.cmdline()[-1]: each for each in self.process.children()}
+
+    def wait_until_ready(self) -> dict[str, psutil.Process]:
+        assert soon(lambda: "Ready after" in self.text or self.process.poll() is not None, READY_SECONDS)
+        assert "Ready after" in self.text, self.text
+        stages = self.stages
+        assert set(stages) == set(PROCESSES)
+        return stages
+
+
+@contextmanager
+def klein_up(checkpoint: Path, folder: Path) -> Iterator[Up]:
+    port = free_ports(1)[0]
+    output = folder / "up.txt"
+    command = [
+        sys.executable,
+        "-m",
+        "services.cli.main",
+        "up",
+        "--model",
+        str(checkpoint),
+        "--port",
+        str(port),
+    ]
+    command += ["--threads", "1", "--log-folder", str(folder / "up"), "--device", "cpu"]
+    environment = inherited_environment() | {"KLEIN_DEFAULT_SIZE_PX": "64"}
+    with (
+        output.open("w") as file,
+        psutil.Popen(command, env=environment, stdout=file, stderr=file) as process,
+    ):
+        up = Up(process, output, port)
+        try:
+            yield up
+        finally:
+            for each in [*process.children(), process]:
+                if each.is_running():
+                    each.kill()
+
+
+def klein(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "services.cli.main", *arguments],
+        env=inherited_environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def soon(condition: Callable[[], object], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return bool(condition())
+
+
+def all_gone(stages: dict[str, psutil.Process]) -> bool:
+    return not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in stages.values())
+
+
+def test_up_serves_until_control_c(checkpoint: Path, tmp_path: Path) -> None:
+    with klein_up(checkpoint, tmp_path) as up:
+        stages = up.wait_until_ready()
+
+        picture = tmp_path / "picture.png"
+        made = klein("generate", "a star", "--seed", "5", "--target", up.target, "-o", str(picture))
+        assert made.returncode == 0, made.stderr
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert "64×64, seed 5" in made.stdout
+
+        edited = klein(
+            *("generate", "make it blue", "-r", str(picture), "--count", "2", "--target", up.target),
+            *("-o", str(tmp_path / "edit.webp")),
+        )
+        assert edited.returncode == 0, edited.stderr
+        assert (tmp_path / "edit-2.webp").read_bytes().startswith(b"RIFF")
+
+        refused = klein(
+            "generate", "", "--size", "70x64", "--steps", "0", "--target", up.target, "-o", str(picture)
+        )
+        assert refused.returncode == 2
+        assert "--size" in refused.stderr
+        assert "--steps" in refused.stderr
+
+        shown = klein("status", "--target", up.target)
+        assert shown.returncode == 0, shown.stdout
+        assert all(stage in shown.stdout for stage in ("text-encoder", "denoiser", "vae-decoder"))
+
+        # As a terminal does it, to the whole foreground group.
+        os.kill(up.process.pid, signal.SIGINT)
+        assert up.process.wait(STOP_SECONDS) == 0, up.text
+        assert all_gone(stages)
+        assert "by force" not in up.text
+        assert "Traceback" not in up.text + "".join(log.read_text() for log in up.logs.glob("*.log"))
+
+
+def test_a_stage_that_dies_is_named_and_stops_the_rest(checkpoint: Path, tmp_path: Path) -> None:
+    with klein_up(checkpoint, tmp_path) as up:
+        stages = up.wait_until_ready()
+        stages["denoiser"].kill()
+        assert up.process.wait(STOP_SECONDS) == 1, up.text
+        assert all_gone(stages)
+        assert "The denoiser ended by signal SIGKILL" in up.text
+        assert str(up.logs / "denoiser.log") in " ".join(up.text.split())
+        assert "Traceback" not in up.text
+
+
+def test_no_stage_outlives_a_parent_that_is_killed(checkpoint: Path, tmp_path: Path) -> None:
+    with klein_up(checkpoint, tmp_path) as up:
+        # Not ready yet: a stage that still imports must go, too.
+        assert soon(lambda: len(up.stages) == len(PROCESSES), 20)
+        stages = up.stages
+        up.process.kill()
+        assert soon(lambda: all_gone(stages), STOP_SECONDS)
+
+
+def test_a_broken_checkpoint_is_told_in_the_stage_s_words(checkpoint: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    for file in checkpoint.rglob("*"):
+        copy = broken / file.relative_to(checkpoint)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if file.is_file() and file.parent.name != "vae":
+            copy.symlink_to(file)
+    (broken / "vae").mkdir(exist_ok=True)
+    (broken / "vae" / "config.json").write_text("{}")
+    with klein_up(broken, tmp_path) as up:
+        assert up.process.wait(READY_SECONDS) == 1
+        assert "The vae-decoder ended with exit code 1" in up.text
+        assert all_gone(up.stages)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "nowhere"], ["nowhere", "--model"]),
+        (["--port", "PORT"], ["taken", "--port 0"]),
+        (["--port", "99999"], ["65535"]),
+    ],
+)
+def test_up_refuses_what_cannot_work_before_it_starts(arguments: list[str], words: list[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+        done = klein("up", *(argument.replace("PORT", port) for argument in arguments))
+    assert done.returncode == 2, done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
+    assert "Traceback" not in done.stderr
