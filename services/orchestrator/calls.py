@@ -1,0 +1,153 @@
+"""Calls to stages: their channels, and one streaming call in serialised messages."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final
+
+import grpc
+
+from services.orchestrator.deadline import Deadline
+from services.orchestrator.failures import PUBLIC_FIELDS, StageDisagreement, failure_of
+from services.orchestrator.routing import StageAddress
+from services.runtime.channels import open_channel
+
+ENCODE_PROMPT: Final = "/klein_api.v1.TextEncoderService/EncodePrompt"
+ENCODE_REFERENCE: Final = "/klein_api.v1.VaeDecoderService/EncodeReference"
+DECODE_LATENTS: Final = "/klein_api.v1.VaeDecoderService/DecodeLatents"
+DENOISE_LATENTS: Final = "/klein_api.v1.DenoiserService/DenoiseLatents"
+
+_RECONNECT = (("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_backoff_ms", 2_000))
+"""A stage that came back is used within seconds; gRPC's own backoff grows to two minutes."""
+
+
+class Channels:
+    """One channel for each target, opened when it is first needed."""
+
+    def __init__(self) -> None:
+        self._channels: dict[tuple[str, str], grpc.aio.Channel] = {}
+
+    def serving(self, target: str, method: str) -> grpc.aio.Channel:
+        """Returns the channel that reaches the replicas whose health of `method`'s service is SERVING."""
+        return self._channel(target, method.split("/")[1])
+
+    def any(self, target: str) -> grpc.aio.Channel:
+        """Returns the channel that reaches every replica, also those that load or drain."""
+        return self._channel(target, "")
+
+    def _channel(self, target: str, service: str) -> grpc.aio.Channel:
+        key = (target, service)
+        if key not in self._channels:
+            self._channels[key] = open_channel(target, health_service=service, options=_RECONNECT)
+        return self._channels[key]
+
+    async def close(self) -> None:
+        channels, self._channels = list(self._channels.values()), {}
+        await asyncio.gather(*(channel.close() for channel in channels))
+
+
+class StageCall:
+    """One streaming call to a stage. Leaving its `async with` block ends it, finished or not.
+
+    Raises, from every method: what `failure_of` makes of the stage's status.
+    """
+
+    def __init__(
+        self,
+        address: StageAddress,
+        call: grpc.aio.StreamStreamCall[bytes, bytes],
+        fields: Mapping[str, str] = PUBLIC_FIELDS,
+    ) -> None:
+        self.address = address
+        self._call = call
+        self._fields = fields
+        self._writing = asyncio.Lock()
+
+    async def __aenter__(self) -> StageCall:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._call.cancel()
+
+    async def write(self, message: bytes) -> None:
+        """Sends a message once the stage has room for it; concurrent writers take turns."""
+        async with self._writing:
+            try:
+                await self._call.write(message)
+            except asyncio.InvalidStateError:
+                await self._raise_early_end()
+            except grpc.aio.AioRpcError as error:
+                raise failure_of(self.address, error, self._fields) from None
+            except asyncio.CancelledError:
+                await self._raise_if_the_stage_cancelled()
+                raise
+
+    async def done_writing(self) -> None:
+        """Tells the stage that nothing more comes."""
+        await self._call.done_writing()
+
+    async def messages(self) -> AsyncIterator[bytes]:
+        """Yields the stage's messages as they arrive, until it ends the call with OK."""
+        try:
+            async for message in self._call:
+                yield message
+        except grpc.aio.AioRpcError as error:
+            raise failure_of(self.address, error, self._fields) from None
+        except asyncio.CancelledError:
+            await self._raise_if_the_stage_cancelled()
+            raise
+
+    async def _raise_early_end(self) -> None:
+        error = grpc.aio.AioRpcError(
+            await self._call.code(),
+            await self._call.initial_metadata(),
+            await self._call.trailing_metadata(),
+            await self._call.details(),
+        )
+        if error.code() is grpc.StatusCode.OK:
+            raise StageDisagreement(
+                f"{self.address.stage} at {self.address.target} ended before its input did"
+            )
+        raise failure_of(self.address, error, self._fields)
+
+    async def _raise_if_the_stage_cancelled(self) -> None:
+        # grpc.aio raises CancelledError for a CANCELLED status too, which a drain can cause; only our own
+        # cancellation may look like one.
+        task = asyncio.current_task()
+        if task is not None and not task.cancelling() and self._call.done():
+            await self._raise_early_end()
+
+
+@dataclass(frozen=True)
+class StageCalls:
+    """Opens the stage calls of one request."""
+
+    channels: Channels
+    deadline: Deadline
+    metadata: tuple[tuple[str, str], ...] = ()
+    """What travels beside the messages of every call."""
+
+    def open(
+        self, address: StageAddress, method: str, fields: Mapping[str, str] = PUBLIC_FIELDS
+    ) -> StageCall:
+        """Opens a call that ends with the request's deadline at the latest.
+
+        On the wire a unary request is a stream of one message, so that one kind of call serves every method.
+
+        Args:
+            address: the stage.
+            method: its method, `/package.Service/Method`.
+            fields: public names of the fields that the call passes on, for errors.
+        """
+        multicallable: grpc.aio.StreamStreamMultiCallable[bytes, bytes]
+        multicallable = self.channels.serving(address.target, method).stream_stream(method)
+        call = multicallable(timeout=self.deadline.remaining_seconds(), metadata=self.metadata)
+        return StageCall(address, call, fields)

@@ -1,0 +1,113 @@
+"""What a stage's failure becomes for the caller of the public API.
+
+| the stage says | the caller gets |
+|---|---|
+| INVALID_ARGUMENT on fields of the caller's | INVALID_ARGUMENT, the violations under the public field names |
+| INVALID_ARGUMENT on anything else | INTERNAL: the stages disagree about a tensor |
+| NOT_FOUND | UNAVAILABLE: the stage serves another model than the routing table says |
+| UNAVAILABLE, CANCELLED | UNAVAILABLE with the stage, its target and the reason |
+| RESOURCE_EXHAUSTED, DEADLINE_EXCEEDED, INTERNAL and the rest | the same code and details |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf.message import DecodeError
+from google.rpc import status_pb2  # type: ignore[import-untyped]
+
+from klein_core.errors import InvalidInput, Violation
+from services.orchestrator.routing import StageAddress
+from services.runtime.errors import ServiceError, StageUnavailable
+from services.runtime.status import DETAILS_KEY, explain
+
+PUBLIC_FIELDS: Mapping[str, str] = {
+    "prompt": "prompt",
+    "width_px": "width_px",
+    "height_px": "height_px",
+    "seeds": "seed",
+    "step_count": "step_count",
+    "guidance_scale": "guidance_scale",
+    "reference_count": "references",
+    "reference_latents": "references",
+    "priority": "priority",
+    "format": "format",
+    "quality": "quality",
+    "preview_interval_steps": "preview_interval_steps",
+}
+"""Public names of the fields that the orchestrator passes on, by their names in stage requests."""
+
+_LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+
+
+class StageFailure(ServiceError):
+    """A stage ended a call with a status that the caller gets as it stands."""
+
+    def __init__(
+        self, address: StageAddress, code: grpc.StatusCode, message: str, status: status_pb2.Status
+    ) -> None:
+        self.code = code
+        self.status = status
+        super().__init__(f"{address.stage}: {message}")
+
+    async def abort(self, context: grpc.aio.ServicerContext[Any, Any]) -> NoReturn:
+        """Ends the caller's call with the stage's status."""
+        status = status_pb2.Status()
+        status.CopyFrom(self.status)
+        status.code, status.message = self.code.value[0], str(self)
+        await context.abort(self.code, str(self), ((DETAILS_KEY, status.SerializeToString()),))
+        raise AssertionError("abort returned")  # unreachable; tells type checkers so
+
+
+class StageDisagreement(Exception):
+    """A stage sent or refused what the protocol between stages does not foresee; a fault of ours."""
+
+
+def failure_of(
+    address: StageAddress, error: grpc.aio.AioRpcError, fields: Mapping[str, str] = PUBLIC_FIELDS
+) -> Exception:
+    """Returns what the caller of the public API is to get for a stage's failed call.
+
+    Args:
+        address: the stage.
+        error: how its call ended.
+        fields: public names of the fields that the call passed on.
+    """
+    code, message = error.code(), error.details() or ""
+    if code in _LOST:
+        return StageUnavailable(f"{address.stage} at {address.target} is unavailable: {message}")
+    if code is grpc.StatusCode.NOT_FOUND:
+        return StageUnavailable(
+            f"{address.stage} at {address.target} does not serve {address.model!r}, "
+            f"as the routing table says: {message}"
+        )
+    if code is grpc.StatusCode.INVALID_ARGUMENT:
+        return _invalid_input(address, error, fields)
+    return StageFailure(address, code, message, _status_of(error))
+
+
+def _invalid_input(
+    address: StageAddress, error: grpc.aio.AioRpcError, fields: Mapping[str, str]
+) -> Exception:
+    violations = explain(error).violations
+    public = [
+        Violation(fields.get(violation.field, violation.field), violation.description)
+        for violation in violations
+        if violation.field in fields or violation.field.startswith("references[")
+    ]
+    if public and len(public) == len(violations):
+        return InvalidInput(public)
+    return StageDisagreement(f"{address.stage} at {address.target} refused its input: {error.details()}")
+
+
+def _status_of(error: grpc.aio.AioRpcError) -> status_pb2.Status:
+    status = status_pb2.Status()
+    for key, value in error.trailing_metadata() or ():
+        if key == DETAILS_KEY and isinstance(value, bytes):
+            try:
+                status.ParseFromString(value)
+            except DecodeError:
+                status.Clear()
+    return status

@@ -1,0 +1,238 @@
+"""One request's life: conditioning, denoising and decoding, all at once and relayed frame by frame."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+
+from klein_api.v1.denoiser_service_pb2 import DenoiseLatentsRequest, DenoiseLatentsResponse, DenoiseSpec
+from klein_api.v1.image_pb2 import ImageFormat
+from klein_api.v1.image_service_pb2 import (
+    GeneratedImage,
+    GenerationQueued,
+    GenerationStep,
+    GenerationSummary,
+    StreamGenerateImageResponse,
+)
+from klein_api.v1.vae_decoder_service_pb2 import DecodeSpec
+
+from klein_core.params import GenerationParams
+from services.orchestrator.cache import TensorCache
+from services.orchestrator.calls import DENOISE_LATENTS, StageCalls
+from services.orchestrator.conditioning import Conditioning, DenoiseInput
+from services.orchestrator.decoding import DecodedImage, decode_latents
+from services.orchestrator.failures import StageDisagreement
+from services.orchestrator.relay import TensorRelay
+from services.orchestrator.request import ImageRequest
+from services.orchestrator.routing import DENOISER, VAE_DECODER
+from services.orchestrator.timings import Timings, duration
+from services.orchestrator.wire import field_number, indexed_frame_field, is_last_frame
+from services.runtime.errors import ServiceError
+from services.runtime.logs import request_id
+
+Emit = Callable[[StreamGenerateImageResponse], Awaitable[None]]
+_PREVIEW_QUALITY = 85
+_QUEUED, _STEP, _PREVIEW, _LATENTS, _SUMMARY = 1, 3, 4, 6, 7
+"""Arms of `DenoiseLatentsResponse.event` by field number."""
+_log = logging.getLogger("klein.orchestrator")
+
+
+class Flow:
+    """Carries out one request.
+
+    Args:
+        request: what is to be made.
+        calls: opens the stage calls.
+        cache: tensors that need not be made again.
+        emit: takes each event for the caller, once there is room for it.
+        metadata: whether the seed, model and steps are stored in the image files.
+    """
+
+    def __init__(
+        self, request: ImageRequest, calls: StageCalls, cache: TensorCache, emit: Emit, *, metadata: bool
+    ) -> None:
+        self._begin = time.perf_counter()
+        self._request = request
+        self._params = request.params
+        self._calls = calls
+        self._emit = emit
+        self._metadata = metadata
+        self._timings = Timings()
+        self._denoise_input = DenoiseInput()
+        self._conditioning = Conditioning(request, calls, cache, self._timings, self._denoise_input)
+        self._latents: dict[int, TensorRelay] = {}
+        self._preview: asyncio.Task[None] | None = None
+        self._preview_latents = TensorRelay()
+
+    async def run(self) -> GenerationSummary:
+        """Makes the images.
+
+        Raises:
+            ExceptionGroup: of whatever a stage failed with; everything else has been cancelled by then.
+        """
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._conditioning.run())
+                await self._denoise(group)
+        except* StageDisagreement:
+            self._conditioning.forget()
+            raise
+        return self._summary()
+
+    async def _denoise(self, group: asyncio.TaskGroup) -> None:
+        """Opens the denoiser's call as soon as the size is known and follows it to its end."""
+        if not self._request.size_is_known:
+            self._params = self._request.sized(*await self._conditioning.first_reference_size())
+        address = self._request.route.denoiser
+        with self._timings.of(DENOISER, "denoise").call():
+            async with self._calls.open(address, DENOISE_LATENTS) as call:
+                await call.write(DenoiseLatentsRequest(spec=self._denoise_spec()).SerializeToString())
+                self._denoise_input.open(call)
+                async for message in call.messages():
+                    await self._accept(message, group)
+        finished = sum(latents.finished for latents in self._latents.values())
+        if finished != len(self._params.seeds):
+            raise StageDisagreement(
+                f"{address.stage} at {address.target} made {finished} of {len(self._params.seeds)} images"
+            )
+
+    async def _accept(self, message: bytes, group: asyncio.TaskGroup) -> None:
+        """Takes one of the denoiser's messages; kinds that are not known here are of no use here."""
+        arm = field_number(message)
+        if arm in (_LATENTS, _PREVIEW):
+            await self._accept_frame(arm, message, group)
+        elif arm in (_QUEUED, _STEP, _SUMMARY):
+            response = DenoiseLatentsResponse.FromString(message)
+            if arm == _SUMMARY:
+                self._timings.of(DENOISER, "denoise").report(response.summary)
+            else:
+                await self._emit(_progress(response))
+
+    async def _accept_frame(self, arm: int, message: bytes, group: asyncio.TaskGroup) -> None:
+        parts = indexed_frame_field(message)
+        if parts is None or not 0 <= parts[0] < len(self._params.seeds):
+            address = self._request.route.denoiser
+            raise StageDisagreement(f"{address.stage} at {address.target} sent a frame of no image")
+        index, frame = parts
+        if arm == _LATENTS:
+            await self._relay_latents(index, frame, group)
+        elif index == 0:
+            await self._relay_preview(frame, group)
+
+    async def _relay_latents(self, index: int, frame: bytes, group: asyncio.TaskGroup) -> None:
+        latents = self._latents.get(index)
+        if latents is None:
+            latents = self._latents[index] = TensorRelay()
+            group.create_task(self._decode(index, latents))
+        await latents.put(frame)
+        if is_last_frame(frame):
+            await latents.finish()
+
+    async def _decode(self, index: int, latents: TensorRelay) -> None:
+        image = await self._decoded(self._decode_spec(index), latents)
+        if index == 0 and self._preview is not None:
+            self._preview.cancel()
+        await self._emit(StreamGenerateImageResponse(image=self._generated(index, image)))
+
+    async def _relay_preview(self, frame: bytes, group: asyncio.TaskGroup) -> None:
+        """Relays a preview; one that begins while the last is still being decoded is dropped."""
+        begins = self._preview_latents.finished or self._preview is None
+        if begins:
+            self._preview_latents = TensorRelay()
+            if self._preview is None or self._preview.done():
+                self._preview = group.create_task(self._decode_preview(self._preview_latents))
+            else:
+                self._preview_latents.abandon()
+        await self._preview_latents.put(frame)
+        if is_last_frame(frame):
+            await self._preview_latents.finish()
+
+    async def _decode_preview(self, latents: TensorRelay) -> None:
+        """Decodes a preview. A failure is no reason to fail the request: the next preview may succeed."""
+        spec = DecodeSpec(
+            model=self._request.route.vae_decoder.model,
+            format=ImageFormat.IMAGE_FORMAT_JPEG,
+            quality=_PREVIEW_QUALITY,
+        )
+        try:
+            image = await self._decoded(spec, latents)
+        except (ServiceError, StageDisagreement) as error:
+            _log.warning("no preview: %s", error)
+            latents.abandon()
+        else:
+            await self._emit(StreamGenerateImageResponse(preview=self._generated(0, image)))
+
+    async def _decoded(self, spec: DecodeSpec, latents: TensorRelay) -> DecodedImage:
+        timing = self._timings.of(VAE_DECODER, "decode")
+        return await decode_latents(
+            self._calls, self._request.route.vae_decoder, spec, latents.frames(), timing
+        )
+
+    def _denoise_spec(self) -> DenoiseSpec:
+        params = self._params
+        return DenoiseSpec(
+            model=self._request.route.denoiser.model,
+            width_px=params.width_px,
+            height_px=params.height_px,
+            seeds=params.seeds,
+            step_count=params.steps,
+            guidance_scale=params.guidance,
+            reference_count=params.reference_count,
+            priority=self._request.priority,
+            preview_interval_steps=self._request.preview_interval_steps,
+        )
+
+    def _decode_spec(self, index: int) -> DecodeSpec:
+        return DecodeSpec(
+            model=self._request.route.vae_decoder.model,
+            format=self._request.format,
+            quality=self._request.quality,
+            metadata=self._file_metadata(self._params, index) if self._metadata else {},
+        )
+
+    def _file_metadata(self, params: GenerationParams, index: int) -> dict[str, str]:
+        return {
+            "model": self._request.route.name,
+            "seed": str(params.seeds[index]),
+            "steps": str(params.steps),
+        }
+
+    def _generated(self, index: int, image: DecodedImage) -> GeneratedImage:
+        return GeneratedImage(
+            index=index,
+            seed=self._params.seeds[index],
+            width_px=image.summary.width_px,
+            height_px=image.summary.height_px,
+            format=image.summary.format,
+            data=image.data,
+        )
+
+    def _summary(self) -> GenerationSummary:
+        params, prompt = self._params, self._conditioning.prompt_summary
+        sizes = self._conditioning.reference_sizes.values()
+        return GenerationSummary(
+            request_id=request_id.get(),
+            model=self._request.route.name,
+            flow=self._request.flow,
+            prompt_token_count=prompt.token_count,
+            prompt_truncated=prompt.truncated,
+            input_megapixels=sum(width_px * height_px for width_px, height_px in sizes) / 1e6,
+            output_megapixels=params.width_px * params.height_px * len(params.seeds) / 1e6,
+            step_count=params.steps,
+            guidance_scale=params.guidance,
+            stage_timings=self._timings.messages(),
+            total_duration=duration(time.perf_counter() - self._begin),
+        )
+
+
+def _progress(response: DenoiseLatentsResponse) -> StreamGenerateImageResponse:
+    """Tells the caller what the denoiser says of the queue or of a step."""
+    if response.HasField("step"):
+        step = GenerationStep(step=response.step.step, step_count=response.step.step_count)
+        return StreamGenerateImageResponse(step=step)
+    queued = GenerationQueued(position=response.queued.position)
+    if response.queued.HasField("estimated_wait"):
+        queued.estimated_wait.CopyFrom(response.queued.estimated_wait)
+    return StreamGenerateImageResponse(queued=queued)

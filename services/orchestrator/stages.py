@@ -1,0 +1,158 @@
+"""What is known of the stages behind the routing table."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+import grpc
+from klein_api.v1.stage_service_pb2 import DescribeStageRequest, DescribeStageResponse
+from klein_api.v1.stage_service_pb2_grpc import StageServiceStub
+
+from services.orchestrator.calls import Channels
+from services.orchestrator.routing import Route, StageAddress
+from services.runtime.errors import StageUnavailable
+
+_DESCRIBE_TIMEOUT_SECONDS = 5.0
+_ATTEMPTS = 3
+_BACKOFF_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class RouteFacts:
+    """What a route's stages say of themselves, as far as requests depend on it."""
+
+    distilled: bool
+    default_step_count: int
+    default_guidance_scale: float
+    text_encoder_version: str
+    """What decides the bytes of a prompt embedding besides the prompt."""
+    vae_decoder_version: str
+    """What decides the bytes of reference latents besides the image file."""
+
+
+class StageDirectory:
+    """Descriptions of stages, kept for `ttl_seconds` and asked for again after a failure.
+
+    Only a description of a stage that serves is kept: one that loads may serve a moment later.
+    """
+
+    def __init__(self, channels: Channels, ttl_seconds: float) -> None:
+        self._channels = channels
+        self._ttl_seconds = ttl_seconds
+        self._known: dict[StageAddress, _Known] = {}
+
+    async def facts(self, route: Route, timeout_seconds: float) -> RouteFacts:
+        """Returns what requests for `route` need to know, asking only stages of which nothing fresh is known.
+
+        Raises:
+            StageUnavailable: a stage does not answer, does not serve, is another stage, serves another model
+                than the table says, or does not fit the others; all such stages are named.
+        """
+        asked = [address for address in route.stages if self._fresh(address) is None]
+        if asked:
+            timeout = min(timeout_seconds, _DESCRIBE_TIMEOUT_SECONDS)
+            problems = await asyncio.gather(*(self._refresh(address, timeout) for address in asked))
+            if any(problems):
+                raise StageUnavailable("; ".join(filter(None, problems)))
+        text_encoder, denoiser, vae_decoder = (self._known[address].description for address in route.stages)
+        if problem := misfit(route, text_encoder, denoiser, vae_decoder):
+            self.forget(route)
+            raise StageUnavailable(problem)
+        return RouteFacts(
+            distilled=denoiser.denoiser.distilled,
+            default_step_count=denoiser.denoiser.default_step_count,
+            default_guidance_scale=denoiser.denoiser.default_guidance_scale,
+            text_encoder_version=_identity(text_encoder),
+            vae_decoder_version=_identity(vae_decoder),
+        )
+
+    def forget(self, route: Route) -> None:
+        """Makes the next request ask the route's stages again."""
+        for address in route.stages:
+            self._known.pop(address, None)
+
+    async def survey(self, address: StageAddress) -> tuple[DescribeStageResponse | None, str]:
+        """Asks a stage now and returns what it says, if anything, and what is wrong with it, if anything."""
+        return await self._describe(address, _DESCRIBE_TIMEOUT_SECONDS)
+
+    def _fresh(self, address: StageAddress) -> DescribeStageResponse | None:
+        known = self._known.get(address)
+        return known.description if known is not None and time.monotonic() < known.fresh_until else None
+
+    async def _refresh(self, address: StageAddress, timeout_seconds: float) -> str:
+        """Asks a stage, and again if that replica does not serve; returns what is wrong."""
+        problem = ""
+        for attempt in range(_ATTEMPTS):
+            await asyncio.sleep(_BACKOFF_SECONDS * attempt)
+            description, problem = await self._describe(address, timeout_seconds)
+            if description is None:
+                break
+            if not problem:
+                self._known[address] = _Known(time.monotonic() + self._ttl_seconds, description)
+                break
+        return problem
+
+    async def _describe(
+        self, address: StageAddress, timeout_seconds: float
+    ) -> tuple[DescribeStageResponse | None, str]:
+        stub = StageServiceStub(self._channels.any(address.target))
+        try:
+            description = await stub.DescribeStage(DescribeStageRequest(), timeout=timeout_seconds)
+        except grpc.aio.AioRpcError as error:
+            reason = error.details() or error.code().name
+            return None, f"{address.stage} at {address.target} does not answer: {reason}"
+        return description, _problem(address, description)
+
+
+@dataclass(frozen=True)
+class _Known:
+    fresh_until: float
+    description: DescribeStageResponse
+
+
+def _identity(description: DescribeStageResponse) -> str:
+    return "\n".join((description.model, description.version, description.dtype))
+
+
+def _problem(address: StageAddress, description: DescribeStageResponse) -> str:
+    """Returns why a stage cannot be used for `address`, or nothing."""
+    place = f"{address.stage} at {address.target}"
+    if description.stage != address.stage:
+        return f"{place} is a {description.stage or 'nameless stage'}, not a {address.stage}"
+    if description.model != address.model:
+        return f"{place} serves the model {description.model!r}; the routing table says {address.model!r}"
+    if not description.serving:
+        return f"{place} is loading or draining"
+    if description.WhichOneof("facts") != address.stage.replace("-", "_"):
+        return f"{place} serves but does not tell what it is"
+    return ""
+
+
+def misfit(
+    route: Route,
+    text_encoder: DescribeStageResponse,
+    denoiser: DescribeStageResponse,
+    vae_decoder: DescribeStageResponse,
+) -> str:
+    """Returns why a route's stages do not fit each other, or nothing."""
+    made = text_encoder.text_encoder.embedding_channels
+    taken = denoiser.denoiser.embedding_channels
+    if made != taken:
+        return (
+            f"{_named(route.text_encoder)} makes prompt embeddings of {made} channels; "
+            f"{_named(route.denoiser)} takes {taken}"
+        )
+    decoded = vae_decoder.vae_decoder.latent_channels
+    made = denoiser.denoiser.latent_channels
+    if made != decoded:
+        return (
+            f"{_named(route.denoiser)} makes latents of {made} channels; "
+            f"{_named(route.vae_decoder)} takes {decoded}"
+        )
+    return ""
+
+
+def _named(address: StageAddress) -> str:
+    return f"{address.stage} at {address.target} ({address.model!r})"
