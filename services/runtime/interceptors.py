@@ -17,8 +17,9 @@ from services.runtime.calls import Call, CallInterceptor
 from services.runtime.errors import DeviceOutOfMemory
 from services.runtime.load_report import LoadReport
 from services.runtime.readiness import Readiness
-from services.runtime.status import abort
+from services.runtime.status import abort_with, status_of
 
+_REJECTIONS = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE)
 _access = logging.getLogger("klein.access")
 
 
@@ -148,4 +149,7 @@ class ErrorInterceptor(CallInterceptor):
         except Exception as error:
             if isinstance(error, DeviceFault) and not isinstance(error, DeviceOutOfMemory):
                 self._on_device_fault(error)
-            await abort(call.context, error)
+            status = status_of(error)
+            if status.code in _REJECTIONS:
+                metrics.REJECTED.labels(self._readiness.stage, status.reason.lower()).inc()
+            await abort_with(call.context, status)

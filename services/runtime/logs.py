@@ -11,6 +11,8 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any
 
+from services.runtime import tracing
+
 REQUEST_ID_KEY = "x-request-id"
 """Metadata key of a request's id, in both directions."""
 MAX_REQUEST_ID_CHARACTERS = 128
@@ -44,7 +46,7 @@ def configure(level: str, form: str) -> None:
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, logger, message, request_id and the line's extra fields."""
+    """One JSON object a line: time, level, logger, message, request_id, trace_id, extra fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
@@ -55,6 +57,8 @@ class JsonFormatter(logging.Formatter):
         }
         if current := request_id.get():
             line["request_id"] = current
+        if trace := tracing.trace_id():
+            line["trace_id"] = trace
         line |= _extra(record)
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)

@@ -12,21 +12,41 @@ import os
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import TypeVar
 
-from klein_core.errors import CheckpointError, DeviceFault
+from klein_core.errors import DeviceFault, KleinError
 from services.runtime import logs, metrics, tracing
 from services.runtime.application import Application
 from services.runtime.listener import BindError, Listener
 from services.runtime.readiness import Readiness, State
-from services.runtime.settings import ServerSettings, SettingsError
+from services.runtime.settings import ServerSettings, SettingsError, load_settings
 from services.runtime.signals import stop_signals
 from services.runtime.stages import software_version
-from services.runtime.worker import THREAD_PREFIX
 
+_Settings = TypeVar("_Settings", bound=ServerSettings)
 _log = logging.getLogger("klein.server")
+
+
+def start(
+    settings_class: type[_Settings],
+    make_application: Callable[[_Settings], Application],
+    environment: Mapping[str, str],
+    overrides: Mapping[str, object],
+) -> int:
+    """Reads the settings and serves; what a `__main__` does.
+
+    Returns:
+        The process's exit code: 2 for a setting that it cannot have, else as `run`.
+    """
+    try:
+        settings = load_settings(settings_class, environment, overrides).settings
+    except SettingsError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    return run(settings, make_application(settings))
 
 
 def run(settings: ServerSettings, application: Application) -> int:
@@ -37,8 +57,8 @@ def run(settings: ServerSettings, application: Application) -> int:
     """
     logs.configure(settings.log_level, settings.log_format)
     code = asyncio.run(serve(settings, application))
-    if any(thread.name.startswith(THREAD_PREFIX) for thread in threading.enumerate()):
-        # Something that nothing can interrupt still computes; ending the interpreter under it crashes.
+    if any(thread.daemon for thread in threading.enumerate()):
+        # A thread that nothing can interrupt may still compute; ending the interpreter under it crashes.
         logging.shutdown()
         sys.stdout.flush()
         os._exit(code)
@@ -56,8 +76,11 @@ async def serve(settings: ServerSettings, application: Application) -> int:
     try:
         with stop_signals(server.stop_requested, server.stop_now):
             return await server.live()
-    except (BindError, SettingsError, CheckpointError) as error:
+    except (BindError, SettingsError, KleinError) as error:
         _log.error("%s", error)
+        return 1
+    except Exception:
+        _log.exception("the server ends because of a fault")
         return 1
     finally:
         await application.close()
@@ -120,7 +143,9 @@ class Server:
 
     async def start(self) -> None:
         """Binds and answers health, reflection, channelz and metrics; everything else is UNAVAILABLE."""
-        metrics.initialise(self.application.name, self.application.service_names)
+        application = self.application
+        names = (*application.service_names, *application.open_service_names)
+        metrics.initialise(application.name, names, application.operations)
         await self.readiness.enter(State.LOADING)
         await self._listener.start()
         _log.info("listening", extra={"port": self.port, "stage": self.application.name})

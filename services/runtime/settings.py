@@ -9,7 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from klein_core.pico.location import WEIGHTS as EMBEDDED_WEIGHTS
+
 PREFIX = "KLEIN_"
+EMBEDDED_MODEL = "pico"
+"""The `model_path` that means the model inside the package; a folder of that name is `./pico`."""
 _Settings = TypeVar("_Settings", bound="ServerSettings")
 
 
@@ -101,6 +105,11 @@ class StageSettings(ServerSettings):
         if not self.model_name:
             # Frozen settings have no other way to derive one field from another.
             object.__setattr__(self, "model_name", Path(self.model_path).resolve().name)
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """Where the checkpoint lies."""
+        return EMBEDDED_WEIGHTS if self.model_path == EMBEDDED_MODEL else Path(self.model_path)
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,12 @@ class RichStatus:
     message: str
     details: tuple[Message, ...] = ()
 
+    @property
+    def reason(self) -> str:
+        """Returns `ErrorInfo.reason`; empty without one."""
+        infos = (detail for detail in self.details if isinstance(detail, error_details_pb2.ErrorInfo))
+        return next((str(info.reason) for info in infos), "")
+
     def trailing_metadata(self) -> tuple[tuple[str, bytes], ...]:
         """Returns the metadata pair that carries the details."""
         if not self.details:
@@ -122,7 +128,11 @@ def status_of(error: BaseException) -> RichStatus:
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseException) -> NoReturn:
     """Ends a call with an error's status, keeping the trailing metadata that was set before."""
-    status = status_of(error)
+    await abort_with(context, status_of(error))
+
+
+async def abort_with(context: grpc.aio.ServicerContext[Any, Any], status: RichStatus) -> NoReturn:
+    """Ends a call with a status, keeping the trailing metadata that was set before."""
     trailing = (*(context.trailing_metadata() or ()), *status.trailing_metadata())
     await context.abort(status.code, status.message, trailing)
     raise AssertionError("abort returned")  # unreachable; tells type checkers so

@@ -16,7 +16,6 @@ from services.runtime import metrics
 from services.runtime.device_faults import as_device_fault
 from services.runtime.errors import DeadlinePassed, QueueFull, StageUnavailable
 
-THREAD_PREFIX = "klein-worker-"
 _STOP_SECONDS = 1.0
 _SMOOTHING = 0.2
 _Value = TypeVar("_Value")
@@ -59,7 +58,7 @@ class Worker:
         self._changed = threading.Condition()
         self._mean_seconds: float | None = None
         # A daemon, so that a load or a step that cannot be interrupted does not keep a stopped process alive.
-        self._thread = threading.Thread(target=self._work, name=f"{THREAD_PREFIX}{name}", daemon=True)
+        self._thread = threading.Thread(target=self._work, name=f"{name}-worker", daemon=True)
         self._thread.start()
 
     @property
@@ -132,6 +131,8 @@ class Worker:
         with self._changed:
             if job in self._waiting:
                 self._waiting.remove(job)
+        if job.deadline is not None and time.monotonic() >= job.deadline:
+            metrics.DEADLINE_MISSED.labels(self.name).inc()
         if job.future.done() and not job.future.cancelled() and job.future.exception() is None:
             metrics.ABANDONED_SECONDS.labels(self.name).inc(job.future.result().compute_seconds)
         self._count()
@@ -159,6 +160,7 @@ class Worker:
         error: BaseException | None
         if job.deadline is not None and started_at > job.deadline:
             error = DeadlinePassed()
+            metrics.DEADLINE_MISSED.labels(self.name).inc()
         else:
             value, error = _outcome(job)
         compute_seconds = time.monotonic() - started_at

@@ -1,0 +1,65 @@
+"""The vae-decoder as a server's application: loading the model, and the service around it."""
+
+from __future__ import annotations
+
+import grpc
+import torch
+from klein_api.v1 import stage_service_pb2, vae_decoder_service_pb2_grpc
+
+from klein_core.params import SIZE_MULTIPLE_PX
+from klein_core.vae_decoder.references import ReferenceLimits
+from klein_core.vae_decoder.stage import VaeDecoder
+from services.runtime.devices import resolve_device, resolve_dtype, set_threads
+from services.runtime.errors import StageUnavailable
+from services.runtime.stage_application import Loaded, StageApplication
+from services.runtime.tensors import dtype_name
+from services.vae_decoder.servicer import DECODE, ENCODE_REFERENCE, VaeDecoderServicer
+from services.vae_decoder.settings import VaeDecoderSettings
+
+
+class VaeDecoderApplication(StageApplication):
+    """One autoencoder behind one worker."""
+
+    name = "vae-decoder"
+    service_names = ("klein_api.v1.VaeDecoderService",)
+    operations = (ENCODE_REFERENCE, DECODE)
+
+    def __init__(self, settings: VaeDecoderSettings) -> None:
+        super().__init__(settings)
+        self._settings = settings
+        self._decoder: VaeDecoder | None = None
+
+    @property
+    def decoder(self) -> VaeDecoder:
+        """The loaded model.
+
+        Raises:
+            StageUnavailable: it is not loaded yet.
+        """
+        if self._decoder is None:
+            raise StageUnavailable("the model is not loaded")
+        return self._decoder
+
+    def register(self, server: grpc.aio.Server) -> None:
+        super().register(server)
+        servicer = VaeDecoderServicer(self.worker, self._settings, lambda: self.decoder)
+        vae_decoder_service_pb2_grpc.add_VaeDecoderServiceServicer_to_server(servicer, server)
+
+    def load_model(self) -> Loaded:
+        set_threads(self._settings.threads)
+        device = resolve_device(self._settings.device)
+        decoder = VaeDecoder.from_folder(
+            self._settings.checkpoint_folder,
+            device,
+            resolve_dtype(self._settings.dtype),
+            ReferenceLimits(byte_count=self._settings.reference_bytes),
+        )
+        _warm_up(decoder, self._settings.warm_up_size_px)
+        self._decoder = decoder
+        facts = stage_service_pb2.VaeDecoderFacts(latent_channels=decoder.config.packed_channels)
+        return Loaded(device=str(device), dtype=dtype_name(decoder.dtype), facts=facts)
+
+
+def _warm_up(decoder: VaeDecoder, size_px: int) -> None:
+    side_px = size_px - size_px % SIZE_MULTIPLE_PX
+    decoder.decode(decoder.encode(torch.zeros(side_px, side_px, 3)))
