@@ -104,7 +104,9 @@ def read_transformer_config(folder: Path | str) -> TransformerConfig:
     """Reads `transformer/config.json`."""
     path = Path(folder) / TRANSFORMER_FOLDER / "config.json"
     config = read_json(path)
-    _check_class(path, config.get("_class_name"), TRANSFORMER_FOLDER)
+    _check_class(
+        path, "_class_name", config.get("_class_name", _CLASSES[TRANSFORMER_FOLDER][0]), TRANSFORMER_FOLDER
+    )
     _only(path, config, _TRANSFORMER_ONLY | {"quantization_config": None})
     default = TransformerConfig
     read = TransformerConfig(
@@ -139,7 +141,7 @@ def read_vae_config(folder: Path | str) -> VaeConfig:
     """Reads `vae/config.json`."""
     path = Path(folder) / VAE_FOLDER / "config.json"
     config = read_json(path)
-    _check_class(path, config.get("_class_name"), VAE_FOLDER)
+    _check_class(path, "_class_name", config.get("_class_name", _CLASSES[VAE_FOLDER][0]), VAE_FOLDER)
     _only(path, config, _VAE_ONLY | {"quantization_config": None})
     default = VaeConfig
     decoder_widths = None
@@ -176,7 +178,9 @@ def read_scheduler_config(folder: Path | str) -> SchedulerConfig:
     """Reads `scheduler/scheduler_config.json`; the shift's constants are not in it but in the sampler."""
     path = Path(folder) / SCHEDULER_FOLDER / "scheduler_config.json"
     config = read_json(path)
-    _check_class(path, config.get("_class_name"), SCHEDULER_FOLDER)
+    _check_class(
+        path, "_class_name", config.get("_class_name", _CLASSES[SCHEDULER_FOLDER][0]), SCHEDULER_FOLDER
+    )
     _only(path, config, _SCHEDULER_ONLY)
     return SchedulerConfig()
 
@@ -190,14 +194,13 @@ def _check_index(path: Path, index: Mapping[str, Any]) -> None:
         entry = index.get(component)
         if not isinstance(entry, list) or len(entry) != 2:
             raise CheckpointError(f"{path}: {component} must be [library, class], not {entry!r}")
-        _check_class(path, entry[1], component)
+        _check_class(path, component, entry[1], component)
 
 
-def _check_class(path: Path, name: object, component: str) -> None:
-    if name is not None and name not in _CLASSES[component]:
-        raise CheckpointError(
-            f"{path}: {component} is a {name}; only {' or '.join(_CLASSES[component])} is supported"
-        )
+def _check_class(path: Path, key: str, name: object, component: str) -> None:
+    if name not in _CLASSES[component]:
+        supported = " or ".join(_CLASSES[component])
+        raise CheckpointError(f"{path}: {key} is {name}; only {supported} is supported")
 
 
 def _check_fit(folder: Path, variant: Variant) -> None:

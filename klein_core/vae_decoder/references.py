@@ -83,7 +83,7 @@ def _open(data: bytes, field: str) -> Image.Image:
         return Image.open(BytesIO(data), formats=_FORMATS)
     except MemoryError:
         raise
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InvalidInput.of(field, f"has too many pixels: {error}") from None
     # Decoders raise nearly anything on malformed bytes.
     except Exception:

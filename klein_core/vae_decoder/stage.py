@@ -95,8 +95,8 @@ class VaeDecoder:
 
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
-        """Encodes one image (3, H, W) in −1…1 to latents (rows, columns, packed_channels)."""
-        latents = self.autoencoder.encode(image.unsqueeze(0).to(self.device, self.dtype))
+        """Encodes one image (H, W, 3) in −1…1 to latents (rows, columns, packed_channels)."""
+        latents = self.autoencoder.encode(image.to(self.device, self.dtype).unsqueeze(0).permute(0, 3, 1, 2))
         return latents[0].permute(1, 2, 0).contiguous()
 
     @torch.no_grad()
@@ -140,6 +140,5 @@ class VaeDecoder:
 
 
 def image_tensor(image: Image.Image) -> Tensor:
-    """Turns an RGB image into a tensor (3, H, W) in −1…1, fp32."""
-    pixels = torch.from_numpy(np.array(image, dtype=np.float32) / 255)
-    return 2 * pixels.permute(2, 0, 1) - 1
+    """Turns an RGB image into a tensor (H, W, 3) in −1…1, fp32."""
+    return 2 * torch.from_numpy(np.array(image, dtype=np.float32) / 255) - 1
