@@ -1,0 +1,196 @@
+"""Says in words how a picture shall be changed, or how two pictures shall become one."""
+
+from __future__ import annotations
+
+import random
+
+from klein_core.pico.captions import background_words, finished, with_stray_word
+from klein_core.pico.words import (
+    article,
+    colour_pair,
+    colour_word,
+    destination_phrase,
+    noun,
+    place_phrase,
+    shape_word,
+    size_word,
+)
+from klein_core.pico.world import SIZES, Background, Item, Scene
+
+_POLITE = ("please ", "can you ", "could you ", "now ", "i want you to ", "edit the image: ", "in this picture, ",
+           "take the picture and ", "keep everything but ", "just ")  # fmt: skip
+_ENDINGS = (" please", ", please", ", keep the rest", ", keep everything else the same", " and change nothing else",
+            ", thanks", " in the picture", " in the image")  # fmt: skip
+
+
+def _polished(text: str, rng: random.Random) -> str:
+    if rng.random() < 0.12:
+        text = rng.choice(_POLITE) + text
+    if rng.random() < 0.1:
+        text += rng.choice(_ENDINGS)
+    if rng.random() < 0.05:
+        text = with_stray_word(text, rng)
+    return finished(text, rng)
+
+
+def name_of(item: Item, scene: Scene, rng: random.Random) -> str:
+    """Refers to one item of a scene so that no other item can be meant."""
+    shape = f"the {shape_word(item.shape, rng)}"
+    full = f"the {colour_word(item.colour, rng)} {shape_word(item.shape, rng)}"
+    others = [other for other in scene.items if other != item]
+    if not others:
+        return rng.choice(("it", "it", "the shape", "the object", "the figure", shape, shape, shape, full, full))
+    other = others[0]
+    place = f"{item.place} {rng.choice(('shape', 'object', 'one', shape_word(item.shape, rng)))}"
+    options = [full, f"the {place}"]
+    if item.shape != other.shape:
+        options += [shape, shape]
+    if item.colour != other.colour:
+        options.append(f"the {colour_word(item.colour, rng)} {rng.choice(('shape', 'object', 'one'))}")
+    return rng.choice(options)
+
+
+def recolour(item: Item, scene: Scene, colour: str, rng: random.Random) -> str:
+    """Gives an item another colour."""
+    name, new = name_of(item, scene, rng), colour_word(colour, rng)
+    return _polished(rng.choice((
+        f"make {name} {new}", f"make {name} {new}", f"turn {name} {new}", f"paint {name} {new}",
+        f"change the color of {name} to {new}", f"recolor {name} to {new}", f"change {name} to {new}",
+        f"color {name} {new}", f"{name} should be {new}", f"give {name} {article(new)} color",
+        f"make {name} {new} instead", f"set the color of {name} to {new}", f"{name} in {new}", f"dye {name} {new}",
+    )), rng)  # fmt: skip
+
+
+def reshape(item: Item, scene: Scene, shape: str, rng: random.Random) -> str:
+    """Turns an item into another shape of the same colour, size and place."""
+    name, new = name_of(item, scene, rng), article(shape_word(shape, rng))
+    return _polished(rng.choice((
+        f"replace {name} with {new}", f"replace {name} by {new}", f"turn {name} into {new}", f"change {name} into {new}",
+        f"change {name} to {new}", f"make {name} {new}", f"{name} should be {new}", f"make {new} of {name}",
+        f"swap {name} for {new}", f"{new} instead of {name}", f"transform {name} into {new}", f"use {new} instead of {name}",
+        f"change the shape of {name} to {new}" if name != "the shape" else f"change the shape to {new}",
+    )), rng)  # fmt: skip
+
+
+def change_background(background: Background, rng: random.Random) -> str:
+    """Puts another background behind everything."""
+    if background.is_plain:
+        new = colour_word(background.top, rng)
+    else:
+        top, bottom = colour_pair(background, rng)
+        new = rng.choice((f"a gradient from {top} to {bottom}", article(f"{background_words(background, rng)}"),
+                          f"a vertical gradient from {top} to {bottom}", f"fade from {top} to {bottom}"))  # fmt: skip
+    thing = rng.choice(("background", "background", "background", "backdrop", "canvas"))
+    return _polished(rng.choice((
+        f"make the {thing} {new}", f"change the {thing} to {new}", f"turn the {thing} {'' if background.is_plain else 'into '}{new}",
+        f"change the {thing} color to {new}", f"set the {thing} to {new}", f"use {new} as the {thing}",
+        f"the {thing} should be {new}", f"replace the {thing} with {new}", f"paint the {thing} {new}",
+        f"{background_words(background, rng)} {thing}", f"put it on {article(background_words(background, rng))} {thing}",
+        f"give it {article(background_words(background, rng))} {thing}",
+    )), rng)  # fmt: skip
+
+
+def resize(item: Item, scene: Scene, size: str, rng: random.Random) -> tuple[str, bool]:
+    """Makes an item larger or smaller; returns the words and whether they are relative ("bigger")."""
+    name = name_of(item, scene, rng)
+    steps = SIZES.index(size) - SIZES.index(item.size)
+    if abs(steps) == 1 and rng.random() < 0.55:
+        bigger = ("bigger", "larger") if steps > 0 else ("smaller", "tinier")
+        verbs = ("enlarge", "grow", "scale up") if steps > 0 else ("shrink", "reduce", "scale down")
+        text = rng.choice((f"make {name} {rng.choice(bigger)}", f"make {name} a bit {rng.choice(bigger)}",
+                           f"{rng.choice(verbs)} {name}", f"{name} should be {rng.choice(bigger)}"))  # fmt: skip
+        return _polished(text, rng), True
+    new = size_word(size, rng)
+    text = rng.choice((f"make {name} {new}", f"make {name} {new}", f"turn {name} {new}", f"{name} should be {new}",
+                       f"change the size of {name} to {new}", f"resize {name} to {new}"))  # fmt: skip
+    return _polished(text, rng), False
+
+
+def move(item: Item, scene: Scene, place: str, rng: random.Random) -> str:
+    """Moves the only item to another place."""
+    name, where = name_of(item, scene, rng), destination_phrase(place, rng)
+    return _polished(rng.choice((
+        f"move {name} {where}", f"move {name} {where}", f"shift {name} {where}", f"bring {name} {where}",
+        f"put {name} {place_phrase(place, rng)}", f"place {name} {place_phrase(place, rng)}",
+        f"{name} should be {place_phrase(place, rng)}", f"slide {name} {where}", f"push {name} {where}",
+    )), rng)  # fmt: skip
+
+
+def remove(item: Item, scene: Scene, rng: random.Random) -> str:
+    """Takes an item away."""
+    name = name_of(item, scene, rng)
+    return _polished(rng.choice((
+        f"remove {name}", f"remove {name}", f"erase {name}", f"delete {name}", f"take {name} away", f"take away {name}",
+        f"get rid of {name}", f"make {name} disappear", f"without {name}", f"hide {name}", f"drop {name}",
+    )), rng)  # fmt: skip
+
+
+def add(item: Item, rng: random.Random) -> str:
+    """Puts one more item into the picture."""
+    name, where = article(noun(item, rng)), place_phrase(item.place, rng)
+    if item.place == "center" and rng.random() < 0.3:
+        where = ""
+    return _polished(rng.choice((
+        f"add {name} {where}", f"add {name} {where}", f"put {name} {where}", f"draw {name} {where}",
+        f"insert {name} {where}", f"place {name} {where}", f"also add {name} {where}", f"{where} add {name}".strip(),
+    )).strip(), rng)  # fmt: skip
+
+
+def _image(number: int, rng: random.Random) -> str:
+    ordinal = ("first", "second")[number - 1]
+    return rng.choice((f"image {number}", f"image {number}", f"the {ordinal} image", f"picture {number}",
+                       f"the {ordinal} picture", f"the {ordinal} reference"))  # fmt: skip
+
+
+def _thing(number: int, rng: random.Random) -> str:
+    thing = rng.choice(("shape", "object", "figure", "thing"))
+    return f"the {thing} {rng.choice(('of', 'from', 'in'))} {_image(number, rng)}"
+
+
+def onto_background(rng: random.Random) -> str:
+    """Puts the first picture's item on the second picture's background."""
+    one, behind = _thing(1, rng), f"the background {rng.choice(('of', 'from', 'in'))} {_image(2, rng)}"
+    return _polished(rng.choice((
+        f"put {one} on {behind}", f"{one} on {behind}", f"use {behind} for {_image(1, rng)}",
+        f"{one} with {behind}", f"place {one} over {behind}", f"combine {one} with {behind}",
+        f"replace the background of {_image(1, rng)} with {behind}", f"take {one} and {behind}",
+        f"change the background of {_image(1, rng)} to {behind}", f"keep {one} but use {behind}",
+    )), rng)  # fmt: skip
+
+
+def colour_from_second(rng: random.Random) -> str:
+    """Gives the first picture's item the colour of the second picture's item."""
+    one = _thing(1, rng)
+    colour = rng.choice((f"the color {rng.choice(('of', 'from', 'in'))} {_image(2, rng)}", f"the color of {_thing(2, rng)}"))
+    return _polished(rng.choice((
+        f"paint {one} in {colour}", f"{one} in {colour}", f"{one} with {colour}", f"recolor {one} with {colour}",
+        f"give {one} {colour}", f"use {colour} for {one}", f"make {one} {colour}", f"change the color of {one} to {colour}",
+        f"apply {colour} to {one}", f"color {one} like {_thing(2, rng)}",
+    )), rng)  # fmt: skip
+
+
+def side_by_side(left: int, right: int, rng: random.Random) -> str:
+    """Puts one picture's item on the left and the other's on the right."""
+    one, other = _thing(left, rng), _thing(right, rng)
+    options = [
+        f"put {one} on the left and {other} on the right", f"{one} on the left and {other} on the right",
+        f"put {one} to the left of {other}", f"{one} to the left of {other}", f"{other} to the right of {one}",
+        f"put {other} on the right and {one} on the left", f"{one} left, {other} right", f"place {one} left of {other}",
+        f"put {other} to the right of {one}",
+    ]  # fmt: skip
+    if left == 1:
+        options += [f"{one} next to {other}", f"{one} and {other} side by side", f"put {one} and {other} side by side",
+                    "put both shapes side by side", "combine both images side by side",
+                    f"put {one} next to {other}"]  # fmt: skip
+    return _polished(rng.choice(options), rng)
+
+
+def stacked(above: int, below: int, rng: random.Random) -> str:
+    """Puts one picture's item at the top and the other's at the bottom."""
+    one, other = _thing(above, rng), _thing(below, rng)
+    return _polished(rng.choice((
+        f"put {one} at the top and {other} at the bottom", f"{one} at the top and {other} at the bottom",
+        f"put {one} above {other}", f"{one} above {other}", f"{other} below {one}", f"put {other} below {one}",
+        f"put {other} at the bottom and {one} at the top", f"{one} on top of {other}", f"{other} under {one}",
+        f"place {other} under {one}", f"place {one} over {other}" if above == 1 else f"{one} over {other}",
+    )), rng)  # fmt: skip
