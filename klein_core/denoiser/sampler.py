@@ -1,0 +1,149 @@
+"""From noise to a picture's latents: Euler steps along predicted velocities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from klein_core.denoiser.schedule import sigmas
+from klein_core.denoiser.span import Span
+from klein_core.denoiser.transformer import FlowTransformer
+from klein_core.errors import InvalidInput
+
+
+def initial_noise(
+    seed: int,
+    rows: int,
+    columns: int,
+    channels: int,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Returns (rows, columns, channels) of standard normal noise.
+
+    It is drawn on the CPU, so that a seed means the same on every device, and channels first in `dtype`
+    itself: drawing in another dtype or layout gives other numbers than diffusers does.
+    """
+    generator = torch.Generator("cpu").manual_seed(seed)
+    noise = torch.randn((1, channels, rows, columns), generator=generator, dtype=dtype)
+    return noise[0].permute(1, 2, 0).contiguous().to(device)
+
+
+@dataclass(frozen=True, eq=False)
+class Guide:
+    """What the images of one request share."""
+
+    prompt_embedding: Tensor
+    """(text tokens, joint attention channels)."""
+    references: tuple[Tensor, ...] = ()
+    """(rows, columns, channels) each."""
+    negative_prompt_embedding: Tensor | None = None
+    """(text tokens, joint attention channels); needed when `guidance_scale` is above 1."""
+    guidance_scale: float = 1.0
+    """1 or less is no guidance and one span; more pushes away from the negative prompt."""
+
+    def __post_init__(self) -> None:
+        if self.is_guided and self.negative_prompt_embedding is None:
+            raise InvalidInput.of("negative_prompt_embedding", "is missing; guidance above 1 needs it")
+
+    @property
+    def is_guided(self) -> bool:
+        return self.guidance_scale > 1
+
+    @property
+    def prompt_embeddings(self) -> tuple[Tensor, ...]:
+        """The positive embedding, then the negative one if there is guidance."""
+        if self.is_guided and self.negative_prompt_embedding is not None:
+            return self.prompt_embedding, self.negative_prompt_embedding
+        return (self.prompt_embedding,)
+
+
+class Trajectory:
+    """One image on its way from noise to data."""
+
+    def __init__(self, guide: Guide, latents: Tensor, step_count: int, step_index: int = 0) -> None:
+        """Starts with `latents` as they are before step `step_index`; 0 means pure noise.
+
+        Raises:
+            InvalidInput: the step index is outside 0…step_count, or latents are not (rows, columns, channels).
+        """
+        if latents.ndim != 3:
+            raise InvalidInput.of("latents", f"has shape {tuple(latents.shape)}; rows, columns, channels")
+        self.sigmas = sigmas(latents.shape[0] * latents.shape[1], step_count)
+        if not 0 <= step_index <= step_count:
+            raise InvalidInput.of("step_index", f"is {step_index}; 0 to {step_count}")
+        self.guide = guide
+        self.latents = latents
+        self.step_count = step_count
+        self.step_index = step_index
+        self._velocity: Tensor | None = None
+
+    @classmethod
+    def from_seed(
+        cls, guide: Guide, seed: int, rows: int, columns: int, channels: int, step_count: int
+    ) -> Trajectory:
+        """Starts from noise, drawn in the prompt embedding's dtype and put on its device."""
+        like = guide.prompt_embedding
+        noise = initial_noise(seed, rows, columns, channels, like.dtype, like.device)
+        return cls(guide, noise, step_count)
+
+    @property
+    def sigma(self) -> float:
+        """Noise level of `latents`: 1 at the start, 0 when finished."""
+        return self.sigmas[self.step_index]
+
+    @property
+    def finished(self) -> bool:
+        """Whether `latents` are the result."""
+        return self.step_index == self.step_count
+
+    @property
+    def spans(self) -> list[Span]:
+        """What the next step has to compute: one span, or with guidance two, the positive first."""
+        return [
+            Span(embedding, self.latents, self.guide.references, self.sigma)
+            for embedding in self.guide.prompt_embeddings
+        ]
+
+    def advance(self, velocities: Sequence[Tensor]) -> None:
+        """Takes one Euler step with the velocities of `spans`, in their order.
+
+        The step is computed in float32 and rounded to the velocity's dtype, as diffusers'
+        `FlowMatchEulerDiscreteScheduler` does.
+        """
+        velocity = self._guided(velocities)
+        levels = torch.tensor([self.sigma, self.sigmas[self.step_index + 1]], dtype=torch.float32)
+        step = levels[1] - levels[0]
+        self.latents = (self.latents.float() + step * velocity).to(velocity.dtype)
+        self._velocity = velocity
+        self.step_index += 1
+
+    def preview(self) -> Tensor:
+        """Estimates the finished latents: x − σ·v, or `latents` as long as no step was taken here."""
+        if self._velocity is None:
+            return self.latents
+        return (self.latents.float() - self.sigma * self._velocity.float()).to(self.latents.dtype)
+
+    def _guided(self, velocities: Sequence[Tensor]) -> Tensor:
+        if len(velocities) == 1:
+            return velocities[0]
+        positive, negative = velocities
+        return negative + self.guide.guidance_scale * (positive - negative)
+
+
+@torch.no_grad()
+def packed_step(transformer: FlowTransformer, trajectories: Sequence[Trajectory]) -> None:
+    """Advances every trajectory by one step with a single forward pass over all their spans.
+
+    Raises:
+        InvalidInput: a trajectory's tensors do not fit the model, or it is finished already.
+    """
+    if any(trajectory.finished for trajectory in trajectories):
+        raise InvalidInput.of("trajectories", "includes a finished one")
+    spans = [trajectory.spans for trajectory in trajectories]
+    velocities = iter(transformer([span for group in spans for span in group]))
+    for trajectory, group in zip(trajectories, spans, strict=True):
+        trajectory.advance([next(velocities) for _ in group])
