@@ -82,8 +82,14 @@ class Scheduler:
         self._jobs[job.sequence] = job
         return job
 
-    def make_ready(self, job: Job) -> None:
-        """Says that the job's tensors are here."""
+    def make_ready(self, job: Job, spec: JobSpec, now: float) -> None:
+        """Says that the job's tensors are here, and with them what it really asks for.
+
+        Raises:
+            DeadlineUnreachable: measured step times say that it would end too late.
+        """
+        job.spec = spec
+        self._refuse_hopeless(job, now)
         job.is_ready = True
 
     def cancel(self, job: Job) -> None:

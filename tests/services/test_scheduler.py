@@ -47,7 +47,7 @@ class Device:
 
     def submit(self, spec: JobSpec) -> Job:
         job = self.scheduler.admit(spec, self.now)
-        self.scheduler.make_ready(job)
+        self.scheduler.make_ready(job, spec, self.now)
         return job
 
     def step(self) -> Plan | None:
@@ -263,8 +263,11 @@ def test_a_request_without_its_tensors_keeps_its_place_but_is_not_chosen():
     quick = device.submit(JobSpec(image_tokens=5, step_count=2))
     assert device.scheduler.position(quick) == 1
     assert device.step().units[0].job is quick
-    device.scheduler.make_ready(slow_sender)
-    assert device.step().units[0].job is slow_sender
+    real_size = JobSpec(image_tokens=7, step_count=1)
+    device.scheduler.make_ready(slow_sender, real_size, device.now)
+    plan = device.step()
+    assert plan.units[0].job is slow_sender
+    assert plan.tokens == 7
 
 
 def test_expired_and_cancelled_requests_leave_at_the_next_boundary():

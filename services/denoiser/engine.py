@@ -1,0 +1,257 @@
+"""The step loop: one thread that lets the device do what the scheduler chooses."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from klein_core.denoiser.sampler import Trajectory
+
+from klein_core.errors import DeviceFault
+from services.denoiser import step_metrics
+from services.denoiser.job import Job, JobSpec, Plan, Unit
+from services.denoiser.outbox import Checkpoint, Finished, Outbox, Preview, Queued, Started, StepDone
+from services.denoiser.scheduler import Scheduler
+from services.runtime.device_faults import as_device_fault
+from services.runtime.errors import DeadlinePassed, DeviceOutOfMemory, StageUnavailable
+from services.runtime.tensors import host_tensor
+
+IDLE_SECONDS = 0.5
+"""How often requests that wait for their tensors are looked at while the device has nothing to do."""
+CLOSE_SECONDS = 5.0
+"""How long `close` waits for a step that runs."""
+_log = logging.getLogger("klein.denoiser")
+
+Step = Callable[[Sequence[Trajectory]], None]
+"""Does one step of every trajectory and returns when the device is done."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """How busy the engine is."""
+
+    queued_count: int
+    running_count: int
+    estimated_wait_seconds: float | None
+    capacity: int
+    """Such newcomers that one step takes."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Run:
+    """A request's tensors and wishes."""
+
+    trajectories: list[Trajectory]
+    """One for each image; their state is all that a paused request needs."""
+    preview_interval_steps: int = 0
+    checkpoint_interval_steps: int = 0
+
+
+class Engine:
+    """Owns the scheduler and the thread; every public method may be called from any thread.
+
+    The lock is held between two steps only, so callers never wait for the device.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        step: Step,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.clock = clock
+        self._scheduler = scheduler
+        self._step = step
+        self._changed = threading.Condition()
+        self._outboxes: dict[Job, Outbox] = {}
+        self._runs: dict[Job, Run] = {}
+        self._positions: dict[Job, int] = {}
+        self._unavailable: Exception | None = None
+        # A daemon: a step that cannot be interrupted must not keep a stopped process alive.
+        self._thread = threading.Thread(target=self._loop, name="denoiser-steps", daemon=True)
+
+    def start(self) -> None:
+        """Begins to take steps."""
+        self._thread.start()
+
+    def admit(self, spec: JobSpec, outbox: Outbox) -> Job:
+        """Reserves a place in the queue; `submit` must follow, or `cancel`.
+
+        Raises:
+            QueueFull, DeadlineUnreachable: see the scheduler.
+            StageUnavailable: the engine is closing.
+            DeviceFault: the device was lost, which ends the server.
+        """
+        with self._changed:
+            if self._unavailable is not None:
+                raise self._unavailable
+            job = self._scheduler.admit(spec, self.clock())
+            self._outboxes[job] = outbox
+            self._tell_positions()
+            self._changed.notify()
+        return job
+
+    def submit(self, job: Job, spec: JobSpec, run: Run) -> None:
+        """Hands over an admitted request's tensors; it joins between two steps. No effect once it has left.
+
+        Raises:
+            DeadlineUnreachable: `spec`, which now knows the tensors' sizes, asks for too much.
+        """
+        with self._changed:
+            if job in self._outboxes:
+                self._scheduler.make_ready(job, spec, self.clock())
+                self._runs[job] = run
+                self._changed.notify()
+
+    def cancel(self, job: Job) -> None:
+        """Lets a request leave at the next step boundary; no effect once it has left."""
+        with self._changed:
+            self._scheduler.cancel(job)
+            self._changed.notify()
+
+    def load(self, newcomer: JobSpec) -> Load:
+        """Tells how busy the engine is, and how long a `newcomer` would wait."""
+        with self._changed:
+            return Load(
+                queued_count=self._scheduler.queued_count,
+                running_count=self._scheduler.running_count,
+                estimated_wait_seconds=self._scheduler.newcomer_wait(newcomer, self.clock()),
+                capacity=max(1, self._scheduler.token_budget // newcomer.image_tokens),
+            )
+
+    def close(self) -> None:
+        """Ends the loop after the step that runs; requests that are left fail as unavailable."""
+        with self._changed:
+            self._unavailable = self._unavailable or StageUnavailable("the denoiser is shutting down")
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join(CLOSE_SECONDS)
+
+    def _loop(self) -> None:
+        with torch.inference_mode():
+            while (plan := self._next()) is not None:
+                self._tell_started(plan)
+                self._execute(plan)
+
+    def _next(self) -> Plan | None:
+        """Waits for something to do; `None` means that the engine is closed."""
+        with self._changed:
+            while self._unavailable is None:
+                self._dismiss(self._scheduler.sweep(self.clock()))
+                plan = self._scheduler.choose(self.clock())
+                self._tell_positions()
+                if plan is not None:
+                    return plan
+                self._changed.wait(IDLE_SECONDS if self._outboxes else None)
+            self._fail(self._scheduler.jobs, self._unavailable)
+        return None
+
+    def _execute(self, plan: Plan) -> None:
+        begun = self.clock()
+        try:
+            self._step([self._trajectory(unit) for unit in plan.units])
+            seconds = self.clock() - begun
+            with self._changed:
+                finished = self._scheduler.complete(plan, seconds)
+            step_metrics.observe_step(plan, seconds, self._scheduler.token_budget)
+            self._report(plan, finished)
+        except Exception as error:
+            # Whatever went wrong is told to the callers concerned; the loop lives on.
+            self._recover(plan, error)
+
+    def _report(self, plan: Plan, finished: Sequence[Job]) -> None:
+        """Tells the requests whose step is complete; copies to the host happen here, outside the lock."""
+        for job in dict.fromkeys(unit.job for unit in plan.units):
+            outbox, run = self._outboxes[job], self._runs[job]
+            if job in finished:
+                outbox.post(StepDone(job.spec.step_count))
+                outbox.post(self._finished(job, run))
+                step_metrics.observe_finished(job)
+                with self._changed:
+                    self._forget(job)
+            elif job.next_image == 0:
+                outbox.post(StepDone(job.steps_done))
+                _tell_progress(job.steps_done, run, outbox)
+
+    def _finished(self, job: Job, run: Run) -> Finished:
+        started_at = job.admitted_at if job.started_at is None else job.started_at
+        latents = tuple(host_tensor(trajectory.latents) for trajectory in run.trajectories)
+        return Finished(latents, started_at - job.admitted_at, self.clock() - started_at)
+
+    def _recover(self, plan: Plan, error: Exception) -> None:
+        """Finds who is concerned: everybody when the device is lost, else those who fail on their own too."""
+        fault = as_device_fault(error)
+        units = [unit for unit in plan.units if unit.job in self._runs]
+        is_lost = isinstance(fault, DeviceFault) and not isinstance(fault, DeviceOutOfMemory)
+        if not is_lost and len(units) > 1 and all(self._is_untouched(unit) for unit in units):
+            _log.warning("a packed step failed; its requests are tried one by one", exc_info=error)
+            if isinstance(fault, DeviceOutOfMemory):
+                self._shrink_budget(plan.tokens // 2)
+            self._execute_singly(units)
+            return
+        with self._changed:
+            self._fail((unit.job for unit in units), fault)
+            if is_lost:
+                self._unavailable = fault
+
+    def _execute_singly(self, units: Sequence[Unit]) -> None:
+        for unit in units:
+            if unit.job in self._runs:
+                self._execute(Plan((unit,)))
+
+    def _is_untouched(self, unit: Unit) -> bool:
+        """Whether the failed step left the image as it was."""
+        return self._trajectory(unit).step_index == unit.job.steps_done
+
+    def _shrink_budget(self, tokens: int) -> None:
+        with self._changed:
+            self._scheduler.token_budget = min(self._scheduler.token_budget, tokens)
+        _log.warning("out of memory: steps are now at most %d tokens", self._scheduler.token_budget)
+
+    def _fail(self, jobs: Iterable[Job], error: BaseException) -> None:
+        for job in dict.fromkeys(jobs):
+            self._scheduler.remove([job])
+            if job in self._outboxes:
+                self._outboxes[job].fail(error)
+                self._forget(job)
+
+    def _dismiss(self, jobs: Iterable[Job]) -> None:
+        """Lets go of requests that were cancelled or expired; nobody may be left to hear of it."""
+        for job in jobs:
+            step_metrics.observe_abandoned(job, is_late=job.is_expired(self.clock()))
+            self._outboxes[job].fail(DeadlinePassed())
+            self._forget(job)
+
+    def _forget(self, job: Job) -> None:
+        for known in (self._outboxes, self._runs, self._positions):
+            known.pop(job, None)
+        step_metrics.observe_load(self._scheduler.queued_count, self._scheduler.running_count)
+
+    def _tell_positions(self) -> None:
+        for position, job in enumerate(self._scheduler.jobs):
+            if not job.is_started and self._positions.get(job) != position:
+                self._positions[job] = position
+                self._outboxes[job].post(Queued(position, self._scheduler.estimated_wait(job)))
+        step_metrics.observe_load(self._scheduler.queued_count, self._scheduler.running_count)
+
+    def _tell_started(self, plan: Plan) -> None:
+        for job in {unit.job for unit in plan.units if unit.job.units_done == 0 and unit.image == 0}:
+            queue_seconds = (job.started_at or job.admitted_at) - job.admitted_at
+            step_metrics.observe_started(queue_seconds)
+            self._outboxes[job].post(Started(queue_seconds))
+
+    def _trajectory(self, unit: Unit) -> Trajectory:
+        return self._runs[unit.job].trajectories[unit.image]
+
+
+def _tell_progress(step: int, run: Run, outbox: Outbox) -> None:
+    if run.preview_interval_steps and step % run.preview_interval_steps == 0:
+        outbox.post(Preview(step, host_tensor(run.trajectories[0].preview())))
+    if run.checkpoint_interval_steps and step % run.checkpoint_interval_steps == 0:
+        latents = tuple(host_tensor(trajectory.latents) for trajectory in run.trajectories)
+        outbox.post(Checkpoint(step, latents))

@@ -1,0 +1,117 @@
+"""From settings to a denoiser that is ready: load, warm up, measure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from klein_core.denoiser.sampler import Trajectory, packed_step
+from klein_core.denoiser.transformer import FlowTransformer
+from klein_core.pico.location import WEIGHTS
+from klein_core.variants import TextEncoderConfig, read_json
+from services.denoiser.engine import Engine, Step
+from services.denoiser.request import Model, RequestLimits
+from services.denoiser.scheduler import Scheduler, SchedulerLimits
+from services.denoiser.servicer import Denoiser
+from services.denoiser.settings import DenoiserSettings
+from services.denoiser.step_times import StepTimes
+from services.denoiser.warmup import BUDGET_SIDE_PX, measure_budget, synchronize, warm_up
+from services.denoiser.workload import Workload
+from services.runtime.devices import resolve_device, resolve_dtype, set_threads
+from services.runtime.worker import Worker
+
+PICO = "pico"
+
+
+def load_denoiser(settings: DenoiserSettings, preparation: Worker) -> Denoiser:
+    """Loads the checkpoint and warms it up. Slow: not for the event loop.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be loaded.
+        SettingsError: there is no such device, or a warm-up size is none.
+    """
+    set_threads(settings.threads)
+    device = resolve_device(settings.device)
+    sizes_px = settings.sizes_px(on_gpu=device.type == "cuda")
+    folder = WEIGHTS if settings.model_path == PICO else Path(settings.model_path)
+    transformer = FlowTransformer.from_folder(folder, device=device, dtype=resolve_dtype(settings.dtype))
+    workload = Workload(
+        model=_model(settings, folder, transformer), device=device, text_tokens=_text_tokens(folder)
+    )
+    return assemble(settings, workload, step_of(transformer), sizes_px, preparation)
+
+
+def assemble(
+    settings: DenoiserSettings,
+    workload: Workload,
+    step: Step,
+    sizes_px: Sequence[tuple[int, int]],
+    preparation: Worker,
+) -> Denoiser:
+    """Puts a denoiser together around any `step`, after warming it up with images of `sizes_px`."""
+    times = StepTimes()
+    warm_up(step, workload.sample, workload.sample_tokens, sizes_px, times)
+    return Denoiser(
+        engine=Engine(Scheduler(_scheduler_limits(settings, workload, step), times), step),
+        model=workload.model,
+        workload=workload,
+        limits=RequestLimits(
+            image_count=settings.image_limit,
+            reference_count=settings.reference_limit,
+            reference_tokens=settings.reference_token_limit,
+            text_tokens=settings.text_token_limit,
+        ),
+        receive_timeout_seconds=settings.receive_timeout_seconds,
+        preparation=preparation,
+    )
+
+
+def step_of(transformer: FlowTransformer) -> Step:
+    """Returns what the engine's thread calls."""
+
+    def step(trajectories: Sequence[Trajectory]) -> None:
+        with torch.inference_mode():
+            packed_step(transformer, trajectories)
+            synchronize(transformer.device)
+
+    return step
+
+
+def _scheduler_limits(settings: DenoiserSettings, workload: Workload, step: Step) -> SchedulerLimits:
+    return SchedulerLimits(
+        queue_limit=settings.queue_limit,
+        token_budget=_token_budget(settings, workload, step),
+        step_image_limit=settings.step_image_limit,
+        memory_limit_bytes=settings.memory_limit_mib * 1024**2,
+        ageing_seconds=settings.ageing_seconds,
+        aged_share=settings.aged_share,
+    )
+
+
+def _token_budget(settings: DenoiserSettings, workload: Workload, step: Step) -> int:
+    """Returns 0, one image at a time, where results must not depend on who shares a step."""
+    if not settings.packs(on_gpu=workload.device.type == "cuda"):
+        return 0
+    if settings.token_budget:
+        return settings.token_budget
+    image_tokens = workload.sample_tokens(BUDGET_SIDE_PX, BUDGET_SIDE_PX)
+    return measure_budget(step, workload.sample, image_tokens, settings.step_image_limit)
+
+
+def _model(settings: DenoiserSettings, folder: Path, transformer: FlowTransformer) -> Model:
+    return Model(
+        name=settings.model_name,
+        is_distilled=bool(read_json(folder / "model_index.json").get("is_distilled", False)),
+        embedding_channels=transformer.config.joint_attention_dim,
+        latent_channels=transformer.config.in_channels,
+        dtype=transformer.dtype,
+    )
+
+
+def _text_tokens(folder: Path) -> int:
+    """Returns the sequence length of the checkpoint's text encoder, klein's where it is not told."""
+    path = folder / "text_encoder" / "config.json"
+    default = TextEncoderConfig.sequence_length
+    return int(read_json(path).get("max_sequence_length", default)) if path.exists() else default

@@ -1,0 +1,107 @@
+"""DenoiserService: parse, hand over to the step loop, tell what happens."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import grpc
+from klein_api.v1 import denoiser_service_pb2 as api
+from klein_api.v1 import denoiser_service_pb2_grpc
+
+from services.denoiser.engine import Engine
+from services.denoiser.job import Job
+from services.denoiser.outbox import Finished, Outbox
+from services.denoiser.request import Model, Order, RequestLimits, RequestReader
+from services.denoiser.responses import Responses
+from services.denoiser.workload import Workload
+from services.runtime.receive import receive
+from services.runtime.worker import Worker
+
+SERVICE_NAME = "klein_api.v1.DenoiserService"
+_Context: TypeAlias = "grpc.aio.ServicerContext[api.DenoiseLatentsRequest, api.DenoiseLatentsResponse]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Denoiser:
+    """A loaded model and what runs it."""
+
+    engine: Engine
+    model: Model
+    workload: Workload
+    limits: RequestLimits
+    receive_timeout_seconds: float
+    preparation: Worker
+    """Where tensors are checked and noise is made: neither on the event loop nor between steps."""
+
+
+class DenoiserServicer(denoiser_service_pb2_grpc.DenoiserServiceServicer):
+    """Serves one denoiser; `denoiser` returns it once it is loaded, and calls come only then."""
+
+    def __init__(self, denoiser: Callable[[], Denoiser]) -> None:
+        self._denoiser = denoiser
+
+    async def DenoiseLatents(
+        self, request_iterator: AsyncIterator[api.DenoiseLatentsRequest], context: _Context
+    ) -> AsyncIterator[api.DenoiseLatentsResponse]:
+        denoiser = self._denoiser()
+        request = _Request(denoiser, context.time_remaining())
+        # Beside the finally, which waits for the generator's end when a call is cut off while it sends.
+        context.add_done_callback(request.cancel)  # type: ignore[arg-type] # the stubs want a class
+        try:
+            timeout_seconds = denoiser.receive_timeout_seconds
+            await receive(request_iterator, request.reader.accept, timeout_seconds=timeout_seconds)
+            await request.submit()
+            async for response in request.responses():
+                yield response
+        finally:
+            request.cancel()
+
+
+class _Request:
+    """One call: it reserves a place when its spec has come and takes it when its tensors have."""
+
+    def __init__(self, denoiser: Denoiser, remaining_seconds: float | None) -> None:
+        self._denoiser = denoiser
+        self._outbox = Outbox(asyncio.get_running_loop())
+        clock = denoiser.engine.clock
+        self._deadline = None if remaining_seconds is None else clock() + remaining_seconds
+        self.reader = RequestReader(denoiser.model, denoiser.limits, self._reserve)
+        self._reservation: tuple[Order, Job] | None = None
+
+    def _reserve(self, order: Order) -> None:
+        spec = self._denoiser.workload.expected(order, self._deadline)
+        self._reservation = (order, self._denoiser.engine.admit(spec, self._outbox))
+
+    async def submit(self) -> None:
+        """Checks the tensors, makes the noise and joins the queue."""
+        await self._denoiser.preparation.run(self._prepare)
+
+    def _prepare(self) -> None:
+        conditioning = self.reader.finish()
+        order, job = self._admitted()
+        spec, run = self._denoiser.workload.prepared(order, self._deadline, conditioning)
+        self._denoiser.engine.submit(job, spec, run)
+
+    async def responses(self) -> AsyncIterator[api.DenoiseLatentsResponse]:
+        """Yields everything that happens until the request is finished."""
+        order, _ = self._admitted()
+        messages = Responses(order.params.steps, order.resume_step)
+        is_finished = False
+        while not is_finished:
+            for event in await self._outbox.take():
+                is_finished = isinstance(event, Finished)
+                for message in messages.of(event):
+                    yield message
+
+    def _admitted(self) -> tuple[Order, Job]:
+        if self._reservation is None:
+            raise RuntimeError("a request without a spec passed its checks")
+        return self._reservation
+
+    def cancel(self, _context: object = None) -> None:
+        """Leaves at the next step boundary; no effect after the end."""
+        if self._reservation is not None:
+            self._denoiser.engine.cancel(self._reservation[1])
