@@ -76,7 +76,9 @@ class JointAttention(nn.Module):
         image_qkv = self.to_qkv(image).unflatten(-1, (3, -1, self.head_dim))
         query_key = rotate(
             packing.join(
-                normalised_heads(text_qkv[:, :, :2], self.norm_added_q.weight, self.norm_added_k.weight, self.eps),
+                normalised_heads(
+                    text_qkv[:, :, :2], self.norm_added_q.weight, self.norm_added_k.weight, self.eps
+                ),
                 normalised_heads(image_qkv[:, :, :2], self.norm_q.weight, self.norm_k.weight, self.eps),
             ),
             rotations,

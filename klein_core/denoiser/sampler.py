@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,63 +31,74 @@ def initial_noise(
     return noise[0].permute(1, 2, 0).contiguous().to(device)
 
 
-@dataclass(frozen=True, eq=False)
-class Guide:
-    """What the images of one request share."""
-
-    prompt_embedding: Tensor
-    """(text tokens, joint attention channels)."""
-    references: tuple[Tensor, ...] = ()
-    """(rows, columns, channels) each."""
-    negative_prompt_embedding: Tensor | None = None
-    """(text tokens, joint attention channels); needed when `guidance_scale` is above 1."""
-    guidance_scale: float = 1.0
-    """1 or less is no guidance and one span; more pushes away from the negative prompt."""
-
-    def __post_init__(self) -> None:
-        if self.is_guided and self.negative_prompt_embedding is None:
-            raise InvalidInput.of("negative_prompt_embedding", "is missing; guidance above 1 needs it")
-
-    @property
-    def is_guided(self) -> bool:
-        return self.guidance_scale > 1
-
-    @property
-    def prompt_embeddings(self) -> tuple[Tensor, ...]:
-        """The positive embedding, then the negative one if there is guidance."""
-        if self.is_guided and self.negative_prompt_embedding is not None:
-            return self.prompt_embedding, self.negative_prompt_embedding
-        return (self.prompt_embedding,)
-
-
 class Trajectory:
-    """One image on its way from noise to data."""
+    """One image on its way from noise to data. Images of one request share its tensors."""
 
-    def __init__(self, guide: Guide, latents: Tensor, step_count: int, step_index: int = 0) -> None:
-        """Starts with `latents` as they are before step `step_index`; 0 means pure noise.
+    def __init__(
+        self,
+        *,
+        latents: Tensor,
+        step_count: int,
+        step_index: int = 0,
+        prompt_embedding: Tensor,
+        negative_prompt_embedding: Tensor | None = None,
+        guidance_scale: float = 1.0,
+        references: tuple[Tensor, ...] = (),
+    ) -> None:
+        """Starts, or goes on, with `latents` as they are before step `step_index`.
+
+        Args:
+            latents: (rows, columns, channels); pure noise where `step_index` is 0.
+            step_count: steps from noise to data, those already taken included.
+            step_index: steps already taken.
+            prompt_embedding: (text tokens, joint attention channels).
+            negative_prompt_embedding: the same; needed when `guidance_scale` is above 1, else not used.
+            guidance_scale: 1 or less is no guidance and one span a step, more is two.
+            references: clean latents, (rows, columns, channels) each.
 
         Raises:
-            InvalidInput: the step index is outside 0…step_count, or latents are not (rows, columns, channels).
+            InvalidInput: latents have no three axes, the step index is outside 0…step_count, or guidance
+                lacks its negative prompt.
         """
         if latents.ndim != 3:
             raise InvalidInput.of("latents", f"has shape {tuple(latents.shape)}; rows, columns, channels")
         self.sigmas = sigmas(latents.shape[0] * latents.shape[1], step_count)
         if not 0 <= step_index <= step_count:
             raise InvalidInput.of("step_index", f"is {step_index}; 0 to {step_count}")
-        self.guide = guide
+        self.prompt_embeddings = _prompt_embeddings(
+            prompt_embedding, negative_prompt_embedding, guidance_scale
+        )
+        self.guidance_scale = guidance_scale
+        self.references = references
         self.latents = latents
         self.step_count = step_count
         self.step_index = step_index
         self._velocity: Tensor | None = None
 
     @classmethod
-    def from_seed(
-        cls, guide: Guide, seed: int, rows: int, columns: int, channels: int, step_count: int
+    def from_noise(
+        cls,
+        *,
+        seed: int,
+        rows: int,
+        columns: int,
+        channels: int,
+        step_count: int,
+        prompt_embedding: Tensor,
+        negative_prompt_embedding: Tensor | None = None,
+        guidance_scale: float = 1.0,
+        references: tuple[Tensor, ...] = (),
     ) -> Trajectory:
-        """Starts from noise, drawn in the prompt embedding's dtype and put on its device."""
-        like = guide.prompt_embedding
-        noise = initial_noise(seed, rows, columns, channels, like.dtype, like.device)
-        return cls(guide, noise, step_count)
+        """Starts from `initial_noise` in the prompt embedding's dtype, on its device."""
+        like = prompt_embedding
+        return cls(
+            latents=initial_noise(seed, rows, columns, channels, like.dtype, like.device),
+            step_count=step_count,
+            prompt_embedding=prompt_embedding,
+            negative_prompt_embedding=negative_prompt_embedding,
+            guidance_scale=guidance_scale,
+            references=references,
+        )
 
     @property
     def sigma(self) -> float:
@@ -104,8 +114,7 @@ class Trajectory:
     def spans(self) -> list[Span]:
         """What the next step has to compute: one span, or with guidance two, the positive first."""
         return [
-            Span(embedding, self.latents, self.guide.references, self.sigma)
-            for embedding in self.guide.prompt_embeddings
+            Span(embedding, self.latents, self.references, self.sigma) for embedding in self.prompt_embeddings
         ]
 
     def advance(self, velocities: Sequence[Tensor]) -> None:
@@ -131,7 +140,17 @@ class Trajectory:
         if len(velocities) == 1:
             return velocities[0]
         positive, negative = velocities
-        return negative + self.guide.guidance_scale * (positive - negative)
+        return negative + self.guidance_scale * (positive - negative)
+
+
+def _prompt_embeddings(
+    positive: Tensor, negative: Tensor | None, guidance_scale: float
+) -> tuple[Tensor, ...]:
+    if guidance_scale <= 1:
+        return (positive,)
+    if negative is None:
+        raise InvalidInput.of("negative_prompt_embedding", "is missing; guidance above 1 needs it")
+    return positive, negative
 
 
 @torch.no_grad()

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from klein_core.checkpoint_config import TRANSFORMER_FOLDER, read_transformer_config
 from klein_core.denoiser.blocks import DoubleStreamBlock, SingleStreamBlock
-from klein_core.denoiser.checkpoint import checkpoint_names, read_config
+from klein_core.denoiser.checkpoint import checkpoint_names
 from klein_core.denoiser.conditioning import (
     Modulation,
     ModulationLayer,
@@ -24,7 +25,7 @@ from klein_core.denoiser.packing import Packing
 from klein_core.denoiser.positions import span_rotations
 from klein_core.denoiser.span import Span
 from klein_core.variants import TransformerConfig
-from klein_core.weights import Rename, load_weights
+from klein_core.weights import load_weights
 
 
 class Conditioning(NamedTuple):
@@ -77,16 +78,12 @@ class FlowTransformer(nn.Module):
         Raises:
             CheckpointError: the configuration or the weights are not what this network needs.
         """
-        folder = Path(checkpoint_folder) / "transformer"
+        config = read_transformer_config(checkpoint_folder)
         with torch.device("meta"):
-            transformer = cls(read_config(folder))
-        load_weights(transformer, folder, device=device, dtype=dtype, rename=transformer.checkpoint_names)
+            transformer = cls(config)
+        folder = Path(checkpoint_folder) / TRANSFORMER_FOLDER
+        load_weights(transformer, folder, device=device, dtype=dtype, rename=checkpoint_names(config))
         return transformer.eval().requires_grad_(False)
-
-    @property
-    def checkpoint_names(self) -> Rename:
-        """Parameter → diffusers' names, for fused parameters; all others are named as there."""
-        return checkpoint_names(self.config)
 
     @property
     def dtype(self) -> torch.dtype:
