@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import grpc
@@ -78,6 +77,12 @@ def call_error(error: grpc.aio.AioRpcError, target: str) -> CliError:
             return CliError(f"{_sentence(details)} ({code.name})", "The server's log has more about it.")
 
 
+def _not_found(details: StatusDetails, target: str) -> CliError:
+    descriptions = "; ".join(violation.description for violation in details.violations)
+    sentence = _period(descriptions) if descriptions else _sentence(details)
+    return CliError(sentence, f"`klein status --target {target}` lists the models.", MISUSED)
+
+
 def _unavailable(details: StatusDetails, target: str) -> CliError:
     if details.reason:
         return CliError(
@@ -100,14 +105,22 @@ def _exhausted(details: StatusDetails) -> CliError:
 
 
 def _violation_sentence(details: StatusDetails) -> str:
-    violations = list(_named(details.violations))
-    return _period("; ".join(violations)) if violations else _sentence(details)
+    violations = [_named(violation) for violation in details.violations]
+    match violations:
+        case []:
+            return _sentence(details)
+        case [only]:
+            return _period(only)
+        case _:
+            return f"{len(violations)} values cannot be used:\n  " + "\n  ".join(violations)
 
 
-def _named(violations: Iterable[Violation]) -> Iterable[str]:
-    for violation in violations:
-        name, bracket, index = violation.field.removeprefix("spec.").partition("[")
-        yield f"{_FLAGS.get(name, name)}{bracket}{index} ({violation.field}) {violation.description}"
+def _named(violation: Violation) -> str:
+    field = violation.field.removeprefix("spec.")
+    name, bracket, index = field.partition("[")
+    flag = _FLAGS.get(name, name)
+    told = "" if flag.lower().lstrip("-").replace("-", "_") == name else f" ({field})"
+    return f"{flag}{bracket}{index}{told} {violation.description}"
 
 
 def _sentence(details: StatusDetails) -> str:

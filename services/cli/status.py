@@ -24,6 +24,8 @@ def run_status(target: str, timeout_seconds: float, console: Console) -> int:
     """
     answer = asyncio.run(_list_models(target, timeout_seconds))
     console.print(status_table(answer))
+    for line in problems(answer):
+        console.print(Text(line, "red"), soft_wrap=True)
     all_serve = bool(answer.models) and all(model.serving for model in answer.models)
     if not answer.models:
         console.print(f"The orchestrator at {target} has no model.")
@@ -40,35 +42,41 @@ async def _list_models(target: str, timeout_seconds: float) -> api.ListModelsRes
 
 def status_table(answer: api.ListModelsResponse) -> Table:
     """A row for each stage of each model."""
-    table = Table("model", "stage", "health", "device", "dtype", "running", "queued", "target", "problem")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("MODEL", "STAGE", "HEALTH", "DEVICE", "RUNNING", "QUEUED"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("TARGET", overflow="fold")
     for model in answer.models:
-        name = f"{model.name} (default)" if model.name == answer.default_model else model.name
+        name = f"{model.name} *" if model.name == answer.default_model else model.name
         for position, stage in enumerate(model.stages):
             table.add_row(name if position == 0 else "", *_stage_cells(position, stage))
-        table.add_section()
     return table
+
+
+def problems(answer: api.ListModelsResponse) -> list[str]:
+    """A line for each stage that cannot be used."""
+    return [
+        f"{model.name}: {stage.problem}" for model in answer.models for stage in model.stages if stage.problem
+    ]
 
 
 def _stage_cells(position: int, stage: api.RoutedStage) -> list[str | Text]:
     described = stage.description
     name = described.stage or (STAGE_NAMES[position] if position < len(STAGE_NAMES) else "")
+    if not stage.HasField("description"):
+        return [name, Text("unreachable", "red"), "–", "–", "–", stage.target]
     load = described.load
-    known = stage.HasField("description")
     return [
         name,
-        _health(stage, known=known),
-        described.device or "–",
-        described.dtype or "–",
-        str(load.running_count) if known else "–",
-        f"{load.queued_count}/{load.queue_limit}" if known else "–",
+        _health(stage),
+        f"{described.device} {described.dtype}".strip(),
+        str(load.running_count),
+        f"{load.queued_count}/{load.queue_limit}",
         stage.target,
-        stage.problem,
     ]
 
 
-def _health(stage: api.RoutedStage, *, known: bool) -> Text:
-    if not known:
-        return Text("unreachable", "red")
+def _health(stage: api.RoutedStage) -> Text:
     if not stage.description.serving:
         return Text("loading", "yellow")
     return Text("wrong", "red") if stage.problem else Text("serving", "green")

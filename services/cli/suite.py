@@ -5,6 +5,7 @@ Used by `klein up`, the demo, the end-to-end tests and the benchmarks.
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
@@ -91,7 +92,7 @@ class Suite:
     def wait_until_ready(
         self,
         *,
-        timeout_seconds: float = 600.0,
+        timeout_seconds: float = math.inf,
         on_change: OnChange = lambda states: None,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> bool:
