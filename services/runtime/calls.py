@@ -75,9 +75,14 @@ def _wrapped(
     made: grpc.RpcMethodHandler[Any, Any] = make(
         wrapper,
         request_deserializer=handler.request_deserializer,
-        response_serializer=handler.response_serializer,
+        response_serializer=_unless_serialised(handler.response_serializer),
     )
     return made
+
+
+def _unless_serialised(serialise: Callable[[Any], bytes] | None) -> Callable[[Any], bytes]:
+    """Lets handlers answer with messages that they have serialised themselves."""
+    return lambda message: message if isinstance(message, bytes) or serialise is None else serialise(message)
 
 
 async def _write_all(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import xxhash
-from klein_api.v1 import tensor_pb2
+from klein_api.v1 import denoiser_service_pb2, tensor_pb2
 
 from klein_core.errors import InvalidInput
 
@@ -21,6 +21,12 @@ ELEMENT_BYTES: dict[int, int] = {
     tensor_pb2.DATA_TYPE_F32: 4,
 }
 """Bytes of one element by `DataType`."""
+
+_DATA_FIELD = tensor_pb2.TensorFrame.DATA_FIELD_NUMBER
+_INDEX_FIELD = denoiser_service_pb2.IndexedTensorFrame.INDEX_FIELD_NUMBER
+_FRAME_FIELD = denoiser_service_pb2.IndexedTensorFrame.FRAME_FIELD_NUMBER
+_VARINT = 0
+_LENGTH_DELIMITED = 2
 
 if sys.byteorder != "little":
     raise ImportError("frames are little-endian and this machine is not; a byte swap would be needed here")
@@ -39,6 +45,37 @@ class TensorSpec:
         return math.prod(self.shape) * ELEMENT_BYTES[self.data_type]
 
 
+@dataclass(frozen=True)
+class FrameEnvelope:
+    """Where a frame is in the message that carries it."""
+
+    field_number: int
+    """Of the arm that is the frame, for example `EncodePromptResponse.PROMPT_EMBEDDING_FIELD_NUMBER`."""
+    index: int | None = None
+    """Set when the arm is an IndexedTensorFrame: its index."""
+
+    def header(self, frame_bytes: int) -> bytes:
+        """Returns what precedes a serialised frame of so many bytes in its serialised message."""
+        if self.index is None:
+            return _length_delimited(self.field_number, frame_bytes)
+        inner = (
+            _tag(_INDEX_FIELD, _VARINT) + _varint(self.index) + _length_delimited(_FRAME_FIELD, frame_bytes)
+        )
+        return _length_delimited(self.field_number, len(inner) + frame_bytes) + inner
+
+
+def serialised_frames(data: memoryview, spec: TensorSpec, envelope: FrameEnvelope) -> Iterator[bytes]:
+    """Yields a tensor's frames as serialised messages, each in its envelope, copying the bytes once.
+
+    The same messages by way of protobuf's Python classes cost three copies and five times the processor time.
+    Arguments and errors are those of `split_frames`.
+    """
+    for chunk, head, tail in _cut(data, spec):
+        before = head + _length_delimited(_DATA_FIELD, len(chunk))
+        frame_bytes = len(before) + len(chunk) + len(tail)
+        yield b"".join((envelope.header(frame_bytes), before, chunk, tail))
+
+
 def split_frames(data: memoryview, spec: TensorSpec) -> Iterator[tensor_pb2.TensorFrame]:
     """Yields a tensor's frames; the bytes are hashed and copied one frame at a time.
 
@@ -49,20 +86,30 @@ def split_frames(data: memoryview, spec: TensorSpec) -> Iterator[tensor_pb2.Tens
     Raises:
         ValueError: the bytes are not what `spec` says, a fault of the caller's.
     """
+    for chunk, head, tail in _cut(data, spec):
+        yield tensor_pb2.TensorFrame.FromString(
+            b"".join((head, _length_delimited(_DATA_FIELD, len(chunk)), chunk, tail))
+        )
+
+
+def _cut(data: memoryview, spec: TensorSpec) -> Iterator[tuple[memoryview, bytes, bytes]]:
+    """Yields each frame's data with the serialised fields that come before and after it."""
     view = data.cast("B") if data.format != "B" or data.ndim != 1 else data
     if len(view) != spec.byte_count or not len(view):
         raise ValueError(f"{len(view)} bytes do not make a tensor of shape {spec.shape}")
+    message = tensor_pb2.TensorSpec(data_type=spec.data_type, shape=spec.shape)  # type: ignore[arg-type]
+    head = tensor_pb2.TensorFrame(spec=message).SerializeToString()
     digest = xxhash.xxh3_128()
     for start in range(0, len(view), MAX_FRAME_BYTES):
-        chunk = bytes(view[start : start + MAX_FRAME_BYTES])
+        chunk = view[start : start + MAX_FRAME_BYTES]
         digest.update(chunk)
-        frame = tensor_pb2.TensorFrame(data=chunk)
-        if start == 0:
-            frame.spec.data_type = spec.data_type  # type: ignore[assignment]
-            frame.spec.shape.extend(spec.shape)
-        if start + len(chunk) == len(view):
-            frame.xxh3 = digest.digest()
-        yield frame
+        is_last = start + len(chunk) == len(view)
+        yield (
+            chunk,
+            head,
+            tensor_pb2.TensorFrame(xxh3=digest.digest()).SerializeToString() if is_last else b"",
+        )
+        head = b""
 
 
 class FrameReader:
@@ -180,3 +227,20 @@ class FrameReader:
 def _shown(shape: tuple[int, ...]) -> str:
     extents = [str(extent) for extent in shape[:MAX_EXTENTS]] + ["…"] * (len(shape) > MAX_EXTENTS)
     return f"[{', '.join(extents)}]"
+
+
+def _tag(field_number: int, wire_type: int) -> bytes:
+    return _varint(field_number << 3 | wire_type)
+
+
+def _length_delimited(field_number: int, length: int) -> bytes:
+    return _tag(field_number, _LENGTH_DELIMITED) + _varint(length)
+
+
+def _varint(value: int) -> bytes:
+    groups = bytearray()
+    while value > 0x7F:
+        groups.append(value & 0x7F | 0x80)
+        value >>= 7
+    groups.append(value)
+    return bytes(groups)

@@ -70,7 +70,8 @@ class Listener:
             BindError: a port is taken or not allowed.
         """
         host = _listening_host(self._settings.host)
-        self.port = self._bind(host)
+        _require_free(host, self._settings.port)
+        self.port = self._server.add_insecure_port(f"{host}:{self._settings.port}")
         if self._settings.metrics_port:
             self._metrics = _serve_metrics(host, self._settings.metrics_port)
         await self._server.start()
@@ -85,17 +86,24 @@ class Listener:
             server.server_close()
             thread.join()
 
-    def _bind(self, host: str) -> int:
-        try:
-            port = self._server.add_insecure_port(f"{host}:{self._settings.port}")
-        except RuntimeError:
-            port = 0
-        if port == 0:
-            raise BindError(
-                f"cannot listen on {host}:{self._settings.port}: is another process using it? "
-                "Stop that one or choose another port with KLEIN_PORT"
-            )
-        return port
+
+def _require_free(host: str, port: int) -> None:
+    """Checks that a port can be had, because gRPC says so only in lines of its own."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host.strip("[]"), port, type=socket.SOCK_STREAM
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            probe.bind(address)
+            probe.listen(1)
+    except OSError as error:
+        raise BindError(
+            f"cannot listen on {host}:{port} ({error.strerror}); stop the process that does, or choose "
+            "another address with KLEIN_HOST and KLEIN_PORT"
+        ) from None
 
 
 def _serve_metrics(host: str, port: int) -> tuple[WSGIServer, threading.Thread]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import grpc
 from google.protobuf import descriptor_pool
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import Counter, Gauge, Histogram, disable_created_metrics
 
 RPC_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 REQUEST_BUCKETS = (0.1, 0.25, 0.5, 1, 2, 3, 5, 8, 13, 20, 30, 60, 120)
@@ -138,6 +138,7 @@ _KINDS = {
 
 def initialise(stage: str, service_names: Iterable[str], operations: Iterable[str] = ()) -> None:
     """Creates a server's label sets, so that its counters exist at 0 before the first request."""
+    disable_created_metrics()  # they double the number of series and nothing reads them
     for method in _methods(service_names):
         RPC_STARTED.labels(*method.labels)
         RPC_SECONDS.labels(*method.labels)

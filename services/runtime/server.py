@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from klein_core.errors import DeviceFault, KleinError
-from services.runtime import logs, metrics, tracing
+from services.runtime import allocator, logs, metrics, tracing
 from services.runtime.application import Application
 from services.runtime.listener import BindError, Listener
 from services.runtime.readiness import Readiness, State
@@ -56,6 +56,7 @@ def run(settings: ServerSettings, application: Application) -> int:
         The process's exit code: 0 after a clean stop, 1 when it could not start or lost its device.
     """
     logs.configure(settings.log_level, settings.log_format)
+    allocator.keep_large_blocks()
     code = asyncio.run(serve(settings, application))
     if any(thread.daemon for thread in threading.enumerate()):
         # A thread that nothing can interrupt may still compute; ending the interpreter under it crashes.

@@ -8,7 +8,7 @@ import torch
 from klein_api.v1 import tensor_pb2
 
 from klein_core.errors import InvalidInput
-from services.runtime.frames import FrameReader, TensorSpec, split_frames
+from services.runtime.frames import FrameEnvelope, FrameReader, TensorSpec, serialised_frames, split_frames
 
 _DATA_TYPES: dict[torch.dtype, int] = {
     torch.bfloat16: tensor_pb2.DATA_TYPE_BF16,
@@ -42,10 +42,18 @@ def host_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 def tensor_frames(tensor: torch.Tensor) -> Iterator[tensor_pb2.TensorFrame]:
     """Yields a tensor's frames. Copies from the device first where it has to, on the first frame."""
+    yield from split_frames(*_bytes_of(tensor))
+
+
+def serialised_tensor_frames(tensor: torch.Tensor, envelope: FrameEnvelope) -> Iterator[bytes]:
+    """Yields a tensor's frames as serialised messages, several times as fast; see `serialised_frames`."""
+    yield from serialised_frames(*_bytes_of(tensor), envelope)
+
+
+def _bytes_of(tensor: torch.Tensor) -> tuple[memoryview, TensorSpec]:
     host = host_tensor(tensor)
-    spec = TensorSpec(data_type_of(host.dtype), tuple(host.shape))
     view = memoryview(host.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
-    yield from split_frames(view, spec)
+    return view, TensorSpec(data_type_of(host.dtype), tuple(host.shape))
 
 
 def frames_tensor(

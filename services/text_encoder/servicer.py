@@ -12,15 +12,17 @@ from klein_api.v1 import text_encoder_service_pb2_grpc
 
 from klein_core.errors import InvalidInput
 from klein_core.params import prompt_violations
+from services.runtime.frames import FrameEnvelope
 from services.runtime.stage_application import deadline_of
 from services.runtime.stages import duration, require_model
-from services.runtime.tensors import host_tensor, tensor_frames
+from services.runtime.tensors import host_tensor, serialised_tensor_frames
 from services.runtime.worker import Completed, Worker
 
 if TYPE_CHECKING:
     from klein_core.text_encoder.encoder import EncodedPrompt, TextEncoder
 
 OPERATION = "encode-prompt"
+_ENVELOPE = FrameEnvelope(pb.EncodePromptResponse.PROMPT_EMBEDDING_FIELD_NUMBER)
 
 
 class TextEncoderServicer(text_encoder_service_pb2_grpc.TextEncoderServiceServicer):
@@ -39,7 +41,7 @@ class TextEncoderServicer(text_encoder_service_pb2_grpc.TextEncoderServiceServic
 
     async def EncodePrompt(
         self, request: pb.EncodePromptRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[pb.EncodePromptResponse]:
+    ) -> AsyncIterator[Any]:
         require_model(request.model, self._model_name)
         violations = list(prompt_violations("prompt", request.prompt))
         if violations:
@@ -48,8 +50,8 @@ class TextEncoderServicer(text_encoder_service_pb2_grpc.TextEncoderServiceServic
             lambda: self._encode(request.prompt), operation=OPERATION, deadline=deadline_of(context)
         )
         yield pb.EncodePromptResponse(summary=_summary(completed))
-        for frame in tensor_frames(completed.value.embedding):
-            yield pb.EncodePromptResponse(prompt_embedding=frame)
+        for message in serialised_tensor_frames(completed.value.embedding, _ENVELOPE):
+            yield message
 
     def _encode(self, prompt: str) -> EncodedPrompt:
         encoded = self._encoder().encode([prompt])[0]
