@@ -6,6 +6,9 @@ Single-stream blocks run over both at once, with attention and feed-forward side
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,25 +17,38 @@ from klein_core.denoiser.conditioning import Modulation
 from klein_core.denoiser.linear import Linear
 from klein_core.denoiser.packing import Packing
 from klein_core.denoiser.positions import rotate
+from klein_core.denoiser.scratch import Scratch
 from klein_core.variants import TransformerConfig
 
 
-def swiglu(gate_and_value: Tensor) -> Tensor:
-    """Returns silu(first half) · second half of the last axis."""
+class Step(NamedTuple):
+    """What all blocks of a step share."""
+
+    packing: Packing
+    rotations: Tensor
+    """(1 or batch, joint tokens, head_dim / 2, 2)."""
+    scratch: Scratch
+
+
+def swiglu(gate_and_value: Tensor, scratch: Scratch, out: Tensor | None = None) -> Tensor:
+    """Returns silu(first half) · second half of the last axis, in `out` if that is given."""
     gate, value = gate_and_value.chunk(2, dim=-1)
-    return F.silu(gate) * value
+    gate = F.silu(gate, inplace=scratch.may_overwrite)
+    return torch.mul(gate, value, out=scratch.over(gate) if out is None else out)
 
 
-def normalised_heads(query_key: Tensor, query_weight: Tensor, key_weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm of each query and key head, in fp32.
+def normalised_heads(heads: Tensor, weight: Tensor, eps: float, scratch: Scratch) -> Tensor:
+    """Root-mean-square norm over head_dim, in fp32.
 
     Args:
-        query_key: (batch, tokens, 2, heads, head_dim), queries first.
-        query_weight, key_weight: (head_dim,).
+        heads: (batch, tokens, …, head_dim); overwritten if that may be and it is fp32.
+        weight: broadcastable to heads.
     """
-    heads = query_key.float()
-    weight = torch.stack([query_weight, key_weight])[:, None].float()
-    return heads * torch.rsqrt(heads.square().mean(dim=-1, keepdim=True) + eps) * weight
+    heads = heads.float()
+    length = torch.linalg.vector_norm(heads, dim=-1, keepdim=True)
+    inverse = torch.rsqrt(length.square() / heads.shape[-1] + eps)
+    scaled = torch.mul(heads, inverse, out=scratch.over(heads))
+    return torch.mul(scaled, weight.float(), out=scratch.over(scaled))
 
 
 class HeadNorm(nn.Module):
@@ -43,20 +59,32 @@ class HeadNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(head_dim))
 
 
+def stacked(query_norm: HeadNorm, key_norm: HeadNorm) -> Tensor:
+    """Returns both weights as (2, 1, head_dim), to go with (…, query or key, heads, head_dim)."""
+    return torch.stack([query_norm.weight, key_norm.weight])[:, None]
+
+
 class FeedForward(nn.Module):
     """SwiGLU feed-forward: hidden → 2 · inner → inner → hidden."""
+
+    __call__: Callable[..., Tensor]
 
     def __init__(self, hidden_size: int, inner_size: int) -> None:
         super().__init__()
         self.linear_in = Linear(hidden_size, 2 * inner_size)
         self.linear_out = Linear(inner_size, hidden_size)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.linear_out(swiglu(self.linear_in(tokens)))
+    def forward(self, tokens: Tensor, scratch: Scratch) -> Tensor:
+        gate_and_value = self.linear_in(
+            tokens, scratch.take("feed forward", tokens, self.linear_in.out_features)
+        )
+        return self.linear_out(swiglu(gate_and_value, scratch))
 
 
 class JointAttention(nn.Module):
     """Attention over text and image tokens, each with projections of its own."""
+
+    __call__: Callable[..., tuple[Tensor, Tensor]]
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -69,27 +97,26 @@ class JointAttention(nn.Module):
         self.to_out = nn.ModuleList([Linear(hidden_size, hidden_size)])
         self.to_add_out = Linear(hidden_size, hidden_size)
 
-    def forward(
-        self, text: Tensor, image: Tensor, rotations: Tensor, packing: Packing
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, text: Tensor, image: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         text_qkv = self.to_added_qkv(text).unflatten(-1, (3, -1, self.head_dim))
         image_qkv = self.to_qkv(image).unflatten(-1, (3, -1, self.head_dim))
-        query_key = rotate(
-            packing.join(
-                normalised_heads(
-                    text_qkv[:, :, :2], self.norm_added_q.weight, self.norm_added_k.weight, self.eps
-                ),
-                normalised_heads(image_qkv[:, :, :2], self.norm_q.weight, self.norm_k.weight, self.eps),
-            ),
-            rotations,
-        ).to(image.dtype)
-        value = packing.join(text_qkv[:, :, 2], image_qkv[:, :, 2])
-        text, image = packing.split(packing.attend(query_key[:, :, 0], query_key[:, :, 1], value))
-        return self.to_add_out(text), self.to_out[0](image)
+        text_weight, image_weight = (
+            stacked(self.norm_added_q, self.norm_added_k),
+            stacked(self.norm_q, self.norm_k),
+        )
+        query_key = step.packing.join(
+            normalised_heads(text_qkv[:, :, :2], text_weight, self.eps, step.scratch),
+            normalised_heads(image_qkv[:, :, :2], image_weight, self.eps, step.scratch),
+        )
+        query, key = rotate(query_key, step.rotations, step.scratch).to(image.dtype).unbind(2)
+        value = step.packing.join(text_qkv[:, :, 2], image_qkv[:, :, 2])
+        attended = step.packing.attend(query, key, value)
+        text_attended, image_attended = step.packing.split(attended, text.shape[1])
+        return self.to_add_out(text_attended), self.to_out[0](image_attended)
 
 
 class DoubleStreamBlock(nn.Module):
-    """One block of the first part: (batch, text tokens, hidden) and (batch, image tokens, hidden) → the same."""
+    """A block of the first part, from and to text and image tokens of (batch, tokens, hidden)."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -105,19 +132,18 @@ class DoubleStreamBlock(nn.Module):
         image: Tensor,
         text_modulations: tuple[Modulation, ...],
         image_modulations: tuple[Modulation, ...],
-        rotations: Tensor,
-        packing: Packing,
+        step: Step,
     ) -> tuple[Tensor, Tensor]:
-        text_attention, text_feed_forward = text_modulations
-        image_attention, image_feed_forward = image_modulations
+        scratch = step.scratch
+        (of_text, text_inner), (of_image, image_inner) = text_modulations, image_modulations
         text_update, image_update = self.attn(
-            text_attention.enter(text, self.eps), image_attention.enter(image, self.eps), rotations, packing
+            of_text.enter(text, self.eps, scratch), of_image.enter(image, self.eps, scratch), step
         )
-        text = text_attention.leave(text, text_update)
-        image = image_attention.leave(image, image_update)
-        text = text_feed_forward.leave(text, self.ff_context(text_feed_forward.enter(text, self.eps)))
-        image = image_feed_forward.leave(image, self.ff(image_feed_forward.enter(image, self.eps)))
-        return text, image
+        text = of_text.leave(text, text_update, scratch)
+        image = of_image.leave(image, image_update, scratch)
+        text_update = self.ff_context(text_inner.enter(text, self.eps, scratch), scratch)
+        image_update = self.ff(image_inner.enter(image, self.eps, scratch), scratch)
+        return text_inner.leave(text, text_update, scratch), image_inner.leave(image, image_update, scratch)
 
 
 class ParallelAttention(nn.Module):
@@ -132,23 +158,38 @@ class ParallelAttention(nn.Module):
         self.norm_q, self.norm_k = HeadNorm(self.head_dim), HeadNorm(self.head_dim)
         self.to_out = Linear(hidden_size + inner_size, hidden_size)
 
-    def forward(self, tokens: Tensor, rotations: Tensor, packing: Packing) -> Tensor:
-        qkv, feed_forward = self.to_qkv_mlp_proj(tokens).split(self.widths, dim=-1)
+    def forward(self, tokens: Tensor, step: Step) -> Tensor:
+        """Returns the update (batch, tokens, hidden) of all tokens."""
+        buffer = step.scratch.take("projection", tokens, sum(self.widths))
+        qkv, feed_forward = self.to_qkv_mlp_proj(tokens, buffer).split(self.widths, dim=-1)
         qkv = qkv.unflatten(-1, (3, -1, self.head_dim))
-        query_key = normalised_heads(qkv[:, :, :2], self.norm_q.weight, self.norm_k.weight, self.eps)
-        query, key = rotate(query_key, rotations).to(tokens.dtype).unbind(2)
-        attended = packing.attend(query, key, qkv[:, :, 2])
-        return self.to_out(torch.cat([attended, swiglu(feed_forward)], dim=-1))
+        weight = stacked(self.norm_q, self.norm_k)
+        query_key = normalised_heads(qkv[:, :, :2], weight, self.eps, step.scratch)
+        query, key = rotate(query_key, step.rotations, step.scratch).to(tokens.dtype).unbind(2)
+        return self.merge(query, key, qkv[:, :, 2], feed_forward, step)
+
+    def merge(self, query: Tensor, key: Tensor, value: Tensor, feed_forward: Tensor, step: Step) -> Tensor:
+        """Attends, activates the feed-forward, and projects both back to (batch, query's tokens, hidden)."""
+        attended = step.packing.attend(query, key, value)
+        merged = step.scratch.take("merged", feed_forward, self.to_out.in_features)
+        if merged is None:
+            return self.to_out(torch.cat([attended, swiglu(feed_forward, step.scratch)], dim=-1))
+        channels = attended.shape[-1]
+        merged[..., :channels] = attended
+        swiglu(feed_forward, step.scratch, out=merged[..., channels:])
+        return self.to_out(merged)
 
 
 class SingleStreamBlock(nn.Module):
-    """One block of the second part: (batch, joint tokens, hidden) → the same."""
+    """A block of the second part, from and to joint tokens of (batch, tokens, hidden)."""
+
+    __call__: Callable[..., Tensor]
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.eps = config.eps
         self.attn = ParallelAttention(config)
 
-    def forward(self, tokens: Tensor, modulation: Modulation, rotations: Tensor, packing: Packing) -> Tensor:
-        update = self.attn(modulation.enter(tokens, self.eps), rotations, packing)
-        return modulation.leave(tokens, update)
+    def forward(self, tokens: Tensor, modulation: Modulation, step: Step) -> Tensor:
+        update = self.attn(modulation.enter(tokens, self.eps, step.scratch), step)
+        return modulation.leave(tokens, update, step.scratch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from klein_core.denoiser.linear import Linear
+from klein_core.denoiser.scratch import Scratch
 
 TIMESTEP_SCALE = 1000
 MAX_PERIOD = 10000
@@ -36,6 +38,8 @@ def sinusoid(timesteps: Tensor, channels: int) -> Tensor:
 class TimestepEmbedder(nn.Module):
     """Two linear layers with a SiLU between them."""
 
+    __call__: Callable[..., Tensor]
+
     def __init__(self, channels: int, hidden_size: int) -> None:
         super().__init__()
         self.linear_1 = Linear(channels, hidden_size)
@@ -48,6 +52,8 @@ class TimestepEmbedder(nn.Module):
 class TimestepEmbedding(nn.Module):
     """Noise levels (spans,) → embeddings (spans, hidden)."""
 
+    __call__: Callable[..., Tensor]
+
     def __init__(self, channels: int, hidden_size: int) -> None:
         super().__init__()
         self.channels = channels
@@ -58,6 +64,19 @@ class TimestepEmbedding(nn.Module):
         return self.timestep_embedder(wave.to(dtype))
 
 
+class ModulationLayer(nn.Module):
+    """Embeddings (spans, hidden) → (spans, chunks · hidden)."""
+
+    __call__: Callable[..., Tensor]
+
+    def __init__(self, hidden_size: int, chunks: int) -> None:
+        super().__init__()
+        self.linear = Linear(hidden_size, chunks * hidden_size)
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        return self.linear(F.silu(embedding))
+
+
 class Modulation(NamedTuple):
     """How one sublayer is conditioned; each (spans, 1, hidden) or (1, tokens, hidden)."""
 
@@ -66,32 +85,22 @@ class Modulation(NamedTuple):
     """1 + the network's scale."""
     gate: Tensor
 
-    def enter(self, tokens: Tensor, eps: float) -> Tensor:
+    def enter(self, tokens: Tensor, eps: float, scratch: Scratch) -> Tensor:
         """Returns LayerNorm(tokens) · scale + shift."""
-        return modulated_norm(tokens, self.scale, self.shift, eps)
+        return modulated_norm(tokens, self.scale, self.shift, eps, scratch)
 
-    def leave(self, residual: Tensor, update: Tensor) -> Tensor:
-        """Returns residual + gate · update."""
-        return torch.addcmul(residual, self.gate, update)
-
-
-def modulated_norm(tokens: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-    """Returns LayerNorm(tokens) · scale + shift over the last axis."""
-    return torch.addcmul(shift, F.layer_norm(tokens, tokens.shape[-1:], eps=eps), scale)
-
-
-class ModulationLayer(nn.Module):
-    """Embeddings (spans, hidden) → (spans, 3 · sublayers · hidden): shift, scale, gate for each sublayer."""
-
-    def __init__(self, hidden_size: int, sublayers: int) -> None:
-        super().__init__()
-        self.linear = Linear(hidden_size, 3 * sublayers * hidden_size)
-
-    def forward(self, embedding: Tensor) -> Tensor:
-        return self.linear(F.silu(embedding))
+    def leave(self, residual: Tensor, update: Tensor, scratch: Scratch) -> Tensor:
+        """Returns residual + gate · update, over the residual if that may be."""
+        return torch.addcmul(residual, self.gate, update, out=scratch.over(residual))
 
 
 def modulations(spread: Tensor, sublayers: int) -> tuple[Modulation, ...]:
-    """Cuts a `ModulationLayer`'s output, already broadcastable to tokens, into one `Modulation` a sublayer."""
+    """Cuts a layer's output, broadcastable to tokens already, into shift, scale and gate of each sublayer."""
     chunks = spread.chunk(3 * sublayers, dim=-1)
     return tuple(Modulation(chunks[i], 1 + chunks[i + 1], chunks[i + 2]) for i in range(0, len(chunks), 3))
+
+
+def modulated_norm(tokens: Tensor, scale: Tensor, shift: Tensor, eps: float, scratch: Scratch) -> Tensor:
+    """Returns LayerNorm(tokens) · scale + shift over the last axis."""
+    normed = F.layer_norm(tokens, tokens.shape[-1:], eps=eps)
+    return torch.addcmul(shift, normed, scale, out=scratch.over(normed))

@@ -1,7 +1,8 @@
 """How the tokens of several spans lie side by side.
 
-Spans of equal lengths are a batch: (spans, tokens, channels). Other mixes are laid end to end in a batch of one:
-(1, all tokens, channels). Either way a per-span value broadcasts against tokens, so blocks do not know which.
+Spans of equal lengths are a batch: (spans, tokens, channels). Other mixes are laid end to end in a batch of
+one: (1, all tokens, channels). Either way a per-span value broadcasts against tokens, so blocks do not know
+which it is.
 """
 
 from __future__ import annotations
@@ -14,23 +15,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from klein_core.denoiser.span import Span
+
 
 @dataclass(frozen=True)
 class Packing:
     """Token counts of each span of a step, in the order in which they are laid."""
 
     text_lengths: tuple[int, ...]
+    target_lengths: tuple[int, ...]
     image_lengths: tuple[int, ...]
+    """Target and reference tokens."""
+    joint_lengths: tuple[int, ...]
+    """Text and image tokens."""
+    is_batch: bool
+    """Whether all spans have the same lengths."""
 
-    @property
-    def is_batch(self) -> bool:
-        """Whether all spans have the same lengths."""
-        return len(set(zip(self.text_lengths, self.image_lengths, strict=True))) == 1
-
-    @property
-    def joint_lengths(self) -> tuple[int, ...]:
-        """Text and image tokens of each span together."""
-        return tuple(text + image for text, image in zip(self.text_lengths, self.image_lengths, strict=True))
+    @classmethod
+    def of(cls, spans: Sequence[Span]) -> Packing:
+        """Lays spans in the order given; equal ones should be neighbours, to share attention calls."""
+        lengths = [(span.text_length, span.target_length, span.image_length) for span in spans]
+        text, target, image = zip(*lengths, strict=True)
+        joint = tuple(t + i for t, i in zip(text, image, strict=True))
+        return cls(text, target, image, joint, is_batch=len(set(lengths)) == 1)
 
     def pack(self, parts: Sequence[Tensor]) -> Tensor:
         """Lays (tokens_i, …) tensors, one a span, into (batch, tokens, …)."""
@@ -50,42 +57,68 @@ class Packing:
 
     def join(self, text: Tensor, image: Tensor) -> Tensor:
         """Puts each span's text in front of its image tokens."""
-        if self.is_batch:
-            return torch.cat([text, image], dim=1)
-        texts, images = text.split(self.text_lengths, dim=1), image.split(self.image_lengths, dim=1)
-        return torch.cat([part for pair in zip(texts, images, strict=True) for part in pair], dim=1)
+        return torch.cat([text, image], dim=1) if self.is_batch else self._interleave(text, image)
 
-    def split(self, joint: Tensor) -> tuple[Tensor, Tensor]:
-        """Undoes `join`."""
+    def split(self, joint: Tensor, text_length: int) -> tuple[Tensor, Tensor]:
+        """Undoes `join`; `text_length` is that of the text tensor's token axis."""
         if self.is_batch:
-            text, image = joint.split([self.text_lengths[0], self.image_lengths[0]], dim=1)
-            return text, image
-        lengths = [n for pair in zip(self.text_lengths, self.image_lengths, strict=True) for n in pair]
-        parts = joint.split(lengths, dim=1)
-        return torch.cat(parts[::2], dim=1), torch.cat(parts[1::2], dim=1)
+            return joint[:, :text_length], joint[:, text_length:]
+        return self._separate(joint)
+
+    def targets(self, joint: Tensor) -> Tensor:
+        """Picks the target's tokens of each span: (batch, target tokens, …)."""
+        if self.is_batch:
+            start = self.text_lengths[0]
+            return joint[:, start : start + self.target_lengths[0]]
+        spans = zip(
+            self.unpack(joint, self.joint_lengths), self.text_lengths, self.target_lengths, strict=True
+        )
+        return torch.cat([tokens[text : text + target] for tokens, text, target in spans])[None]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Full attention inside each span.
 
         Args:
-            query, key, value: (batch, joint tokens, heads, head_dim).
+            query: (batch, tokens, heads, head_dim): joint tokens, or the targets only.
+            key, value: (batch, joint tokens, heads, head_dim).
 
         Returns:
-            (batch, joint tokens, heads · head_dim).
+            (batch, query's tokens, heads · head_dim).
         """
-        if self.is_batch:
-            return attention(query, key, value)
-        runs = [(length, len(list(run))) for length, run in groupby(self.joint_lengths)]
-        sizes = [length * count for length, count in runs]
-        pieces = zip(*(tensor[0].split(sizes) for tensor in (query, key, value)), strict=True)
-        attended = [
-            attention(*(piece.unflatten(0, (count, length)) for piece in trio)).flatten(0, 1)
-            for (length, count), trio in zip(runs, pieces, strict=True)
-        ]
-        return torch.cat(attended)[None]
+        return attention(query, key, value) if self.is_batch else self._attend_each(query, key, value)
+
+    # Lengths are Python numbers here: compiled, each new mix would be a new program.
+    @torch.compiler.disable
+    def _interleave(self, text: Tensor, image: Tensor) -> Tensor:
+        texts, images = text.split(self.text_lengths, dim=1), image.split(self.image_lengths, dim=1)
+        return torch.cat([part for pair in zip(texts, images, strict=True) for part in pair], dim=1)
+
+    @torch.compiler.disable
+    def _separate(self, joint: Tensor) -> tuple[Tensor, Tensor]:
+        lengths = [n for pair in zip(self.text_lengths, self.image_lengths, strict=True) for n in pair]
+        parts = joint.split(lengths, dim=1)
+        return torch.cat(parts[::2], dim=1), torch.cat(parts[1::2], dim=1)
+
+    @torch.compiler.disable
+    def _attend_each(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        is_joint = query.shape[1] == key.shape[1]
+        query_lengths = self.joint_lengths if is_joint else self.target_lengths
+        pieces = zip(
+            _runs(query, query_lengths, self.joint_lengths),
+            *(_runs(tensor, self.joint_lengths, query_lengths) for tensor in (key, value)),
+            strict=True,
+        )
+        return torch.cat([attention(*trio).flatten(0, 1) for trio in pieces])[None]
+
+
+def _runs(tokens: Tensor, lengths: Sequence[int], others: Sequence[int]) -> list[Tensor]:
+    """Cuts (1, tokens, …) into batches of neighbours that agree in both lengths: (spans, tokens, …) each."""
+    runs = [(pair[0], len(list(run))) for pair, run in groupby(zip(lengths, others, strict=True))]
+    pieces = tokens[0].split([length * count for length, count in runs])
+    return [piece.unflatten(0, (count, length)) for piece, (length, count) in zip(pieces, runs, strict=True)]
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Softmax attention, scaled by 1/√head_dim: (batch, tokens, heads, head_dim) → (batch, tokens, channels)."""
+    """Softmax attention scaled by 1/√head_dim: (batch, tokens, heads, head_dim) → (batch, tokens, channels)."""
     heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
     return F.scaled_dot_product_attention(*heads_first).transpose(1, 2).flatten(2)

@@ -11,6 +11,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from klein_core.denoiser.scratch import Scratch
+
 REFERENCE_TIME_STEP = 10
 """Distance on the time axis between the target and the first reference, and between references."""
 
@@ -40,8 +42,8 @@ def span_ids(text_length: int, grids: tuple[tuple[int, int], ...]) -> Tensor:
 def rotations(ids: Tensor, axes_dims: tuple[int, ...], theta: float) -> Tensor:
     """Returns (tokens, head_dim / 2, 2) fp32: cosine and sine for each adjacent pair of head channels.
 
-    Axis `a` of `axes_dims[a]` channels turns pair `j` by `id · theta^(−2j / axes_dims[a])`. Angles are float64
-    because their products reach 10^4 and rounding them first would move late tokens.
+    Axis `a` of `axes_dims[a]` channels turns pair `j` by `id · theta^(−2j / axes_dims[a])`. Frequencies and
+    angles are float64, as in diffusers' `Flux2PosEmbed`.
     """
     angles = [
         ids[:, axis, None] * theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
@@ -64,17 +66,18 @@ def span_rotations(
         return rotations(span_ids(text_length, grids), axes_dims, theta).to(device)
 
 
-def rotate(heads: Tensor, table: Tensor) -> Tensor:
+def rotate(heads: Tensor, table: Tensor, scratch: Scratch) -> Tensor:
     """Turns adjacent channel pairs of each head.
 
     Args:
-        heads: (batch, tokens, …, head_dim), float32.
+        heads: (batch, tokens, …, head_dim), fp32; overwritten if that may be.
         table: (1 or batch, tokens, head_dim / 2, 2), from `rotations`.
     """
     pairs = heads.unflatten(-1, (-1, 2))
     table = table.reshape(*table.shape[:2], *(1,) * (heads.ndim - 3), *table.shape[2:])
     if not torch.compiler.is_compiling():
-        turned = torch.view_as_complex(pairs) * torch.view_as_complex(table)
+        turned = torch.view_as_complex(pairs)
+        turned = torch.mul(turned, torch.view_as_complex(table), out=scratch.over(turned))
         return torch.view_as_real(turned).flatten(-2)
     # The compiler fuses real arithmetic and leaves complex numbers alone.
     cosine, sine = table.unbind(-1)

@@ -53,9 +53,7 @@ class Span:
         wanted.append(("latents", self.latents, 3, config.in_channels))
         wanted += [(f"references[{i}]", r, 3, config.in_channels) for i, r in enumerate(self.references)]
         violations = [
-            Violation(
-                name, f"has shape {tuple(tensor.shape)}; {axes} axes, none empty, the last of {channels}"
-            )
+            Violation(name, f"has shape {tuple(tensor.shape)}; {axes} non-empty axes, the last of {channels}")
             for name, tensor, axes, channels in wanted
             if tensor.ndim != axes or tensor.shape[-1] != channels or tensor.numel() == 0
         ]

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from klein_core.checkpoint_config import TRANSFORMER_FOLDER, read_transformer_config
-from klein_core.denoiser.blocks import DoubleStreamBlock, SingleStreamBlock
+from klein_core.denoiser.blocks import DoubleStreamBlock, SingleStreamBlock, Step
 from klein_core.denoiser.checkpoint import checkpoint_names
 from klein_core.denoiser.conditioning import (
     Modulation,
@@ -23,6 +22,7 @@ from klein_core.denoiser.conditioning import (
 from klein_core.denoiser.linear import Linear
 from klein_core.denoiser.packing import Packing
 from klein_core.denoiser.positions import span_rotations
+from klein_core.denoiser.scratch import Scratch
 from klein_core.denoiser.span import Span
 from klein_core.variants import TransformerConfig
 from klein_core.weights import load_weights
@@ -34,16 +34,8 @@ class Conditioning(NamedTuple):
     text: tuple[Modulation, ...]
     image: tuple[Modulation, ...]
     joint: Modulation
-    head: Tensor
-    """(spans, 2 · hidden): scale, then shift."""
-
-
-class OutputNorm(nn.Module):
-    """Holds the head's modulation; its halves are scale, then shift (diffusers' order)."""
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self.linear = Linear(hidden_size, 2 * hidden_size)
+    head: tuple[Tensor, Tensor]
+    """1 + scale and shift of the targets."""
 
 
 class FlowTransformer(nn.Module):
@@ -54,16 +46,16 @@ class FlowTransformer(nn.Module):
         hidden_size = config.hidden_size
         self.config = config
         self.time_guidance_embed = TimestepEmbedding(config.timestep_guidance_channels, hidden_size)
-        self.double_stream_modulation_img = ModulationLayer(hidden_size, sublayers=2)
-        self.double_stream_modulation_txt = ModulationLayer(hidden_size, sublayers=2)
-        self.single_stream_modulation = ModulationLayer(hidden_size, sublayers=1)
+        self.double_stream_modulation_img = ModulationLayer(hidden_size, chunks=6)
+        self.double_stream_modulation_txt = ModulationLayer(hidden_size, chunks=6)
+        self.single_stream_modulation = ModulationLayer(hidden_size, chunks=3)
         self.x_embedder = Linear(config.in_channels, hidden_size)
         self.context_embedder = Linear(config.joint_attention_dim, hidden_size)
         self.transformer_blocks = nn.ModuleList(DoubleStreamBlock(config) for _ in range(config.num_layers))
         self.single_transformer_blocks = nn.ModuleList(
             SingleStreamBlock(config) for _ in range(config.num_single_layers)
         )
-        self.norm_out = OutputNorm(hidden_size)
+        self.norm_out = ModulationLayer(hidden_size, chunks=2)
         self.proj_out = Linear(hidden_size, config.in_channels)
 
     @classmethod
@@ -114,35 +106,57 @@ class FlowTransformer(nn.Module):
         for span in spans:
             span.check(self.config)
         # Equal lengths side by side share one attention call.
-        order = sorted(range(len(spans)), key=lambda i: (spans[i].text_length, spans[i].image_length))
+        order = sorted(range(len(spans)), key=lambda i: (spans[i].text_length, *spans[i].grids))
         velocities = self._velocities([spans[i] for i in order]) if spans else []
         by_position = dict(zip(order, velocities, strict=True))
         return [by_position[i] for i in range(len(spans))]
 
     def _velocities(self, spans: list[Span]) -> list[Tensor]:
-        packing = Packing(tuple(s.text_length for s in spans), tuple(s.image_length for s in spans))
+        packing, scratch = Packing.of(spans), Scratch()
         conditioning = self._conditioning(spans, packing)
-        rotations = self._rotations(spans, packing)
+        step = Step(packing, self._rotations(spans, packing), scratch)
         text = self.context_embedder(self._on_device(packing.pack([s.prompt_embedding for s in spans])))
         image = self.x_embedder(self._on_device(packing.pack([_image_tokens(s) for s in spans])))
         for block in self.transformer_blocks:
-            text, image = block(text, image, conditioning.text, conditioning.image, rotations, packing)
+            text, image = block(text, image, conditioning.text, conditioning.image, step)
         joint = packing.join(text, image)
         for block in self.single_transformer_blocks:
-            joint = block(joint, conditioning.joint, rotations, packing)
-        return self._head(joint, conditioning.head, spans, packing)
+            joint = block(joint, conditioning.joint, step)
+        targets = modulated_norm(packing.targets(joint), *conditioning.head, self.config.eps, scratch)
+        velocities = packing.unpack(self.proj_out(targets), packing.target_lengths)
+        return [v.view(*s.latents.shape[:2], -1) for v, s in zip(velocities, spans, strict=True)]
 
     def _on_device(self, tokens: Tensor) -> Tensor:
         return tokens.to(self.device, self.dtype)
 
     def _conditioning(self, spans: list[Span], packing: Packing) -> Conditioning:
-        sigmas = torch.tensor([span.sigma for span in spans], dtype=torch.float32, device=self.device)
+        text, image, joint, head = self._per_span_modulation(spans)
+        scale, shift = packing.spread(head, packing.target_lengths).chunk(2, dim=-1)
+        return Conditioning(
+            modulations(packing.spread(text, packing.text_lengths), 2),
+            modulations(packing.spread(image, packing.image_lengths), 2),
+            modulations(packing.spread(joint, packing.joint_lengths), 1)[0],
+            (1 + scale, shift),
+        )
+
+    def _per_span_modulation(self, spans: list[Span]) -> tuple[Tensor, ...]:
+        """Returns (spans, channels) for text, image, joint tokens and the head."""
+        levels = [span.sigma for span in spans]
+        if self.device.type != "cpu" or torch.is_grad_enabled() or len(spans) == 1:
+            return self._level_modulation(levels)
+        # A matrix-vector product sums in another order than a matrix product: alone or packed must be the same.
+        rows = {level: self._level_modulation([level]) for level in set(levels)}
+        return tuple(torch.cat(parts) for parts in zip(*(rows[level] for level in levels), strict=True))
+
+    def _level_modulation(self, levels: list[float]) -> tuple[Tensor, ...]:
+        sigmas = torch.tensor(levels, dtype=torch.float32, device=self.device)
         embedding = self.time_guidance_embed(sigmas, self.dtype)
-        text = packing.spread(self.double_stream_modulation_txt(embedding), packing.text_lengths)
-        image = packing.spread(self.double_stream_modulation_img(embedding), packing.image_lengths)
-        joint = packing.spread(self.single_stream_modulation(embedding), packing.joint_lengths)
-        head = self.norm_out.linear(F.silu(embedding))
-        return Conditioning(modulations(text, 2), modulations(image, 2), modulations(joint, 1)[0], head)
+        return (
+            self.double_stream_modulation_txt(embedding),
+            self.double_stream_modulation_img(embedding),
+            self.single_stream_modulation(embedding),
+            self.norm_out(embedding),
+        )
 
     def _rotations(self, spans: list[Span], packing: Packing) -> Tensor:
         axes, theta = self.config.axes_dims_rope, self.config.rope_theta
@@ -150,21 +164,6 @@ class FlowTransformer(nn.Module):
         if len(set(keys)) == 1:
             return span_rotations(*keys[0], axes, theta, self.device)[None]
         return packing.pack([span_rotations(*key, axes, theta, self.device) for key in keys])
-
-    def _head(self, joint: Tensor, head: Tensor, spans: list[Span], packing: Packing) -> list[Tensor]:
-        targets = Packing((0,) * len(spans), tuple(span.target_length for span in spans))
-        tokens = targets.pack(
-            [
-                part[span.text_length : span.text_length + span.target_length]
-                for part, span in zip(packing.unpack(joint, packing.joint_lengths), spans, strict=True)
-            ]
-        )
-        scale, shift = targets.spread(head, targets.image_lengths).chunk(2, dim=-1)
-        velocities = self.proj_out(modulated_norm(tokens, 1 + scale, shift, self.config.eps))
-        return [
-            velocity.unflatten(0, span.latents.shape[:2])
-            for velocity, span in zip(targets.unpack(velocities, targets.image_lengths), spans, strict=True)
-        ]
 
 
 def _image_tokens(span: Span) -> Tensor:
