@@ -77,15 +77,17 @@ class Workload:
         params = order.params
         negative = conditioning.negative_prompt_embedding
         prompt = conditioning.prompt_embedding.to(self.device)
+        negative = None if negative is None else negative.to(self.device)
+        references = tuple(reference.to(self.device) for reference in conditioning.references)
         return [
             Trajectory(
                 latents=latents.to(self.device),
                 step_count=params.steps,
                 step_index=order.resume_step,
                 prompt_embedding=prompt,
-                negative_prompt_embedding=None if negative is None else negative.to(self.device),
+                negative_prompt_embedding=negative,
                 guidance_scale=params.guidance,
-                references=tuple(reference.to(self.device) for reference in conditioning.references),
+                references=references,
             )
             for latents in conditioning.resume_latents or self._noises(order)
         ]
