@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -13,6 +14,7 @@ import grpc
 from services.orchestrator.deadline import Deadline
 from services.orchestrator.failures import PUBLIC_FIELDS, StageDisagreement, failure_of
 from services.orchestrator.routing import StageAddress
+from services.orchestrator.sent_status import SentStatus
 from services.runtime.channels import open_channel
 
 ENCODE_PROMPT: Final = "/klein_api.v1.TextEncoderService/EncodePrompt"
@@ -20,6 +22,7 @@ ENCODE_REFERENCE: Final = "/klein_api.v1.VaeDecoderService/EncodeReference"
 DECODE_LATENTS: Final = "/klein_api.v1.VaeDecoderService/DecodeLatents"
 DENOISE_LATENTS: Final = "/klein_api.v1.DenoiserService/DenoiseLatents"
 
+_log = logging.getLogger("klein.orchestrator")
 _RECONNECT = (("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_backoff_ms", 2_000))
 """A stage that came back is used within seconds; gRPC's own backoff grows to two minutes."""
 
@@ -65,6 +68,7 @@ class StageCall:
         self._call = call
         self._fields = fields
         self._writing = asyncio.Lock()
+        self._status = SentStatus(call)
 
     async def __aenter__(self) -> StageCall:
         return self
@@ -82,48 +86,45 @@ class StageCall:
         async with self._writing:
             try:
                 await self._call.write(message)
-            except asyncio.InvalidStateError:
-                await self._raise_early_end()
-            except grpc.aio.AioRpcError as error:
-                raise failure_of(self.address, error, self._fields) from None
+            except (asyncio.InvalidStateError, grpc.aio.AioRpcError):
+                raise await self._failure() from None
             except asyncio.CancelledError:
                 await self._raise_if_the_stage_cancelled()
                 raise
 
     async def done_writing(self) -> None:
         """Tells the stage that nothing more comes."""
-        await self._call.done_writing()
+        try:
+            await self._call.done_writing()
+        except grpc.aio.InternalError:
+            # The stage has ended the call already; whoever reads from it is told why.
+            _log.debug("%s ended a call before its input did", self.address.stage)
 
     async def messages(self) -> AsyncIterator[bytes]:
         """Yields the stage's messages as they arrive, until it ends the call with OK."""
         try:
             async for message in self._call:
                 yield message
-        except grpc.aio.AioRpcError as error:
-            raise failure_of(self.address, error, self._fields) from None
+        except grpc.aio.AioRpcError:
+            raise await self._failure() from None
         except asyncio.CancelledError:
             await self._raise_if_the_stage_cancelled()
             raise
 
-    async def _raise_early_end(self) -> None:
-        error = grpc.aio.AioRpcError(
-            await self._call.code(),
-            await self._call.initial_metadata(),
-            await self._call.trailing_metadata(),
-            await self._call.details(),
-        )
+    async def _failure(self) -> Exception:
+        """Returns what the caller is to get for this call, which has ended."""
+        error = await self._status.sent()
         if error.code() is grpc.StatusCode.OK:
-            raise StageDisagreement(
-                f"{self.address.stage} at {self.address.target} ended before its input did"
-            )
-        raise failure_of(self.address, error, self._fields)
+            place = f"{self.address.stage} at {self.address.target}"
+            return StageDisagreement(f"{place} ended a call before its input did")
+        return failure_of(self.address, error, self._fields)
 
     async def _raise_if_the_stage_cancelled(self) -> None:
         # grpc.aio raises CancelledError for a CANCELLED status too, which a drain can cause; only our own
         # cancellation may look like one.
         task = asyncio.current_task()
         if task is not None and not task.cancelling() and self._call.done():
-            await self._raise_early_end()
+            raise await self._failure() from None
 
 
 @dataclass(frozen=True)

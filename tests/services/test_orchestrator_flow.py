@@ -14,7 +14,7 @@ from klein_api.v1.image_service_pb2 import (
 )
 
 from services.runtime.errors import StageUnavailable
-from tests.services.orchestrator_stages import FakeSuite, reference_file
+from tests.services.orchestrator_stages import FakeSuite, reference_file, until
 
 
 @pytest.fixture
@@ -156,8 +156,7 @@ async def test_a_failing_preview_does_not_fail_the_request(suite):
     async for event in call:
         kinds.append(event.WhichOneof("event"))
         if event.step.step == 4:
-            while suite.vae_decoder.calls < 2:
-                await asyncio.sleep(0.01)
+            await until(lambda: suite.vae_decoder.calls >= 2)
             suite.vae_decoder.decode_error = None
             suite.denoiser.image_gates[0].set()
     assert kinds.count("preview") <= 1
