@@ -55,7 +55,7 @@ class GenerationProgress:
             self._task,
             description=self._title + text,
             completed=step.step,
-            total=step.step_count,
+            total=step.step_count + 1,  # The last piece of the bar is the decoding.
             count=f"{step.step}/{step.step_count} steps",
         )
 

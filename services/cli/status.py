@@ -47,7 +47,8 @@ def status_table(answer: api.ListModelsResponse) -> Table:
         table.add_column(heading, no_wrap=True)
     table.add_column("TARGET", overflow="fold")
     for model in answer.models:
-        name = f"{model.name} *" if model.name == answer.default_model else model.name
+        is_chosen = len(answer.models) > 1 and model.name == answer.default_model
+        name = f"{model.name} (default)" if is_chosen else model.name
         for position, stage in enumerate(model.stages):
             table.add_row(name if position == 0 else "", *_stage_cells(position, stage))
     return table

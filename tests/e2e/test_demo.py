@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from services.cli.demo import PICTURES, SHEET, run_demo
@@ -12,10 +13,8 @@ from tests.tiny.checkpoint import save_tiny_checkpoint
 
 
 def test_the_demo_makes_every_picture_and_a_sheet(tmp_path: Path) -> None:
-    from PIL import Image
-
     save_tiny_checkpoint(tmp_path / "tiny")
-    console = Console(record=True, width=120, quiet=False)
+    console = Console(record=True, width=120)
     options = SuiteOptions(
         model=str(tmp_path / "tiny"),
         device="cpu",

@@ -32,7 +32,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Up:
     """A running `klein up`."""
 
-    def __init__(self, process: psutil.Popen, output: Path, port: int) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], output: Path, port: int) -> None:
         self.process = process
         self._output = output
         self.target = f"127.0.0.1:{port}"
@@ -42,16 +42,19 @@ class Up:
     def text(self) -> str:
         return self._output.read_text()
 
-    @property
-    def stages(self) -> dict[str, psutil.Process]:
-        return {each.cmdline()[-1]: each for each in self.process.children()}
+    def wait_for_stages(self) -> dict[str, psutil.Process]:
+        """Waits until all four were started; they may be far from ready."""
+        assert soon(lambda: set(self._children()) == set(PROCESSES), 20)
+        return self._children()
+
+    def _children(self) -> dict[str, psutil.Process]:
+        # Between its fork and its exec a child has its parent's command line.
+        return {child.cmdline()[-1]: child for child in psutil.Process(self.process.pid).children()}
 
     def wait_until_ready(self) -> dict[str, psutil.Process]:
         assert soon(lambda: "Ready after" in self.text or self.process.poll() is not None, READY_SECONDS)
         assert "Ready after" in self.text, self.text
-        stages = self.stages
-        assert set(stages) == set(PROCESSES)
-        return stages
+        return self.wait_for_stages()
 
 
 @contextmanager
@@ -72,15 +75,12 @@ def klein_up(checkpoint: Path, folder: Path) -> Iterator[Up]:
     environment = inherited_environment() | {"KLEIN_DEFAULT_SIZE_PX": "64"}
     with (
         output.open("w") as file,
-        psutil.Popen(command, env=environment, stdout=file, stderr=file) as process,
+        subprocess.Popen(command, env=environment, stdout=file, stderr=file) as process,
     ):
-        up = Up(process, output, port)
         try:
-            yield up
+            yield Up(process, output, port)
         finally:
-            for each in [*process.children(), process]:
-                if each.is_running():
-                    each.kill()
+            process.kill()
 
 
 def klein(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -157,8 +157,7 @@ def test_a_stage_that_dies_is_named_and_stops_the_rest(checkpoint: Path, tmp_pat
 def test_no_stage_outlives_a_parent_that_is_killed(checkpoint: Path, tmp_path: Path) -> None:
     with klein_up(checkpoint, tmp_path) as up:
         # Not ready yet: a stage that still imports must go, too.
-        assert soon(lambda: len(up.stages) == len(PROCESSES), 20)
-        stages = up.stages
+        stages = up.wait_for_stages()
         up.process.kill()
         assert soon(lambda: all_gone(stages), STOP_SECONDS)
 
@@ -173,9 +172,10 @@ def test_a_broken_checkpoint_is_told_in_the_stage_s_words(checkpoint: Path, tmp_
     (broken / "vae").mkdir(exist_ok=True)
     (broken / "vae" / "config.json").write_text("{}")
     with klein_up(broken, tmp_path) as up:
+        stages = up.wait_for_stages()
         assert up.process.wait(READY_SECONDS) == 1
         assert "The vae-decoder ended with exit code 1" in up.text
-        assert all_gone(up.stages)
+        assert all_gone(stages)
 
 
 @pytest.mark.parametrize(
