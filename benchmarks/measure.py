@@ -1,4 +1,4 @@
-"""Timing and reporting shared by the benchmarks: alternating runs, medians, ratios, the machine's description."""
+"""Timing and reporting shared by the benchmarks: runs in turns, medians, ratios, the machine's description."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Bar:
 def alternate(
     candidates: Mapping[str, Callable[[], object]], repeats: int, *, warmups: int = 1
 ) -> dict[str, list[float]]:
-    """Runs the candidates in turns, so that a noisy machine treats them alike; returns seconds of each run."""
+    """Runs the candidates in turns, so that a noisy machine treats them alike; returns seconds a run."""
     for _ in range(warmups):
         for candidate in candidates.values():
             candidate()

@@ -17,7 +17,9 @@ class Shape:
     vae: VaeConfig
 
 
-def qwen3(hidden: int, intermediate: int, heads: int, key_value_heads: int, vocabulary: int) -> dict[str, Any]:
+def qwen3(
+    hidden: int, intermediate: int, heads: int, key_value_heads: int, vocabulary: int
+) -> dict[str, Any]:
     """Returns a Qwen3 configuration of 36 layers, the depth of Qwen3-4B and 8B."""
     return {
         "hidden_size": hidden,
@@ -36,9 +38,11 @@ def qwen3(hidden: int, intermediate: int, heads: int, key_value_heads: int, voca
 
 
 SHAPES = {
-    # A quarter of klein-4B's width and depth, so that a step takes about a second on a laptop.
+    # Half of klein-4B's width and half of its depth: a step that a laptop's processor can do in seconds.
     "quarter": Shape(
-        TransformerConfig(num_layers=3, num_single_layers=10, num_attention_heads=12, joint_attention_dim=1920),
+        TransformerConfig(
+            num_layers=3, num_single_layers=10, num_attention_heads=12, joint_attention_dim=1920
+        ),
         TextEncoderConfig(qwen3(640, 2432, 8, 2, 37984)),
         VaeConfig(block_out_channels=(64, 128, 256, 256)),
     ),

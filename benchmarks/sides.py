@@ -1,0 +1,196 @@
+"""The same piece of work done by this project and by diffusers, on the same random weights.
+
+Each `*_run` function takes a built module and returns the call that is timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
+from torch import Tensor, nn
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from benchmarks.shapes import Shape
+from klein_core.denoiser.checkpoint import checkpoint_names
+from klein_core.denoiser.span import Span
+from klein_core.denoiser.transformer import FlowTransformer
+from klein_core.text_encoder.encoder import build_cut_qwen3, tapped_embedding
+from klein_core.vae_decoder.autoencoder import Autoencoder
+
+Run = Callable[[], Tensor]
+SIGMA = 0.9
+REAL_TOKENS = 40
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and in what precision weights are made."""
+
+    device: str
+    dtype: torch.dtype
+
+
+def random_module(build: Callable[[], nn.Module], place: Place) -> nn.Module:
+    """Builds a module on its device with random weights that keep activations near unit variance."""
+    with torch.device("meta"):
+        module = build()
+    module = module.to_empty(device=place.device).eval().requires_grad_(False)
+    for name, value in module.state_dict().items():
+        if value.ndim >= 2:
+            value.normal_(std=value[0].numel() ** -0.5)
+        else:
+            value.fill_(1 if name.endswith(("weight", "running_var")) else 0)
+    for parameter in (*module.parameters(), *module.buffers()):
+        parameter.data = parameter.data.to(place.dtype) if parameter.is_floating_point() else parameter.data
+    return module
+
+
+def flow_transformer(shape: Shape, place: Place) -> FlowTransformer:
+    """Builds our transformer."""
+    module = random_module(lambda: FlowTransformer(shape.transformer), place)
+    assert isinstance(module, FlowTransformer)
+    return module
+
+
+def oracle_transformer(shape: Shape, place: Place) -> nn.Module:
+    """Builds diffusers' transformer."""
+    arguments = asdict(shape.transformer)
+    return random_module(lambda: Flux2Transformer2DModel(**arguments, guidance_embeds=False), place)
+
+
+def share_transformer(oracle: nn.Module, shape: Shape) -> FlowTransformer:
+    """Builds our transformer on the oracle's weights; only fused ones are copied."""
+    with torch.device("meta"):
+        ours = FlowTransformer(shape.transformer)
+    weights, fused = oracle.state_dict(), checkpoint_names(shape.transformer)
+    state = {
+        name: torch.cat([weights[part] for part in fused[name]]) if name in fused else weights[name]
+        for name in ours.state_dict()
+    }
+    ours.load_state_dict(state, assign=True)
+    return ours.requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """One image with references of its own size, at one noise level."""
+
+    prompt: Tensor
+    images: list[Tensor]
+
+    @classmethod
+    def draw(cls, shape: Shape, place: Place, size: int, reference_count: int) -> StepInputs:
+        draw = {"device": place.device, "dtype": place.dtype}
+        config, side = shape.transformer, size // 16
+        images = [torch.randn(side, side, config.in_channels, **draw) for _ in range(1 + reference_count)]
+        return cls(torch.randn(512, config.joint_attention_dim, **draw), images)
+
+
+def step_run(module: FlowTransformer, inputs: StepInputs) -> Run:
+    """One packed step of one image by this project: velocities (tokens, channels)."""
+    span = Span(inputs.prompt, inputs.images[0], tuple(inputs.images[1:]), SIGMA)
+    return lambda: module([span])[0].flatten(0, 1)
+
+
+def oracle_step_run(module: nn.Module, inputs: StepInputs) -> Run:
+    """The same step by diffusers, with everything prepared that its pipeline prepares once."""
+    target = inputs.images[0]
+    image_ids = torch.cat([_grid_ids(image, 10 * index) for index, image in enumerate(inputs.images)])
+    text_ids = torch.zeros(len(inputs.prompt), 4, device=target.device)
+    text_ids[:, 3] = torch.arange(len(inputs.prompt))
+    arguments = {
+        "hidden_states": torch.cat([image.flatten(0, 1) for image in inputs.images])[None],
+        "encoder_hidden_states": inputs.prompt[None],
+        "timestep": torch.tensor([SIGMA], device=target.device, dtype=target.dtype),
+        "txt_ids": text_ids,
+        "img_ids": image_ids,
+        "return_dict": False,
+    }
+    return lambda: module(**arguments)[0][0, : target.shape[0] * target.shape[1]]
+
+
+def cut_text_encoder(shape: Shape, place: Place) -> nn.Module:
+    """Builds our text encoder."""
+    module = random_module(lambda: build_cut_qwen3(shape.text_encoder), place)
+    return _with_rotary(module, module, place)
+
+
+def oracle_text_encoder(shape: Shape, place: Place) -> Qwen3ForCausalLM:
+    """Builds the language model that diffusers' pipeline runs whole."""
+    module = random_module(lambda: Qwen3ForCausalLM(Qwen3Config(**shape.text_encoder.qwen3)), place)
+    assert isinstance(module, Qwen3ForCausalLM)
+    _with_rotary(module, module.model, place)
+    return module
+
+
+def share_text_encoder(oracle: Qwen3ForCausalLM, shape: Shape, place: Place) -> nn.Module:
+    """Builds our text encoder on the oracle's weights."""
+    ours, weights = build_cut_qwen3(shape.text_encoder, place.device), oracle.state_dict()
+    ours.load_state_dict({name: weights[f"model.{name}"] for name in ours.state_dict()}, assign=True)
+    return ours.requires_grad_(False)
+
+
+def encode_run(module: nn.Module, shape: Shape, place: Place) -> Run:
+    """One prompt, padded as always, by this project: embedding (1, tokens, channels)."""
+    token_ids, mask = _prompt(shape, place)
+    taps = shape.text_encoder.tapped_layers
+    return lambda: tapped_embedding(module, token_ids, mask, taps)  # type: ignore[arg-type]
+
+
+def oracle_encode_run(module: nn.Module, shape: Shape, place: Place) -> Run:
+    """The same prompt as diffusers' pipeline encodes it: all layers and the language model's head."""
+    token_ids, mask = _prompt(shape, place)
+
+    def run() -> Tensor:
+        output = module(input_ids=token_ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+        return torch.cat([output.hidden_states[tap] for tap in shape.text_encoder.tapped_layers], dim=-1)
+
+    return run
+
+
+def _prompt(shape: Shape, place: Place) -> tuple[Tensor, Tensor]:
+    config = shape.text_encoder
+    generator = torch.Generator().manual_seed(1)
+    token_ids = torch.randint(config.qwen3["vocab_size"], (1, config.sequence_length), generator=generator)
+    mask = (torch.arange(config.sequence_length) < REAL_TOKENS).long()[None]
+    return token_ids.to(place.device), mask.to(place.device)
+
+
+def decode_runs(shape: Shape, place: Place, size: int) -> dict[str, Run]:
+    """One image from its packed, normalised latents, by both."""
+    oracle = random_module(lambda: AutoencoderKLFlux2(**asdict(shape.vae)), place)
+    with torch.device("meta"):
+        ours = Autoencoder(shape.vae)
+    ours.load_state_dict(oracle.state_dict(), assign=True)
+    ours.requires_grad_(False).eval()
+    extents = (1, shape.vae.packed_channels, size // 16, size // 16)
+    latents = torch.randn(extents, device=place.device, dtype=place.dtype)
+    return {"ours": lambda: ours.decode(latents), "diffusers": lambda: _oracle_decode(oracle, latents, shape)}
+
+
+def _oracle_decode(oracle: nn.Module, latents: Tensor, shape: Shape) -> Tensor:
+    """Undoes normalisation and patches as diffusers' pipeline does, then decodes."""
+    mean = oracle.bn.running_mean.view(1, -1, 1, 1)
+    variance = oracle.bn.running_var.view(1, -1, 1, 1)
+    packed = latents * torch.sqrt(variance + shape.vae.batch_norm_eps) + mean
+    batch, channels, rows, columns = packed.shape
+    patches = packed.reshape(batch, channels // 4, 2, 2, rows, columns).permute(0, 1, 4, 2, 5, 3)
+    image: Tensor = oracle.decode(
+        patches.reshape(batch, channels // 4, 2 * rows, 2 * columns), return_dict=False
+    )[0]
+    return image
+
+
+def _with_rotary(module: nn.Module, model: nn.Module, place: Place) -> nn.Module:
+    """Recomputes Qwen3's rotary frequencies, which are not part of its state."""
+    model.rotary_emb = type(model.rotary_emb)(model.config).to(place.device)  # type: ignore[operator,arg-type]
+    return module
+
+
+def _grid_ids(image: Tensor, time: int) -> Tensor:
+    rows, columns = image.shape[:2]
+    axes = (torch.tensor([time]), torch.arange(rows), torch.arange(columns), torch.arange(1))
+    return torch.cartesian_prod(*axes).to(image.device)

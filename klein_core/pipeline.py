@@ -1,0 +1,158 @@
+"""All three stages in one process: the library's front door, and the oracle that the services are tested against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from klein_core.checkpoint_config import read_variant
+from klein_core.denoiser.sampler import Trajectory, packed_step
+from klein_core.denoiser.transformer import FlowTransformer
+from klein_core.errors import InvalidInput, Violation
+from klein_core.params import DEFAULT_LIMITS, GenerationParams, Limits
+from klein_core.text_encoder.encoder import TextEncoder
+from klein_core.vae_decoder.image import encode_image
+from klein_core.vae_decoder.stage import EncodedReference, VaeDecoder
+
+DEFAULT_SIDE_PX = 1024
+"""Width and height when neither they nor a reference are given."""
+
+StepCallback = Callable[[int, int, int], None]
+"""Called after each step with the image's index, the steps done and the steps in all."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A klein model, whole."""
+
+    text_encoder: TextEncoder
+    transformer: FlowTransformer
+    vae_decoder: VaeDecoder
+    is_distilled: bool
+
+    @classmethod
+    def from_folder(
+        cls, folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> Pipeline:
+        """Loads a checkpoint in diffusers' folder layout.
+
+        Args:
+            folder: holds `model_index.json` and a folder for each part.
+            device: where weights go and all is computed.
+            dtype: `None` keeps each part's own.
+
+        Raises:
+            CheckpointError: a file is missing or does not fit its configuration.
+        """
+        variant = read_variant(folder)
+        return cls(
+            TextEncoder.from_folder(folder, device=device, dtype=dtype),
+            FlowTransformer.from_folder(folder, device=device, dtype=dtype),
+            VaeDecoder.from_folder(folder, device=device, dtype=dtype),
+            variant.is_distilled,
+        )
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        references: Sequence[bytes] = (),
+        width_px: int | None = None,
+        height_px: int | None = None,
+        negative_prompt: str | None = None,
+        seeds: Sequence[int] = (0,),
+        step_count: int | None = None,
+        guidance_scale: float | None = None,
+        limits: Limits = DEFAULT_LIMITS,
+        on_step: StepCallback | None = None,
+    ) -> Iterator[Tensor]:
+        """Yields one image for each seed: uint8, (height, width, 3).
+
+        No reference makes a text-to-image flow, one an edit, more a multi-reference flow. Arguments are checked and
+        the conditioning is computed at the first image, not at the call.
+
+        Args:
+            references: image files.
+            width_px, height_px: unset means the first reference's processed size, or 1024.
+            step_count, guidance_scale: unset means the model's default.
+
+        Raises:
+            InvalidInput: an argument is outside its limits; every violation is named.
+        """
+        too_many = len(references) > limits.reference_count
+        encoded = [] if too_many else self._encode_references(references)
+        first = encoded[0] if encoded else None
+        params = GenerationParams(
+            width_px=width_px if width_px is not None else first.width_px if first else DEFAULT_SIDE_PX,
+            height_px=height_px if height_px is not None else first.height_px if first else DEFAULT_SIDE_PX,
+            is_distilled=self.is_distilled,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            seeds=tuple(seeds),
+            step_count=step_count,
+            guidance_scale=guidance_scale,
+            reference_count=len(references),
+            limits=limits,
+        )
+        for index, trajectory in enumerate(self._trajectories(params, encoded)):
+            yield self.vae_decoder.decode(self._denoise(trajectory, index, on_step))
+
+    def generate_files(
+        self,
+        prompt: str,
+        *,
+        image_format: str = "png",
+        quality: int | None = None,
+        metadata: Mapping[str, str] | None = None,
+        **arguments: object,
+    ) -> list[bytes]:
+        """Does `generate` and returns encoded files; takes the same arguments besides its own.
+
+        Raises:
+            InvalidInput: as `generate`, and for an unknown format or quality.
+        """
+        images = self.generate(prompt, **arguments)  # type: ignore[arg-type]
+        return [encode_image(image, image_format, quality, metadata) for image in images]
+
+    def _encode_references(self, references: Sequence[bytes]) -> list[EncodedReference]:
+        encoded: list[EncodedReference] = []
+        violations: list[Violation] = []
+        for index, data in enumerate(references):
+            try:
+                encoded.append(self.vae_decoder.encode_reference(data, field=f"references[{index}]"))
+            except InvalidInput as error:
+                violations += error.violations
+        if violations:
+            raise InvalidInput(violations)
+        return encoded
+
+    def _trajectories(
+        self, params: GenerationParams, references: Sequence[EncodedReference]
+    ) -> Iterator[Trajectory]:
+        prompts = [params.prompt, params.negative_prompt or ""] if params.uses_guidance else [params.prompt]
+        # One prompt a call, as the services do: the row count of a matrix product may change its last bit.
+        embeddings = [self.text_encoder.encode([prompt])[0].embedding for prompt in prompts]
+        for seed in params.seeds:
+            yield Trajectory.from_noise(
+                seed=seed,
+                rows=params.rows,
+                columns=params.columns,
+                channels=self.transformer.config.in_channels,
+                step_count=params.steps,
+                prompt_embedding=embeddings[0],
+                negative_prompt_embedding=embeddings[1] if params.uses_guidance else None,
+                guidance_scale=params.guidance,
+                references=tuple(reference.latents for reference in references),
+            )
+
+    def _denoise(self, trajectory: Trajectory, index: int, on_step: StepCallback | None) -> Tensor:
+        """Runs one image to its end; images are not packed, so that each is the same bytes as when made alone."""
+        while not trajectory.finished:
+            packed_step(self.transformer, [trajectory])
+            if on_step is not None:
+                on_step(index, trajectory.step_index, trajectory.step_count)
+        return trajectory.latents
