@@ -18,6 +18,7 @@ import psutil
 from klein_api.v1 import image_service_pb2 as api
 
 from services.cli.client import Generation, connect, generate
+from services.cli.errors import CliError
 from services.cli.suite import PICO, STAGES, Suite, SuiteOptions
 
 READY_SECONDS = 10.0
@@ -51,11 +52,23 @@ def measure(model: str, run_count: int, threads: int) -> list[Measurement]:
     with Suite(SuiteOptions(model=model, threads=threads)) as suite:
         suite.wait_until_ready()
         ready = Measurement("ready after", time.perf_counter() - started, READY_SECONDS, "s")
+        loading_cpu = _cpu_seconds(suite)
         memory = [_resident(stage, suite.children[stage].pid) for stage in STAGES]
         seconds, last = asyncio.run(_time_pictures(suite.target, run_count))
+        picture_cpu = (sum(_cpu_seconds(suite).values()) - sum(loading_cpu.values())) / (
+            WARM_UP_COUNT + run_count
+        )
     _show_stages(last)
+    # What a busy machine does not change, unlike the times below.
+    print("CPU seconds until ready: " + ", ".join(f"{name} {used:.1f}" for name, used in loading_cpu.items()))
+    print(f"CPU seconds a picture, all four together: {picture_cpu:.3f}")
     name = f"picture, median of {run_count}"
     return [ready, Measurement(name, statistics.median(seconds), PICTURE_SECONDS, "s"), *memory]
+
+
+def _cpu_seconds(suite: Suite) -> dict[str, float]:
+    times = {name: psutil.Process(child.pid).cpu_times() for name, child in suite.children.items()}
+    return {name: used.user + used.system for name, used in times.items()}
 
 
 async def _time_pictures(target: str, run_count: int) -> tuple[list[float], Generation]:
@@ -98,7 +111,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default=PICO, help="pico, or a checkpoint's folder")
     options = parser.parse_args(arguments)
     print(f"{psutil.cpu_count()} CPU cores, Python {sys.version.split()[0]}, {Path(options.model).name}")
-    measurements = measure(options.model, options.runs, options.threads)
+    try:
+        measurements = measure(options.model, options.runs, options.threads)
+    except CliError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
     print(*measurements, sep="\n")
     return int(options.check and not all(each.is_met for each in measurements))
 

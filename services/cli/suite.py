@@ -44,7 +44,7 @@ class SuiteOptions:
     device: str = "auto"
     dtype: str = "checkpoint"
     threads: int = 0
-    """Threads that each stage computes with; 0 means half of the cores, at least one."""
+    """Threads that each stage computes with; 0 takes `default_threads`."""
     log_folder: Path | None = None
     """`None` makes a folder among the temporary files."""
     settings: Mapping[str, str] = field(default_factory=dict)
@@ -182,12 +182,22 @@ class Suite:
             "KLEIN_MODEL_PATH": self.options.model,
             "KLEIN_DEVICE": self.options.device,
             "KLEIN_DTYPE": self.options.dtype,
-            "KLEIN_THREADS": str(self.options.threads or max(1, (os.cpu_count() or 1) // 2)),
+            "KLEIN_THREADS": str(self.options.threads or default_threads()),
         }
 
 
 PICO_LIMITS = {"KLEIN_DEFAULT_SIZE_PX": "128", "KLEIN_MAXIMUM_PIXEL_COUNT": str(256 * 256)}
 """What pico was trained on; it makes nonsense of larger pictures."""
+
+
+def default_threads() -> int:
+    """Half of the cores that this process may use.
+
+    Stages mostly take turns, but threads that fight for a core wait for each other at every operation: one too
+    many costs more than one too few. Where cores run two threads each, half of them is one for each real core.
+    """
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, usable // 2)
 
 
 def require_torch() -> None:
