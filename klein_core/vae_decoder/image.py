@@ -59,7 +59,9 @@ def encode_image(
     if image_format == "raw":
         return pixels.tobytes()
     file = BytesIO()
-    Image.fromarray(pixels).save(file, **_save_options(image_format, quality, metadata or {}))
+    # In order of keys, because a map that came over the wire has none and equal requests give equal bytes.
+    ordered = dict(sorted((metadata or {}).items()))
+    Image.fromarray(pixels).save(file, **_save_options(image_format, quality, ordered))
     return file.getvalue()
 
 
