@@ -27,10 +27,11 @@ from services.orchestrator.failures import StageDisagreement
 from services.orchestrator.relay import TensorRelay
 from services.orchestrator.request import ImageRequest
 from services.orchestrator.routing import DENOISER, VAE_DECODER
-from services.orchestrator.timings import Timings, duration
+from services.orchestrator.timings import Timings
 from services.orchestrator.wire import field_number, indexed_frame_field, is_last_frame
 from services.runtime.errors import ServiceError
 from services.runtime.logs import request_id
+from services.runtime.stages import duration
 
 Emit = Callable[[StreamGenerateImageResponse], Awaitable[None]]
 _PREVIEW_QUALITY = 85

@@ -11,6 +11,8 @@ from typing import Protocol
 from google.protobuf.duration_pb2 import Duration
 from klein_api.v1.image_service_pb2 import StageTiming
 
+from services.runtime.stages import duration
+
 
 class StageSummary(Protocol):
     """The part that every stage's summary has."""
@@ -76,9 +78,3 @@ class Timings:
 
 def seconds(duration: Duration) -> float:
     return duration.seconds + duration.nanos / 1e9
-
-
-def duration(seconds: float) -> Duration:
-    message = Duration()
-    message.FromNanoseconds(int(seconds * 1e9))
-    return message
