@@ -9,6 +9,8 @@ from typing import TypeVar
 from services.runtime.errors import ReceiveTimeout
 
 _Message = TypeVar("_Message")
+_DISCARD_SECONDS = 2.0
+_PAUSE_SECONDS = 0.1
 
 
 async def receive(
@@ -20,11 +22,29 @@ async def receive(
 
     Raises:
         ReceiveTimeout: the stream did not end in time.
-        Exception: whatever `accept` raises; nothing more is received then.
+        Exception: whatever `accept` raises; what the caller is still sending then is thrown away.
     """
+    iterator = aiter(messages)
     try:
         async with asyncio.timeout(timeout_seconds):
-            async for message in messages:
+            async for message in iterator:
                 accept(message)
     except TimeoutError:
         raise ReceiveTimeout(timeout_seconds) from None
+    except Exception:
+        await _discard(iterator)
+        raise
+
+
+async def _discard(iterator: AsyncIterator[_Message]) -> None:
+    """Takes messages until the caller pauses.
+
+    gRPC's Python client reports INTERNAL in place of a status that arrives while it writes.
+    """
+    try:
+        async with asyncio.timeout(_DISCARD_SECONDS):
+            while True:
+                async with asyncio.timeout(_PAUSE_SECONDS):
+                    await anext(iterator)
+    except (TimeoutError, StopAsyncIteration):
+        return

@@ -1,0 +1,82 @@
+"""Settings: precedence, refusals that name what is wrong, and the table of --check-config."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from services.runtime.settings import (
+    ServerSettings,
+    SettingsError,
+    StageSettings,
+    describe,
+    load_settings,
+    setting,
+)
+from services.text_encoder.settings import TextEncoderSettings
+from services.vae_decoder.settings import VaeDecoderSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample(ServerSettings):
+    is_fast: bool = setting(False, help="Whether it is fast")
+    ratio: float = setting(0.5, help="A ratio", minimum=0, maximum=1)
+
+
+def test_an_override_wins_over_the_environment_which_wins_over_the_default():
+    environment = {"KLEIN_PORT": "1", "KLEIN_RATIO": "0.25", "KLEIN_LOG_LEVEL": ""}
+    loaded = load_settings(Sample, environment, {"port": "2", "ratio": None})
+    assert (loaded.settings.port, loaded.settings.ratio, loaded.settings.log_level) == (2, 0.25, "info")
+    sources = [loaded.sources[name] for name in ("port", "ratio", "log_level")]
+    assert sources == ["--port", "KLEIN_RATIO", "default"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("PORT", "many", ["KLEIN_PORT", "'many'", "whole number"]),
+        ("PORT", "65536", ["KLEIN_PORT", "65536", "at most 65535"]),
+        ("PORT", "-1", ["KLEIN_PORT", "-1", "at least 0"]),
+        ("PORT", "1.5", ["KLEIN_PORT", "1.5", "whole number"]),
+        ("RATIO", "nan", ["KLEIN_RATIO", "nan", "at most 1"]),
+        ("IS_FAST", "maybe", ["KLEIN_IS_FAST", "maybe", "true or false"]),
+        ("LOG_LEVEL", "loud", ["KLEIN_LOG_LEVEL", "loud", "debug, info, warning, error"]),
+    ],
+)
+def test_a_bad_value_names_the_variable_the_value_and_the_limit(name, value, told):
+    with pytest.raises(SettingsError) as raised:
+        load_settings(Sample, {f"KLEIN_{name}": value})
+    assert all(part in str(raised.value) for part in told)
+
+
+def test_a_bad_flag_is_named_as_a_flag():
+    with pytest.raises(SettingsError, match="--queue-limit is '0'; it must be at least 1"):
+        load_settings(Sample, {}, {"queue_limit": "0"})
+
+
+def test_an_override_that_is_no_setting_is_refused():
+    with pytest.raises(SettingsError, match="prot"):
+        load_settings(Sample, {}, {"prot": 1})
+
+
+@pytest.mark.parametrize("text", ["1", "true", "YES", "on"])
+def test_booleans_are_read_from_words(text):
+    assert load_settings(Sample, {"KLEIN_IS_FAST": text}).settings.is_fast is True
+
+
+def test_the_table_has_every_setting_with_its_value_source_and_help():
+    table = describe(load_settings(Sample, {"KLEIN_RATIO": "0.125"})).splitlines()
+    line = next(line for line in table if line.startswith("KLEIN_RATIO"))
+    assert "0.125" in line
+    assert line.count("KLEIN_RATIO") == 2
+    assert "A ratio (at least 0 and at most 1)" in line
+    assert len(table) == 12
+
+
+def test_the_model_is_named_after_its_folder_unless_it_is_named():
+    assert StageSettings().model_name == "pico"
+    assert StageSettings(model_path="/models/klein-4b/").model_name == "klein-4b"
+    assert StageSettings(model_path="/models/klein-4b", model_name="mine").model_name == "mine"
+
+
+def test_stages_have_ports_of_their_own():
+    assert (TextEncoderSettings().port, VaeDecoderSettings().port) == (50051, 50053)
