@@ -14,6 +14,7 @@ from klein_api.v1 import image_pb2
 from klein_api.v1 import image_service_pb2 as api
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from services.cli.child import inherited_environment
 from services.cli.client import Generation, connect, generate
@@ -109,9 +110,8 @@ async def make_pictures(target: str, folder: Path, console: Console) -> dict[str
     async with connect(target) as stub:
         for picture in PICTURES:
             spec = picture.image_spec([made[name].images[0].data for name in picture.references])
-            with GenerationProgress(
-                console, title=f"{picture.title}, “{picture.prompt}”", keep=True
-            ) as progress:
+            console.print(Text.assemble((f"{picture.title}: ", "bold"), picture.prompt))
+            with GenerationProgress(console, keep=True) as progress:
                 try:
                     made[picture.name] = await generate(
                         stub, spec, timeout_seconds=TIMEOUT_SECONDS, on_event=progress.handle
@@ -137,7 +137,7 @@ def draw_sheet(folder: Path) -> None:
 
 def times_table(made: Mapping[str, Generation]) -> Table:
     """How long each picture took in each stage, in milliseconds, as the orchestrator saw it."""
-    table = Table("picture", *(f"{operation} ms" for operation in OPERATIONS), "total ms")
+    table = Table("milliseconds", *OPERATIONS, "total", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in table.columns[1:]:
         column.justify = "right"
     for name, generation in made.items():

@@ -12,8 +12,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 class GenerationProgress:
     """Shows the events of one request; gone once the request is done, unless `keep`."""
 
-    def __init__(self, console: Console, *, title: str = "", keep: bool = False) -> None:
-        self._title = f"{title}: " if title else ""
+    def __init__(self, console: Console, *, keep: bool = False) -> None:
         self._progress = Progress(
             SpinnerColumn(finished_text=" "),
             TextColumn("{task.description}", markup=False),
@@ -24,7 +23,7 @@ class GenerationProgress:
             transient=not keep,
             disable=not keep and not console.is_terminal,
         )
-        self._task = self._progress.add_task(f"{self._title}encoding", total=None, count="")
+        self._task = self._progress.add_task("encoding", total=None, count="")
         self._image_count = 0
 
     def __enter__(self) -> GenerationProgress:
@@ -53,7 +52,7 @@ class GenerationProgress:
         text = "decoding" if step.step == step.step_count else "denoising"
         self._progress.update(
             self._task,
-            description=self._title + text,
+            description=text,
             completed=step.step,
             total=step.step_count + 1,  # The last piece of the bar is the decoding.
             count=f"{step.step}/{step.step_count} steps",
@@ -62,10 +61,10 @@ class GenerationProgress:
     def _finish(self) -> None:
         task = self._progress.tasks[self._task]
         total = task.total or 1
-        self._progress.update(self._task, description=f"{self._title}done", completed=total, total=total)
+        self._progress.update(self._task, description="done", completed=total, total=total)
 
     def _describe(self, text: str) -> None:
-        self._progress.update(self._task, description=self._title + text)
+        self._progress.update(self._task, description=text)
 
 
 def _queued_text(queued: api.GenerationQueued) -> str:

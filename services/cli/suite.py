@@ -107,9 +107,13 @@ class Suite:
         with Probes({process: child.address for process, child in self.children.items()}) as probes:
             while not cancelled():
                 self.raise_if_died()
-                states |= probes.check(
-                    [name for name, state in states.items() if state is not Readiness.READY]
-                )
+                waiting = [name for name, state in states.items() if state is not Readiness.READY]
+                # A stage that is too busy to answer has not gone back to the start.
+                states |= {
+                    name: state
+                    for name, state in probes.check(waiting).items()
+                    if state is not Readiness.STARTING
+                }
                 on_change(states)
                 if all(state is Readiness.READY for state in states.values()):
                     return True
