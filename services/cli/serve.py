@@ -65,9 +65,12 @@ def run_serve(stage: str, overrides: dict[str, str], *, check_config: bool) -> i
 
 def _command(stage: str) -> TyperCommand:
     only = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)
-    only.command(
-        name=stage, help=f"Run the {stage} in this process until SIGTERM or Ctrl-C.", epilog=_example(stage)
-    )(_with_flags(stage, settings_class(stage)))
+    flags = settings_class(stage)
+    about = (
+        f"Run the {stage} in this process until SIGTERM or Ctrl-C. "
+        f"Each flag has a variable: --metrics-port is {variable_name('metrics_port')}; the flag wins."
+    )
+    only.command(name=stage, help=about, epilog=_example(stage))(_with_flags(stage, flags))
     command = typer.main.get_command(only)
     if not isinstance(command, TyperCommand):
         raise TypeError(f"typer made {type(command).__name__} of one command")
@@ -102,7 +105,8 @@ def _flag(field: dataclasses.Field[Any]) -> Any:
     if field.name in _SHORT_FLAGS:
         flags.insert(0, _SHORT_FLAGS[field.name])
     choices = field.metadata.get("choices") or ()
-    help_text = f"{field.metadata.get('help', '')}. {variable_name(field.name)}; default {field.default!r}."
+    default = f" [dim]\\[default: {field.default}][/]" if field.default != "" else ""
+    help_text = f"{field.metadata.get('help', '')}.{default}"
     option = typer.Option(*flags, help=help_text, metavar="|".join(choices) or "VALUE", show_default=False)
     return Annotated[str | None, option]
 

@@ -61,4 +61,5 @@ def test_help_lists_the_settings(stage: str, capsys: pytest.CaptureFixture[str])
     assert klein("serve", stage, "--help") == 0
     out = capsys.readouterr().out
     assert "--metrics-port" in out
-    assert "KLEIN_GRACE_SECONDS" in out
+    assert "KLEIN_METRICS_PORT" in out
+    assert "[default: 9464]" in out
