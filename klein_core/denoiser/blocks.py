@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from klein_core.denoiser.conditioning import Modulation
-from klein_core.denoiser.linear import Linear
+from klein_core.denoiser.linear import Linear, project
 from klein_core.denoiser.packing import Packing
 from klein_core.denoiser.positions import rotate
 from klein_core.denoiser.scratch import Scratch
@@ -28,6 +28,16 @@ class Step(NamedTuple):
     rotations: Tensor
     """(1 or batch, joint tokens, head_dim / 2, 2)."""
     scratch: Scratch
+
+
+class Targets(NamedTuple):
+    """The target tokens among all joint tokens of a step."""
+
+    tokens: Tensor
+    """(batch, target tokens, hidden)."""
+    rotations: Tensor
+    """(1 or batch, target tokens, head_dim / 2, 2)."""
+    modulation: Modulation
 
 
 def swiglu(gate_and_value: Tensor, scratch: Scratch, out: Tensor | None = None) -> Tensor:
@@ -98,8 +108,8 @@ class JointAttention(nn.Module):
         self.to_add_out = Linear(hidden_size, hidden_size)
 
     def forward(self, text: Tensor, image: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        text_qkv = self.to_added_qkv(text).unflatten(-1, (3, -1, self.head_dim))
-        image_qkv = self.to_qkv(image).unflatten(-1, (3, -1, self.head_dim))
+        text_qkv = torch.unflatten(self.to_added_qkv(text), -1, (3, -1, self.head_dim))
+        image_qkv = torch.unflatten(self.to_qkv(image), -1, (3, -1, self.head_dim))
         text_weight, image_weight = (
             stacked(self.norm_added_q, self.norm_added_k),
             stacked(self.norm_q, self.norm_k),
@@ -161,12 +171,25 @@ class ParallelAttention(nn.Module):
     def forward(self, tokens: Tensor, step: Step) -> Tensor:
         """Returns the update (batch, tokens, hidden) of all tokens."""
         buffer = step.scratch.take("projection", tokens, sum(self.widths))
-        qkv, feed_forward = self.to_qkv_mlp_proj(tokens, buffer).split(self.widths, dim=-1)
-        qkv = qkv.unflatten(-1, (3, -1, self.head_dim))
+        qkv, feed_forward = torch.split(self.to_qkv_mlp_proj(tokens, buffer), self.widths, dim=-1)
+        qkv = torch.unflatten(qkv, -1, (3, -1, self.head_dim))
         weight = stacked(self.norm_q, self.norm_k)
         query_key = normalised_heads(qkv[:, :, :2], weight, self.eps, step.scratch)
         query, key = rotate(query_key, step.rotations, step.scratch).to(tokens.dtype).unbind(2)
         return self.merge(query, key, qkv[:, :, 2], feed_forward, step)
+
+    def of_targets(self, tokens: Tensor, targets: Tensor, target_rotations: Tensor, step: Step) -> Tensor:
+        """Returns the update (batch, target tokens, hidden) of `targets`, which attend to all of `tokens`."""
+        channels = self.widths[0] // 3
+        weights = torch.split(self.to_qkv_mlp_proj.weight, [channels, 2 * channels, self.widths[1]])
+        query = torch.unflatten(project(targets, weights[0]), -1, (-1, self.head_dim))
+        key, value = torch.unflatten(project(tokens, weights[1]), -1, (2, -1, self.head_dim)).unbind(2)
+        feed_forward = project(targets, weights[2])
+        query = normalised_heads(query, self.norm_q.weight, self.eps, step.scratch)
+        key = normalised_heads(key, self.norm_k.weight, self.eps, step.scratch)
+        query = rotate(query, target_rotations, step.scratch).to(tokens.dtype)
+        key = rotate(key, step.rotations, step.scratch).to(tokens.dtype)
+        return self.merge(query, key, value, feed_forward, step)
 
     def merge(self, query: Tensor, key: Tensor, value: Tensor, feed_forward: Tensor, step: Step) -> Tensor:
         """Attends, activates the feed-forward, and projects both back to (batch, query's tokens, hidden)."""
@@ -193,3 +216,19 @@ class SingleStreamBlock(nn.Module):
     def forward(self, tokens: Tensor, modulation: Modulation, step: Step) -> Tensor:
         update = self.attn(modulation.enter(tokens, self.eps, step.scratch), step)
         return modulation.leave(tokens, update, step.scratch)
+
+
+class FinalSingleStreamBlock(SingleStreamBlock):
+    """The last block: nobody reads its text and reference tokens, so it computes the targets alone."""
+
+    def forward(  # type: ignore[override]
+        self, tokens: Tensor, targets: Targets, modulation: Modulation, step: Step
+    ) -> Tensor:
+        """Returns (batch, target tokens, hidden)."""
+        update = self.attn.of_targets(
+            modulation.enter(tokens, self.eps, step.scratch),
+            targets.modulation.enter(targets.tokens, self.eps, step.scratch),
+            targets.rotations,
+            step,
+        )
+        return targets.modulation.leave(targets.tokens, update, step.scratch)

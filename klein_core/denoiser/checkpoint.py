@@ -12,7 +12,7 @@ FUSED = {
 
 
 def checkpoint_names(config: TransformerConfig) -> dict[str, tuple[str, ...]]:
-    """Returns parameter → diffusers' names, for the parameters that fuse several; all others are named alike."""
+    """Returns parameter → diffusers' names, for parameters that fuse several; the others are named alike."""
     return {
         f"transformer_blocks.{block}.attn.{fused}.weight": tuple(
             f"transformer_blocks.{block}.attn.{part}.weight" for part in parts

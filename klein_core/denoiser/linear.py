@@ -34,7 +34,7 @@ def project(tokens: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor
 
 
 def _is_emulated(tokens: Tensor) -> bool:
-    """Whether the processor lacks bfloat16 products, so that float32 ones, conversion included, are 3× faster."""
+    """Whether bfloat16 products are emulated: float32 ones, conversion included, are then 3× as fast."""
     return (
         tokens.dtype == torch.bfloat16
         and tokens.device.type == "cpu"
@@ -43,7 +43,4 @@ def _is_emulated(tokens: Tensor) -> bool:
     )
 
 
-HAS_BFLOAT16_PRODUCTS = bool(
-    torch.cpu._is_avx512_bf16_supported()  # type: ignore[no-untyped-call]
-    or torch.cpu._is_amx_tile_supported()  # type: ignore[no-untyped-call]
-)
+HAS_BFLOAT16_PRODUCTS = bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

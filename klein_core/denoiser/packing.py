@@ -47,7 +47,7 @@ class Packing:
 
     def unpack(self, tokens: Tensor, lengths: Sequence[int]) -> list[Tensor]:
         """Undoes `pack`: (batch, tokens, …) → one (tokens_i, …) a span."""
-        return list(tokens.unbind(0) if self.is_batch else tokens[0].split(list(lengths)))
+        return list(tokens.unbind(0) if self.is_batch else torch.split(tokens[0], list(lengths)))
 
     def spread(self, per_span: Tensor, lengths: Sequence[int]) -> Tensor:
         """Makes (spans, channels) broadcastable to tokens: (spans, 1, channels) or (1, tokens, channels)."""
@@ -63,7 +63,8 @@ class Packing:
         """Undoes `join`; `text_length` is that of the text tensor's token axis."""
         if self.is_batch:
             return joint[:, :text_length], joint[:, text_length:]
-        return self._separate(joint)
+        separate: tuple[Tensor, Tensor] = self._separate(joint)
+        return separate
 
     def targets(self, joint: Tensor) -> Tensor:
         """Picks the target's tokens of each span: (batch, target tokens, …)."""
@@ -88,18 +89,21 @@ class Packing:
         return attention(query, key, value) if self.is_batch else self._attend_each(query, key, value)
 
     # Lengths are Python numbers here: compiled, each new mix would be a new program.
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _interleave(self, text: Tensor, image: Tensor) -> Tensor:
-        texts, images = text.split(self.text_lengths, dim=1), image.split(self.image_lengths, dim=1)
+        texts, images = (
+            torch.split(text, list(self.text_lengths), dim=1),
+            torch.split(image, list(self.image_lengths), dim=1),
+        )
         return torch.cat([part for pair in zip(texts, images, strict=True) for part in pair], dim=1)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _separate(self, joint: Tensor) -> tuple[Tensor, Tensor]:
         lengths = [n for pair in zip(self.text_lengths, self.image_lengths, strict=True) for n in pair]
-        parts = joint.split(lengths, dim=1)
+        parts = torch.split(joint, lengths, dim=1)
         return torch.cat(parts[::2], dim=1), torch.cat(parts[1::2], dim=1)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _attend_each(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         is_joint = query.shape[1] == key.shape[1]
         query_lengths = self.joint_lengths if is_joint else self.target_lengths
@@ -114,11 +118,22 @@ class Packing:
 def _runs(tokens: Tensor, lengths: Sequence[int], others: Sequence[int]) -> list[Tensor]:
     """Cuts (1, tokens, …) into batches of neighbours that agree in both lengths: (spans, tokens, …) each."""
     runs = [(pair[0], len(list(run))) for pair, run in groupby(zip(lengths, others, strict=True))]
-    pieces = tokens[0].split([length * count for length, count in runs])
-    return [piece.unflatten(0, (count, length)) for piece, (length, count) in zip(pieces, runs, strict=True)]
+    pieces = torch.split(tokens[0], [length * count for length, count in runs])
+    return [
+        torch.unflatten(piece, 0, (count, length))
+        for piece, (length, count) in zip(pieces, runs, strict=True)
+    ]
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Softmax attention scaled by 1/√head_dim: (batch, tokens, heads, head_dim) → (batch, tokens, channels)."""
-    heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return F.scaled_dot_product_attention(*heads_first).transpose(1, 2).flatten(2)
+    """Softmax attention, scaled by 1/√head_dim.
+
+    Args:
+        query: (batch, query tokens, heads, head_dim).
+        key, value: (batch, tokens, heads, head_dim).
+
+    Returns:
+        (batch, query tokens, heads · head_dim).
+    """
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)

@@ -73,7 +73,7 @@ def rotate(heads: Tensor, table: Tensor, scratch: Scratch) -> Tensor:
         heads: (batch, tokens, …, head_dim), fp32; overwritten if that may be.
         table: (1 or batch, tokens, head_dim / 2, 2), from `rotations`.
     """
-    pairs = heads.unflatten(-1, (-1, 2))
+    pairs = torch.unflatten(heads, -1, (-1, 2))
     table = table.reshape(*table.shape[:2], *(1,) * (heads.ndim - 3), *table.shape[2:])
     if not torch.compiler.is_compiling():
         turned = torch.view_as_complex(pairs)

@@ -1,8 +1,8 @@
 """Memory that the blocks of one step share.
 
-Fresh pages cost a CPU about as much as the arithmetic between two matrix products, so inference overwrites values
-that nobody reads again. While gradients are recorded every value has to stay, and the compiler plans memory itself:
-then nothing is shared and every `out` is `None`, which torch takes as "allocate".
+Fresh pages cost a CPU about as much as the arithmetic between two matrix products, so inference overwrites
+values that nobody reads again. While gradients are recorded every value has to stay, and the compiler plans
+memory itself: then nothing is shared and every `out` is `None`, which torch takes as "allocate".
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Scratch:
         return tensor if self.may_overwrite else None
 
     def take(self, name: str, like: Tensor, channels: int) -> Tensor | None:
-        """Returns a buffer shaped as `like` but for its last axis; its content is whatever the last user left."""
+        """Returns a buffer shaped as `like` but for its last axis, holding whatever its last user left."""
         if not self.may_overwrite:
             return None
         shape = (*like.shape[:-1], channels)

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from klein_core.checkpoint_config import TRANSFORMER_FOLDER, read_transformer_config
-from klein_core.denoiser.blocks import DoubleStreamBlock, SingleStreamBlock, Step
+from klein_core.denoiser.blocks import (
+    DoubleStreamBlock,
+    FinalSingleStreamBlock,
+    SingleStreamBlock,
+    Step,
+    Targets,
+)
 from klein_core.denoiser.checkpoint import checkpoint_names
 from klein_core.denoiser.conditioning import (
     Modulation,
@@ -52,9 +58,8 @@ class FlowTransformer(nn.Module):
         self.x_embedder = Linear(config.in_channels, hidden_size)
         self.context_embedder = Linear(config.joint_attention_dim, hidden_size)
         self.transformer_blocks = nn.ModuleList(DoubleStreamBlock(config) for _ in range(config.num_layers))
-        self.single_transformer_blocks = nn.ModuleList(
-            SingleStreamBlock(config) for _ in range(config.num_single_layers)
-        )
+        singles = [SingleStreamBlock(config) for _ in range(config.num_single_layers - 1)]
+        self.single_transformer_blocks = nn.ModuleList([*singles, FinalSingleStreamBlock(config)])
         self.norm_out = ModulationLayer(hidden_size, chunks=2)
         self.proj_out = Linear(hidden_size, config.in_channels)
 
@@ -120,10 +125,13 @@ class FlowTransformer(nn.Module):
         for block in self.transformer_blocks:
             text, image = block(text, image, conditioning.text, conditioning.image, step)
         joint = packing.join(text, image)
-        for block in self.single_transformer_blocks:
+        *blocks, final_block = self.single_transformer_blocks
+        for block in blocks:
             joint = block(joint, conditioning.joint, step)
-        targets = modulated_norm(packing.targets(joint), *conditioning.head, self.config.eps, scratch)
-        velocities = packing.unpack(self.proj_out(targets), packing.target_lengths)
+        targets = _targets(joint, conditioning.joint, step)
+        tokens = final_block(joint, targets, conditioning.joint, step)
+        tokens = self.proj_out(modulated_norm(tokens, *conditioning.head, self.config.eps, scratch))
+        velocities = packing.unpack(tokens, packing.target_lengths)
         return [v.view(*s.latents.shape[:2], -1) for v, s in zip(velocities, spans, strict=True)]
 
     def _on_device(self, tokens: Tensor) -> Tensor:
@@ -144,7 +152,7 @@ class FlowTransformer(nn.Module):
         levels = [span.sigma for span in spans]
         if self.device.type != "cpu" or torch.is_grad_enabled() or len(spans) == 1:
             return self._level_modulation(levels)
-        # A matrix-vector product sums in another order than a matrix product: alone or packed must be the same.
+        # A matrix-vector product sums in another order than a matrix product; a span's result must not tell.
         rows = {level: self._level_modulation([level]) for level in set(levels)}
         return tuple(torch.cat(parts) for parts in zip(*(rows[level] for level in levels), strict=True))
 
@@ -164,6 +172,14 @@ class FlowTransformer(nn.Module):
         if len(set(keys)) == 1:
             return span_rotations(*keys[0], axes, theta, self.device)[None]
         return packing.pack([span_rotations(*key, axes, theta, self.device) for key in keys])
+
+
+def _targets(joint: Tensor, modulation: Modulation, step: Step) -> Targets:
+    """Picks the targets' tokens, and their rotations and modulation where those differ by token."""
+    packing = step.packing
+    if not packing.is_batch:
+        modulation = Modulation(*(packing.targets(part) for part in modulation))
+    return Targets(packing.targets(joint), packing.targets(step.rotations), modulation)
 
 
 def _image_tokens(span: Span) -> Tensor:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import Flux2Transformer2DModel
+from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from torch import Tensor
 
+from klein_core.denoiser.checkpoint import checkpoint_names
 from klein_core.denoiser.span import Span
+from klein_core.denoiser.transformer import FlowTransformer
+from klein_core.variants import TransformerConfig
 
 SHAPE: dict[str, Any] = {
     "num_layers": 2,
@@ -63,27 +67,46 @@ def random_span(
     return Span(prompt, images[0], tuple(images[1:]), sigma)
 
 
-def oracle_velocity(oracle: Flux2Transformer2DModel, span: Span) -> Tensor:
+def twin(oracle: Flux2Transformer2DModel) -> FlowTransformer:
+    """Builds our network on the oracle's weights and dtype."""
+    known = {field.name for field in fields(TransformerConfig)}
+    config = TransformerConfig(**{name: value for name, value in oracle.config.items() if name in known})
+    weights, fused = oracle.state_dict(), checkpoint_names(config)
+    with torch.device("meta"):
+        ours = FlowTransformer(config)
+    state = {
+        name: torch.cat([weights[part] for part in fused[name]]) if name in fused else weights[name]
+        for name in ours.state_dict()
+    }
+    ours.load_state_dict(state, assign=True)
+    return ours.eval().requires_grad_(False)
+
+
+def relative_error(result: Tensor, expected: Tensor) -> float:
+    """Returns the norm of the difference over the norm of what was expected."""
+    return float((result.float() - expected.float()).norm() / expected.float().norm())
+
+
+def oracle_velocity(oracle: Flux2Transformer2DModel, span: Span, *, gradients: bool = False) -> Tensor:
     """Runs diffusers' network the way its pipeline does: (rows, columns, channels)."""
-    from diffusers import Flux2KleinPipeline as Pipeline
 
     def channels_first(image: Tensor) -> Tensor:
         return image.permute(2, 0, 1)[None]
 
     images = [channels_first(image) for image in (span.latents, *span.references)]
-    ids = [Pipeline._prepare_latent_ids(images[0])]
+    ids = [Flux2KleinPipeline._prepare_latent_ids(images[0])]
     if span.references:
-        ids.append(Pipeline._prepare_image_ids(images[1:]))
-    tokens = torch.cat([Pipeline._pack_latents(image) for image in images], dim=1)
+        ids.append(Flux2KleinPipeline._prepare_image_ids(images[1:]))
+    tokens = torch.cat([Flux2KleinPipeline._pack_latents(image) for image in images], dim=1)
     prompt = span.prompt_embedding[None]
     timestep = torch.tensor([span.sigma], dtype=torch.float32) * 1000
-    with torch.no_grad():
+    with torch.set_grad_enabled(gradients):
         velocity = oracle(
             hidden_states=tokens.to(oracle.dtype),
             timestep=timestep.to(span.latents.dtype) / 1000,
             guidance=None,
             encoder_hidden_states=prompt.to(oracle.dtype),
-            txt_ids=Pipeline._prepare_text_ids(prompt),
+            txt_ids=Flux2KleinPipeline._prepare_text_ids(prompt),
             img_ids=torch.cat(ids, dim=1),
             return_dict=False,
         )[0]
