@@ -38,8 +38,8 @@ class PromptTokenizer:
         self.sequence_length = sequence_length
         self._tokenizer = tokenizer
         self._pad_token_id = _pad_token_id(tokenizer)
-        # The wrapper sets truncation and padding on the shared backend for every call, which fails when two
-        # threads meet ("Already borrowed"). A backend of its own that is never changed has no such state.
+        # The wrapper sets truncation and padding on its backend for every call, and threads would meet there:
+        # "Already borrowed", or another call's length. A backend of its own that never changes has no such state.
         self._backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._backend.no_truncation()
         self._backend.no_padding()

@@ -66,12 +66,13 @@ def test_the_longest_prompt_that_fits_is_not_truncated(tokenizer):
     assert len(too_long.token_ids) == LENGTH
 
 
-def test_threads_do_not_disturb_each_other(tokenizer):
-    """The wrapper's own call sets padding on the shared backend, which fails as "Already borrowed"."""
-    prompts = [f"{'the cat ' * (index % 9)}{index}" for index in range(400)]
-    expected = [tokenizer.tokenize(prompt) for prompt in prompts]
+def test_threads_do_not_disturb_each_other():
+    """The wrapper keeps the last call's padding and truncation, whichever thread made it."""
+    tokenizers = [PromptTokenizer(ORACLE, LENGTH), PromptTokenizer(ORACLE, LENGTH + 1)]
+    calls = [(tokenizers[index % 2], f"{'the cat ' * (index % 7 * 300)}{index}") for index in range(200)]
+    expected = [tokenizer.tokenize(prompt) for tokenizer, prompt in calls]
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(tokenizer.tokenize, prompts)) == expected
+        assert list(pool.map(lambda call: call[0].tokenize(call[1]), calls)) == expected
 
 
 @pytest.mark.parametrize(
