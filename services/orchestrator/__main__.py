@@ -7,7 +7,6 @@ import sys
 from collections.abc import Mapping
 
 from services.orchestrator.application import Orchestrator
-from services.orchestrator.routing import RoutingError
 from services.orchestrator.settings import OrchestratorSettings
 from services.runtime.server import run
 from services.runtime.settings import SettingsError, load_settings
@@ -21,14 +20,14 @@ def main(environment: Mapping[str, str], overrides: Mapping[str, object]) -> int
         overrides: settings from flags, by field name; they win.
 
     Returns:
-        The process's exit code.
+        The process's exit code: 2 for settings or a routing table that cannot be used.
     """
     try:
         settings = load_settings(OrchestratorSettings, environment, overrides).settings
         table = settings.table()
-    except (SettingsError, RoutingError) as error:
-        print(error, file=sys.stderr)  # noqa: T201 - logging is set up by the settings that cannot be read
-        return 1
+    except SettingsError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
     return run(settings, Orchestrator(settings, table))
 
 

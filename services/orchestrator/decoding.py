@@ -17,6 +17,7 @@ from services.orchestrator.failures import StageDisagreement
 from services.orchestrator.relay import Hop
 from services.orchestrator.routing import DENOISER, StageAddress
 from services.orchestrator.timings import OperationTiming
+from services.orchestrator.wire import chunk_of
 
 _IMAGE_BYTES_LIMIT = 64 << 20
 """Most bytes of one encoded image; unencoded, 4 megapixels are 12 MiB."""
@@ -27,7 +28,7 @@ class DecodedImage:
     """An encoded image and what the stage says of it."""
 
     summary: DecodeSummary
-    data: bytes
+    chunks: list[memoryview]
 
 
 async def decode_latents(
@@ -62,22 +63,25 @@ async def decode_latents(
 
 async def _received(call: StageCall) -> DecodedImage:
     summary: DecodeSummary | None = None
-    chunks: list[bytes] = []
+    chunks: list[memoryview] = []
     missing = 0
     hop = Hop(call.address.stage, "orchestrator")
     async for message in call.messages():
-        response = DecodeLatentsResponse.FromString(message)
         if summary is None:
-            summary, missing = response.summary, response.summary.size_bytes
+            summary = DecodeLatentsResponse.FromString(message).summary
+            missing = summary.size_bytes
         else:
-            chunks.append(response.image_chunk)
-            missing -= len(chunks[-1])
+            chunk = chunk_of(message)
+            if chunk is None:
+                break
+            chunks.append(chunk)
+            missing -= len(chunk)
             hop.add(message)
-        if missing < 0 or missing > _IMAGE_BYTES_LIMIT:
+        if not 0 <= missing <= _IMAGE_BYTES_LIMIT:
             break
     if summary is None or missing:
         raise StageDisagreement(
             f"{call.address.stage} at {call.address.target} did not send the image it announced"
         )
     hop.finish()
-    return DecodedImage(summary, b"".join(chunks))
+    return DecodedImage(summary, chunks)

@@ -1,23 +1,70 @@
-"""Events on their way from a request's flow to its caller."""
+"""What a request's flow tells its caller, and how it gets there."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 
-from klein_api.v1.image_service_pb2 import StreamGenerateImageResponse
+from klein_api.v1.image_service_pb2 import (
+    GeneratedImage,
+    GenerateImageResponse,
+    GenerationSummary,
+    StreamGenerateImageResponse,
+)
+
+from services.orchestrator.wire import enclosed
 
 _EVENTS_AT_ONCE = 4
+
+
+@dataclass(frozen=True)
+class ImageEvent:
+    """A finished image or a preview, its bytes as they came from the stage.
+
+    Never a protobuf message: putting megabytes into one and out again copies them four times.
+    """
+
+    description: GeneratedImage
+    """Everything but `data`."""
+    chunks: Sequence[memoryview]
+    """The file, in order."""
+    is_preview: bool = False
+
+    @property
+    def parts(self) -> list[bytes | memoryview]:
+        """The serialised `GeneratedImage`, to be joined."""
+        data = enclosed(GeneratedImage.DATA_FIELD_NUMBER, self.chunks)
+        return [self.description.SerializeToString(), *data]
+
+    def streamed(self) -> bytes:
+        """Returns it as a serialised `StreamGenerateImageResponse`."""
+        kind = StreamGenerateImageResponse
+        return b"".join(
+            enclosed(kind.PREVIEW_FIELD_NUMBER if self.is_preview else kind.IMAGE_FIELD_NUMBER, self.parts)
+        )
+
+
+Event = StreamGenerateImageResponse | ImageEvent
+
+
+def collected(images: Sequence[ImageEvent], summary: GenerationSummary) -> bytes:
+    """Returns a serialised `GenerateImageResponse`, its images in order of seeds."""
+    parts: list[bytes | memoryview] = []
+    for image in sorted(images, key=lambda image: image.description.index):
+        parts += enclosed(GenerateImageResponse.IMAGES_FIELD_NUMBER, image.parts)
+    parts += enclosed(GenerateImageResponse.SUMMARY_FIELD_NUMBER, [summary.SerializeToString()])
+    return b"".join(parts)
 
 
 class EventQueue:
     """At most a few events: a caller that reads slowly slows its own request down, and nothing piles up."""
 
     def __init__(self) -> None:
-        self._events: asyncio.Queue[StreamGenerateImageResponse | None] = asyncio.Queue(_EVENTS_AT_ONCE)
+        self._events: asyncio.Queue[Event | None] = asyncio.Queue(_EVENTS_AT_ONCE)
         self._closed = False
 
-    async def put(self, event: StreamGenerateImageResponse) -> None:
+    async def put(self, event: Event) -> None:
         """Takes an event, once there is room for it."""
         await self._events.put(event)
 
@@ -27,7 +74,7 @@ class EventQueue:
         if self._events.empty():
             self._events.put_nowait(None)
 
-    async def __aiter__(self) -> AsyncIterator[StreamGenerateImageResponse]:
+    async def __aiter__(self) -> AsyncIterator[Event]:
         while not (self._closed and self._events.empty()):
             event = await self._events.get()
             if event is None:

@@ -23,6 +23,7 @@ from services.orchestrator.cache import TensorCache
 from services.orchestrator.calls import DENOISE_LATENTS, StageCalls
 from services.orchestrator.conditioning import Conditioning, DenoiseInput
 from services.orchestrator.decoding import DecodedImage, decode_latents
+from services.orchestrator.events import Event, ImageEvent
 from services.orchestrator.failures import StageDisagreement
 from services.orchestrator.relay import TensorRelay
 from services.orchestrator.request import ImageRequest
@@ -33,7 +34,7 @@ from services.runtime.errors import ServiceError
 from services.runtime.logs import request_id
 from services.runtime.stages import duration
 
-Emit = Callable[[StreamGenerateImageResponse], Awaitable[None]]
+Emit = Callable[[Event], Awaitable[None]]
 _PREVIEW_QUALITY = 85
 _QUEUED, _STEP, _PREVIEW, _LATENTS, _SUMMARY = 1, 3, 4, 6, 7
 """Arms of `DenoiseLatentsResponse.event` by field number."""
@@ -135,7 +136,7 @@ class Flow:
         image = await self._decoded(self._decode_spec(index), latents)
         if index == 0 and self._preview is not None:
             self._preview.cancel()
-        await self._emit(StreamGenerateImageResponse(image=self._generated(index, image)))
+        await self._emit(self._image_event(index, image))
 
     async def _relay_preview(self, frame: bytes, group: asyncio.TaskGroup) -> None:
         """Relays a preview; one that begins while the last is still being decoded is dropped."""
@@ -163,7 +164,7 @@ class Flow:
             _log.warning("no preview: %s", error)
             latents.abandon()
         else:
-            await self._emit(StreamGenerateImageResponse(preview=self._generated(0, image)))
+            await self._emit(self._image_event(0, image, is_preview=True))
 
     async def _decoded(self, spec: DecodeSpec, latents: TensorRelay) -> DecodedImage:
         timing = self._timings.of(VAE_DECODER, "decode")
@@ -200,15 +201,15 @@ class Flow:
             "steps": str(params.steps),
         }
 
-    def _generated(self, index: int, image: DecodedImage) -> GeneratedImage:
-        return GeneratedImage(
+    def _image_event(self, index: int, image: DecodedImage, *, is_preview: bool = False) -> ImageEvent:
+        description = GeneratedImage(
             index=index,
             seed=self._params.seeds[index],
             width_px=image.summary.width_px,
             height_px=image.summary.height_px,
             format=image.summary.format,
-            data=image.data,
         )
+        return ImageEvent(description, image.chunks, is_preview)
 
     def _summary(self) -> GenerationSummary:
         params, prompt = self._params, self._conditioning.prompt_summary

@@ -13,7 +13,7 @@ from klein_api.v1.image_service_pb2 import ImageSpec, StreamGenerateImageRespons
 from services.orchestrator.cache import TensorCache
 from services.orchestrator.calls import Channels, StageCalls
 from services.orchestrator.deadline import Deadline
-from services.orchestrator.events import EventQueue
+from services.orchestrator.events import Event, EventQueue
 from services.orchestrator.flow import Flow
 from services.orchestrator.request import ImageRequest, RequestLimits, validated
 from services.orchestrator.routing import RoutingTable
@@ -39,7 +39,7 @@ class Generation:
 
     async def events(
         self, spec: ImageSpec, preview_interval_steps: int, remaining_seconds: float | None
-    ) -> AsyncGenerator[StreamGenerateImageResponse, None]:
+    ) -> AsyncGenerator[Event, None]:
         """Yields a request's events; closing the iterator cancels every stage call.
 
         Args:

@@ -8,16 +8,16 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from klein_core.errors import KleinError
 from klein_core.params import SIZE_MULTIPLE_PX, Limits
 from services.runtime.errors import UnknownModel
+from services.runtime.settings import SettingsError
 
 TEXT_ENCODER = "text-encoder"
 DENOISER = "denoiser"
 VAE_DECODER = "vae-decoder"
 
 
-class RoutingError(KleinError):
+class RoutingError(SettingsError):
     """The routing table cannot be used; `problems` names every key that is wrong."""
 
     def __init__(self, source: str, problems: tuple[str, ...]) -> None:

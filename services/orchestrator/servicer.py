@@ -9,16 +9,16 @@ from typing import Any
 import grpc
 from klein_api.v1.image_service_pb2 import (
     GenerateImageRequest,
-    GenerateImageResponse,
+    GenerationSummary,
     ImageSpec,
     ListModelsRequest,
     ListModelsResponse,
     StreamGenerateImageRequest,
-    StreamGenerateImageResponse,
 )
 from klein_api.v1.image_service_pb2_grpc import ImageServiceServicer
 
 from services.orchestrator.catalogue import list_models
+from services.orchestrator.events import Event, ImageEvent, collected
 from services.orchestrator.failures import StageFailure
 from services.orchestrator.generation import Generation
 
@@ -31,26 +31,25 @@ class ImageApi(ImageServiceServicer):
     def __init__(self, generation: Generation) -> None:
         self._generation = generation
 
-    async def GenerateImage(self, request: GenerateImageRequest, context: _Context) -> GenerateImageResponse:
-        """Collects what the stream would have said."""
-        response = GenerateImageResponse()
+    async def GenerateImage(self, request: GenerateImageRequest, context: _Context) -> Any:
+        """Collects what the stream would have said, into serialised bytes."""
+        images: list[ImageEvent] = []
+        summary = GenerationSummary()
         async with aclosing(self._events(request.spec, 0, context)) as events:
             async for event in events:
-                match event.WhichOneof("event"):
-                    case "image":
-                        response.images.append(event.image)
-                    case "summary":
-                        response.summary.CopyFrom(event.summary)
-        response.images.sort(key=lambda image: image.index)
-        return response
+                if isinstance(event, ImageEvent):
+                    images.append(event)
+                elif event.HasField("summary"):
+                    summary = event.summary
+        return collected(images, summary)
 
     async def StreamGenerateImage(
         self, request: StreamGenerateImageRequest, context: _Context
-    ) -> AsyncGenerator[StreamGenerateImageResponse, None]:
-        """Passes every event on as it happens."""
+    ) -> AsyncGenerator[Any, None]:
+        """Passes every event on as it happens, images as serialised bytes."""
         async with aclosing(self._events(request.spec, request.preview_interval_steps, context)) as events:
             async for event in events:
-                yield event
+                yield event.streamed() if isinstance(event, ImageEvent) else event
 
     async def ListModels(self, request: ListModelsRequest, context: _Context) -> ListModelsResponse:
         """Asks every stage anew."""
@@ -59,7 +58,7 @@ class ImageApi(ImageServiceServicer):
 
     async def _events(
         self, spec: ImageSpec, preview_interval_steps: int, context: _Context
-    ) -> AsyncGenerator[StreamGenerateImageResponse, None]:
+    ) -> AsyncGenerator[Event, None]:
         try:
             async with aclosing(
                 self._generation.events(spec, preview_interval_steps, context.time_remaining())

@@ -1,4 +1,4 @@
-"""Re-addresses tensor frames without opening them.
+"""Re-addresses tensor frames and image chunks without opening them.
 
 Every message that carries a frame has it as field 2: `EncodePromptResponse.prompt_embedding`,
 `EncodeReferenceResponse.reference_latents`, `DenoiseLatentsRequest.prompt_embedding`,
@@ -12,6 +12,11 @@ What is not laid out as the suite's stages do it (fields in another order, field
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+_LENGTH_DELIMITED = 2
+_CHUNK = b"\x12"
+"""Key of `DecodeLatentsResponse.image_chunk`, field 2."""
 _FRAME = 0x12
 """Key of field 2, length-delimited."""
 _INDEX = 0x08
@@ -71,6 +76,19 @@ def as_reference_latents(index: int, frame: bytes) -> bytes:
     """Makes field 2 a `DenoiseLatentsRequest` of reference `index`'s latents."""
     head = bytes([_INDEX]) + _encoded_varint(index) if index else b""
     return b"".join((_REFERENCE_LATENTS, _encoded_varint(len(head) + len(frame)), head, frame))
+
+
+def chunk_of(message: bytes) -> memoryview | None:
+    """Returns the content of a message that is one field 2 and nothing else, uncopied, else `None`."""
+    length, begin = _varint(message, 1)
+    whole = message[:1] == _CHUNK and length >= 0 and begin + length == len(message)
+    return memoryview(message)[begin:] if whole else None
+
+
+def enclosed(field_number: int, parts: Sequence[bytes | memoryview]) -> list[bytes | memoryview]:
+    """Makes a length-delimited field of parts that are copied only when all is joined."""
+    key = _encoded_varint(field_number << 3 | _LENGTH_DELIMITED)
+    return [key, _encoded_varint(sum(map(len, parts))), *parts]
 
 
 def _frame_ends_at(message: bytes, start: int) -> int:
