@@ -117,7 +117,7 @@ def up(
     dtype: Annotated[DtypeName, typer.Option(help="What to compute in.")] = DtypeName.CHECKPOINT,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads of each stage; 0 chooses.")] = 0,
     log_folder: Annotated[
-        Path | None, typer.Option(help="Where the logs go; else a temporary folder.")
+        Path | None, typer.Option(help="Where logs stay; else a temporary folder, kept after failures.")
     ] = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Show the logs as they are written.")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -46,7 +47,7 @@ class SuiteOptions:
     threads: int = 0
     """Threads that each stage computes with; 0 takes `default_threads`."""
     log_folder: Path | None = None
-    """`None` makes a folder among the temporary files."""
+    """`None` makes a folder among the temporary files, which goes when all ended well."""
     settings: Mapping[str, str] = field(default_factory=dict)
     """More KLEIN_* variables for every process."""
 
@@ -68,6 +69,7 @@ class Suite:
         self.ports = dict(zip(PROCESSES, (*stage_ports, options.port or free), strict=True))
         self.metrics_ports = _metrics_ports()
         self.children: dict[str, Child] = {}
+        self._killed: list[str] = []
 
     @property
     def target(self) -> str:
@@ -88,6 +90,8 @@ class Suite:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+        if error is None and not self._killed and self.options.log_folder is None:
+            shutil.rmtree(self.log_folder)
 
     def wait_until_ready(
         self,
@@ -137,16 +141,15 @@ class Suite:
             insisted: asked all the time; true means to kill at once.
 
         Returns:
-            The names of those that had to be killed.
+            The names of those that had to be killed, now or before.
         """
         running = [child for child in self.children.values() if child.exit_code is None]
-        killed: list[str] = []
         for group in (
             [child for child in running if child.stage == "orchestrator"],
             [child for child in running if child.stage != "orchestrator"],
         ):
-            killed += _stop_together(group, insisted)
-        return killed
+            self._killed += _stop_together(group, insisted)
+        return self._killed
 
     @property
     def logs_hint(self) -> str:
