@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import threading
@@ -87,9 +88,15 @@ async def running_denoiser(folder: Path, **changes: Any) -> AsyncIterator[grpc.a
         "model_path": str(folder), "model_name": "tiny", "device": "cpu",
     }  # fmt: skip
     settings = DenoiserSettings(**{**defaults, **changes})
-    async with running_server(DenoiserApplication(settings), settings=settings) as address:
-        async with grpc.aio.insecure_channel(address) as channel:
+    channel: grpc.aio.Channel | None = None
+    try:
+        async with running_server(DenoiserApplication(settings), settings=settings) as address:
+            channel = grpc.aio.insecure_channel(address)
             yield channel
+    finally:
+        # After the server's drain, which calls on this channel may take part in.
+        if channel is not None:
+            await channel.close()
 
 
 class Gate:
@@ -112,6 +119,14 @@ class Gate:
     def release(self) -> None:
         self._open.set()
         self._allowed.release(1000)
+
+    async def reached(self, count: int) -> None:
+        """Waits until so many steps have begun."""
+        async with asyncio.timeout(60):
+            while True:
+                if len(self.steps) >= count:
+                    return
+                await asyncio.sleep(0.01)
 
     def wrap(self, step: Step) -> Step:
         def gated(trajectories: Sequence[Trajectory]) -> None:
