@@ -23,8 +23,8 @@ def initial_noise(
 ) -> Tensor:
     """Returns (rows, columns, channels) of standard normal noise.
 
-    It is drawn on the CPU, so that a seed means the same on every device, and channels first in `dtype`
-    itself: drawing in another dtype or layout gives other numbers than diffusers does.
+    It is drawn on the CPU, so that a seed means the same on every device, and like diffusers in `dtype`
+    itself and channels first: drawn channels last, the same seed is another picture.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     noise = torch.randn((1, channels, rows, columns), generator=generator, dtype=dtype)

@@ -1,0 +1,39 @@
+"""What a noise level becomes: rounding of timesteps, and the wave made of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers.models.embeddings import Timesteps
+
+from klein_core.denoiser.conditioning import effective_timesteps, modulations, sinusoid
+from klein_core.denoiser.schedule import sigmas
+
+# Sizes of 512² and 1024²; 764, 956 and 720 would come of rounding sigma itself.
+ROUNDED = [(4096, [1000, 968, 908, 768]), (1024, [1000, 960, 884, 716])]
+
+
+@pytest.mark.parametrize(("token_count", "expected"), ROUNDED)
+def test_bfloat16_timesteps_are_those_of_diffusers(token_count: int, expected: list[int]):
+    levels = torch.tensor(sigmas(token_count, 4)[:-1])
+    assert effective_timesteps(levels, torch.bfloat16).tolist() == expected
+    rounded_first = levels.to(torch.bfloat16) * 1000
+    assert rounded_first.tolist() != expected
+
+
+def test_float32_timesteps_are_nearly_exact():
+    levels = torch.tensor(sigmas(1024, 4)[:-1])
+    exact = torch.tensor([1000, 958.085, 883.982, 717.497])
+    torch.testing.assert_close(effective_timesteps(levels, torch.float32), exact, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("channels", [256, 32])
+def test_the_wave_equals_diffusers(channels: int):
+    timesteps = torch.tensor([0.0, 1.0, 716.0, 958.085, 1000.0])
+    theirs = Timesteps(num_channels=channels, flip_sin_to_cos=True, downscale_freq_shift=0)(timesteps)
+    assert torch.equal(sinusoid(timesteps, channels), theirs)
+
+
+def test_modulation_is_shift_scale_gate_for_each_sublayer():
+    first, second = modulations(torch.arange(6.0).reshape(1, 1, 6), sublayers=2)
+    assert [part.item() for part in (*first, *second)] == [0, 1 + 1, 2, 3, 1 + 4, 5]

@@ -1,0 +1,62 @@
+"""Position ids and rotations against diffusers'."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import Flux2KleinPipeline
+from diffusers.models.transformers.transformer_flux2 import Flux2PosEmbed
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from klein_core.denoiser.positions import rotate, rotations, span_ids, span_rotations
+from klein_core.denoiser.scratch import Scratch
+
+grids = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4).map(tuple)
+
+
+@settings(deadline=None, max_examples=30)
+@given(text_length=st.integers(1, 40), grids=grids)
+def test_ids_equal_diffusers(text_length: int, grids: tuple[tuple[int, int], ...]):
+    target, *references = [torch.zeros(1, 1, *grid) for grid in grids]
+    expected = [Flux2KleinPipeline._prepare_text_ids(torch.zeros(1, text_length, 1))[0]]
+    expected.append(Flux2KleinPipeline._prepare_latent_ids(target)[0])
+    if references:
+        expected.append(Flux2KleinPipeline._prepare_image_ids(references)[0])
+    assert torch.equal(span_ids(text_length, grids), torch.cat(expected).double())
+
+
+def test_reference_times_begin_at_ten():
+    ids = span_ids(1, ((1, 1), (1, 1), (1, 1)))
+    assert ids[:, 0].tolist() == [0, 0, 10, 20]
+
+
+@pytest.mark.parametrize(
+    ("axes", "theta"), [((32, 32, 32, 32), 2000.0), ((4, 4, 4, 4), 2000.0), ((8, 2, 6), 7.5)]
+)
+def test_rotations_equal_diffusers_exactly(axes: tuple[int, ...], theta: float):
+    ids = span_ids(512, ((16, 12), (3, 128), (128, 3)))
+    cosine, sine = Flux2PosEmbed(theta=theta, axes_dim=axes)(ids)
+    ours = rotations(ids, axes, theta)
+    assert ours.dtype == torch.float32
+    assert torch.equal(ours[..., 0].repeat_interleave(2, dim=1), cosine)
+    assert torch.equal(ours[..., 1].repeat_interleave(2, dim=1), sine)
+
+
+def test_both_ways_of_turning_are_the_same(monkeypatch: pytest.MonkeyPatch):
+    heads = torch.randn(2, 10, 2, 3, 8)
+    table = rotations(span_ids(4, ((2, 3),)), (2, 2, 2, 2), 2000)[None]
+    with torch.enable_grad():
+        complex_product = rotate(heads, table, Scratch())
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(rotate(heads, table, Scratch()), complex_product)
+
+
+def test_turning_keeps_lengths_and_leaves_text_position_zero_alone():
+    heads = torch.randn(1, 5, 2, 16)
+    turned = rotate(
+        heads, span_rotations(1, ((2, 2),), (4, 4, 4, 4), 2000.0, torch.device("cpu"))[None], Scratch()
+    )
+    torch.testing.assert_close(turned.norm(dim=-1), heads.norm(dim=-1))
+    assert torch.equal(turned[:, 0], heads[:, 0])
+    assert not torch.allclose(turned[:, 2], heads[:, 2])
