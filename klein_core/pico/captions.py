@@ -72,7 +72,8 @@ def caption(scene: Scene, rng: random.Random) -> str:
     elif len(scene.items) == 1:
         text = _of_one(scene.items[0], scene.background, rng)
     else:
-        text = _of_two(*scene.items, scene.background, rng)
+        first, second = scene.items
+        text = _of_two(first, second, scene.background, rng)
     if rng.random() < 0.06:
         text += rng.choice(_ENDINGS)
     if rng.random() < 0.06:
@@ -87,13 +88,17 @@ def _opening(rng: random.Random) -> str:
 def _of_nothing(background: Background, rng: random.Random) -> str:
     if background.is_plain:
         colour = colour_word(background.top, rng)
-        kind = rng.choice((f"an empty {colour} background", f"a plain {colour} background", f"nothing but {colour}",
-                           f"an empty {colour} image", f"a {colour} picture", f"only {colour}", f"an empty {colour} canvas",
-                           f"a blank {colour} background", f"just a {colour} background"))  # fmt: skip
+        kind = rng.choice((
+            f"an empty {colour} background", f"a plain {colour} background", f"nothing but {colour}",
+            f"an empty {colour} image", f"a {colour} picture", f"only {colour}", f"an empty {colour} canvas",
+            f"a blank {colour} background", f"just a {colour} background",
+        ))  # fmt: skip
     else:
         top, bottom = colour_pair(background, rng)
-        kind = rng.choice((f"a gradient from {top} to {bottom}", f"an empty gradient background from {top} to {bottom}",
-                           f"a plain gradient from {top} to {bottom}", f"just {article(top)} to {bottom} gradient"))  # fmt: skip
+        kind = rng.choice((
+            f"a gradient from {top} to {bottom}", f"an empty gradient background from {top} to {bottom}",
+            f"a plain gradient from {top} to {bottom}", f"just {article(top)} to {bottom} gradient",
+        ))  # fmt: skip
     return _opening(rng) + kind
 
 
@@ -155,7 +160,9 @@ def background_words(background: Background, rng: random.Random) -> str:
     if background.is_plain:
         return colour_word(background.top, rng)
     top, bottom = colour_pair(background, rng)
-    return rng.choice((f"{top} to {bottom} gradient", f"{top}-to-{bottom} gradient", f"{top} {bottom} gradient"))
+    return rng.choice(
+        (f"{top} to {bottom} gradient", f"{top}-to-{bottom} gradient", f"{top} {bottom} gradient")
+    )
 
 
 def _as_tags(item: Item, background: Background, where: str, rng: random.Random) -> str:

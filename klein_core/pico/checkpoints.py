@@ -1,8 +1,9 @@
-"""Training state on disk: written whole or not at all, so that a run can go on after any interruption."""
+"""Training state on disk, written whole or not at all, and the lines that tell how training goes."""
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,3 +24,9 @@ def load_state(path: Path) -> dict[str, Any] | None:
         return None
     state: dict[str, Any] = torch.load(path, weights_only=True)
     return state
+
+
+def report(line: str) -> None:
+    """Prints one line of progress at once, also into a file."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()

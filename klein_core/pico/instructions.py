@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 
 from klein_core.pico.captions import background_words, finished, with_stray_word
 from klein_core.pico.words import (
@@ -33,26 +34,39 @@ def _polished(text: str, rng: random.Random) -> str:
     return finished(text, rng)
 
 
-def name_of(item: Item, scene: Scene, rng: random.Random) -> str:
+@dataclass(frozen=True)
+class Name:
+    """How an item is referred to, and which of its attributes that says."""
+
+    text: str
+    said: frozenset[str] = frozenset()
+
+
+def name_of(item: Item, scene: Scene, rng: random.Random) -> Name:
     """Refers to one item of a scene so that no other item can be meant."""
-    shape = f"the {shape_word(item.shape, rng)}"
-    full = f"the {colour_word(item.colour, rng)} {shape_word(item.shape, rng)}"
+    shape = Name(f"the {shape_word(item.shape, rng)}", frozenset({"shape"}))
+    full = Name(
+        f"the {colour_word(item.colour, rng)} {shape_word(item.shape, rng)}", frozenset({"shape", "colour"})
+    )
     others = [other for other in scene.items if other != item]
     if not others:
-        return rng.choice(("it", "it", "the shape", "the object", "the figure", shape, shape, shape, full, full))
-    other = others[0]
-    place = f"{item.place} {rng.choice(('shape', 'object', 'one', shape_word(item.shape, rng)))}"
-    options = [full, f"the {place}"]
-    if item.shape != other.shape:
+        vague = [Name(text) for text in ("it", "it", "the shape", "the object", "the figure")]
+        return rng.choice((*vague, shape, shape, shape, full, full))
+    general = rng.choice(("shape", "object", "one"))
+    placed = Name(f"the {item.place} {general}", frozenset({"place"}))
+    if rng.random() < 0.3:
+        placed = Name(f"the {item.place} {shape_word(item.shape, rng)}", frozenset({"place", "shape"}))
+    options = [full, placed]
+    if item.shape != others[0].shape:
         options += [shape, shape]
-    if item.colour != other.colour:
-        options.append(f"the {colour_word(item.colour, rng)} {rng.choice(('shape', 'object', 'one'))}")
+    if item.colour != others[0].colour:
+        options.append(Name(f"the {colour_word(item.colour, rng)} {general}", frozenset({"colour"})))
     return rng.choice(options)
 
 
-def recolour(item: Item, scene: Scene, colour: str, rng: random.Random) -> str:
+def recolour(name: str, colour: str, rng: random.Random) -> str:
     """Gives an item another colour."""
-    name, new = name_of(item, scene, rng), colour_word(colour, rng)
+    new = colour_word(colour, rng)
     return _polished(rng.choice((
         f"make {name} {new}", f"make {name} {new}", f"turn {name} {new}", f"paint {name} {new}",
         f"change the color of {name} to {new}", f"recolor {name} to {new}", f"change {name} to {new}",
@@ -61,13 +75,15 @@ def recolour(item: Item, scene: Scene, colour: str, rng: random.Random) -> str:
     )), rng)  # fmt: skip
 
 
-def reshape(item: Item, scene: Scene, shape: str, rng: random.Random) -> str:
+def reshape(name: str, shape: str, rng: random.Random) -> str:
     """Turns an item into another shape of the same colour, size and place."""
-    name, new = name_of(item, scene, rng), article(shape_word(shape, rng))
+    new = article(shape_word(shape, rng))
     return _polished(rng.choice((
-        f"replace {name} with {new}", f"replace {name} by {new}", f"turn {name} into {new}", f"change {name} into {new}",
+        f"replace {name} with {new}", f"replace {name} by {new}", f"turn {name} into {new}",
+        f"change {name} into {new}",
         f"change {name} to {new}", f"make {name} {new}", f"{name} should be {new}", f"make {new} of {name}",
-        f"swap {name} for {new}", f"{new} instead of {name}", f"transform {name} into {new}", f"use {new} instead of {name}",
+        f"swap {name} for {new}", f"{new} instead of {name}", f"transform {name} into {new}",
+        f"use {new} instead of {name}",
         f"change the shape of {name} to {new}" if name != "the shape" else f"change the shape to {new}",
     )), rng)  # fmt: skip
 
@@ -82,18 +98,19 @@ def change_background(background: Background, rng: random.Random) -> str:
                           f"a vertical gradient from {top} to {bottom}", f"fade from {top} to {bottom}"))  # fmt: skip
     thing = rng.choice(("background", "background", "background", "backdrop", "canvas"))
     return _polished(rng.choice((
-        f"make the {thing} {new}", f"change the {thing} to {new}", f"turn the {thing} {'' if background.is_plain else 'into '}{new}",
+        f"make the {thing} {new}", f"change the {thing} to {new}",
+        f"turn the {thing} {'' if background.is_plain else 'into '}{new}",
         f"change the {thing} color to {new}", f"set the {thing} to {new}", f"use {new} as the {thing}",
         f"the {thing} should be {new}", f"replace the {thing} with {new}", f"paint the {thing} {new}",
-        f"{background_words(background, rng)} {thing}", f"put it on {article(background_words(background, rng))} {thing}",
+        f"{background_words(background, rng)} {thing}",
+        f"put it on {article(background_words(background, rng))} {thing}",
         f"give it {article(background_words(background, rng))} {thing}",
     )), rng)  # fmt: skip
 
 
-def resize(item: Item, scene: Scene, size: str, rng: random.Random) -> tuple[str, bool]:
+def resize(name: str, old_size: str, size: str, rng: random.Random) -> tuple[str, bool]:
     """Makes an item larger or smaller; returns the words and whether they are relative ("bigger")."""
-    name = name_of(item, scene, rng)
-    steps = SIZES.index(size) - SIZES.index(item.size)
+    steps = SIZES.index(size) - SIZES.index(old_size)
     if abs(steps) == 1 and rng.random() < 0.55:
         bigger = ("bigger", "larger") if steps > 0 else ("smaller", "tinier")
         verbs = ("enlarge", "grow", "scale up") if steps > 0 else ("shrink", "reduce", "scale down")
@@ -106,9 +123,9 @@ def resize(item: Item, scene: Scene, size: str, rng: random.Random) -> tuple[str
     return _polished(text, rng), False
 
 
-def move(item: Item, scene: Scene, place: str, rng: random.Random) -> str:
+def move(name: str, place: str, rng: random.Random) -> str:
     """Moves the only item to another place."""
-    name, where = name_of(item, scene, rng), destination_phrase(place, rng)
+    where = destination_phrase(place, rng)
     return _polished(rng.choice((
         f"move {name} {where}", f"move {name} {where}", f"shift {name} {where}", f"bring {name} {where}",
         f"put {name} {place_phrase(place, rng)}", f"place {name} {place_phrase(place, rng)}",
@@ -116,9 +133,8 @@ def move(item: Item, scene: Scene, place: str, rng: random.Random) -> str:
     )), rng)  # fmt: skip
 
 
-def remove(item: Item, scene: Scene, rng: random.Random) -> str:
+def remove(name: str, rng: random.Random) -> str:
     """Takes an item away."""
-    name = name_of(item, scene, rng)
     return _polished(rng.choice((
         f"remove {name}", f"remove {name}", f"erase {name}", f"delete {name}", f"take {name} away", f"take away {name}",
         f"get rid of {name}", f"make {name} disappear", f"without {name}", f"hide {name}", f"drop {name}",
@@ -161,10 +177,13 @@ def onto_background(rng: random.Random) -> str:
 def colour_from_second(rng: random.Random) -> str:
     """Gives the first picture's item the colour of the second picture's item."""
     one = _thing(1, rng)
-    colour = rng.choice((f"the color {rng.choice(('of', 'from', 'in'))} {_image(2, rng)}", f"the color of {_thing(2, rng)}"))
+    colour = rng.choice(
+        (f"the color {rng.choice(('of', 'from', 'in'))} {_image(2, rng)}", f"the color of {_thing(2, rng)}")
+    )
     return _polished(rng.choice((
         f"paint {one} in {colour}", f"{one} in {colour}", f"{one} with {colour}", f"recolor {one} with {colour}",
-        f"give {one} {colour}", f"use {colour} for {one}", f"make {one} {colour}", f"change the color of {one} to {colour}",
+        f"give {one} {colour}", f"use {colour} for {one}", f"make {one} {colour}",
+        f"change the color of {one} to {colour}",
         f"apply {colour} to {one}", f"color {one} like {_thing(2, rng)}",
     )), rng)  # fmt: skip
 

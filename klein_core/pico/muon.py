@@ -40,6 +40,8 @@ class Muon(torch.optim.Optimizer):
         learning_rate: read back as `param_groups[…]["lr"]`.
         momentum: share of the old direction that is kept.
         blocks: for each fused parameter, the row counts of the projections that it holds.
+        workers: this process's number and how many there are; each does its share of the matrices.
+        add_up: sums a flat tensor over all processes in place; needed with several workers.
     """
 
     def __init__(
@@ -48,9 +50,12 @@ class Muon(torch.optim.Optimizer):
         learning_rate: float,
         momentum: float = 0.95,
         blocks: dict[nn.Parameter, list[int]] | None = None,
+        workers: tuple[int, int] = (0, 1),
+        add_up: Callable[[Tensor], object] | None = None,
     ) -> None:
         super().__init__(parameters, {"lr": learning_rate, "momentum": momentum})
         self._blocks = blocks or {}
+        self._workers, self._add_up = workers, add_up
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -59,19 +64,38 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Applies one update from the gradients at hand; parameters without a gradient stay."""
+        targets: list[tuple[Tensor, float]] = []
+        directions: list[Tensor] = []
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
+                for target, direction in self._directions(parameter, group["momentum"]):
+                    targets.append((target, group["lr"] * _ADAM_RMS * max(direction.shape) ** 0.5))
+                    directions.append(direction)
+        for (target, rate), update in zip(targets, self._orthogonalised(directions), strict=True):
+            target.sub_(update.reshape(target.shape), alpha=rate)
         return None if closure is None else closure()
 
-    def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+    def _directions(self, parameter: nn.Parameter, momentum: float) -> list[tuple[Tensor, Tensor]]:
+        """Returns each projection of a parameter, a view, with its smoothed gradient as rows and columns."""
         if parameter.grad is None:
-            return
-        state = self.state[parameter]
-        momentum = state.setdefault("momentum", torch.zeros_like(parameter))
-        momentum.lerp_(parameter.grad, 1 - group["momentum"])
-        direction = parameter.grad.lerp(momentum, group["momentum"]).flatten(1)
+            return []
+        state: dict[str, Any] = self.state[parameter]
+        average = state.setdefault("momentum", torch.zeros_like(parameter))
+        average.lerp_(parameter.grad, 1 - momentum)
+        direction = parameter.grad.lerp(average, momentum).flatten(1)
         rows = self._blocks.get(parameter, [direction.shape[0]])
-        for block, target in zip(direction.split(rows), parameter.flatten(1).split(rows), strict=True):
-            target.add_(orthogonalised(block), alpha=-group["lr"] * _ADAM_RMS * max(block.shape) ** 0.5)
+        # Flattening the parameter itself would copy it where its memory format is channels-last.
+        return list(zip(torch.split(parameter, rows), torch.split(direction, rows), strict=True))
+
+    def _orthogonalised(self, directions: list[Tensor]) -> list[Tensor]:
+        rank, processes = self._workers
+        if processes == 1 or self._add_up is None:
+            return [orthogonalised(direction) for direction in directions]
+        own = [
+            orthogonalised(direction) if index % processes == rank else torch.zeros_like(direction)
+            for index, direction in enumerate(directions)
+        ]
+        flat = torch.cat([direction.flatten() for direction in own])
+        self._add_up(flat)
+        pieces = torch.split(flat, [direction.numel() for direction in directions])
+        return [piece.view_as(direction) for piece, direction in zip(pieces, directions, strict=True)]

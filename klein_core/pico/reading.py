@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Qwen3Config, Qwen3Model
 
-from klein_core.pico.checkpoints import load_state, save_state
+from klein_core.pico.checkpoints import load_state, report, save_state
 from klein_core.pico.muon import Muon
 from klein_core.pico.tasks import (
     EDIT_KINDS,
@@ -89,7 +89,9 @@ class ReadOuts(nn.Module):
         super().__init__()
         width = HIDDEN_SIZE * len(TAPPED_LAYERS)
         self.classifiers = nn.ModuleDict({
-            f"{place} {name}": nn.Linear(width, len(READING[name])) for place, names in _PLACES.items() for name in names
+            f"{place} {name}": nn.Linear(width, len(READING[name]))
+            for place, names in _PLACES.items()
+            for name in names
         })  # fmt: skip
 
     def forward(self, embedding: Tensor, lengths: Tensor) -> dict[str, Tensor]:
@@ -131,7 +133,9 @@ def answers(tasks: Sequence[Task]) -> dict[str, Tensor]:
     }
 
 
-def examined(read_outs: ReadOuts, embedding: Tensor, lengths: Tensor, tasks: Sequence[Task]) -> tuple[Tensor, float]:
+def examined(
+    read_outs: ReadOuts, embedding: Tensor, lengths: Tensor, tasks: Sequence[Task]
+) -> tuple[Tensor, float]:
     """Asks the read-outs what prompts (B, S, C) of `lengths` (B,) real tokens say.
 
     Returns:
@@ -143,7 +147,9 @@ def examined(read_outs: ReadOuts, embedding: Tensor, lengths: Tensor, tasks: Seq
     return torch.stack(losses).sum(), float(hits.float().mean())
 
 
-def buckets(rng: random.Random, tokenizer: PromptTokenizer, count: int) -> Iterator[list[tuple[Task, TokenizedPrompt]]]:
+def buckets(
+    rng: random.Random, tokenizer: PromptTokenizer, count: int
+) -> Iterator[list[tuple[Task, TokenizedPrompt]]]:
     """Yields batches of tasks for ever; prompts of one batch are about equally long, which saves padding."""
     while True:
         tasks = [any_task(rng) for _ in range(4 * count)]
@@ -206,10 +212,9 @@ def train(plan: Plan) -> Qwen3Model:
             optimiser.step()
         step, elapsed, hits = step + 1, time.monotonic() - started, hits + share
         if step % plan.report_every == 0:
-            print(
+            report(
                 f"reading step {step}  {elapsed:.0f}/{plan.seconds:.0f} s  loss {loss:.3f}  "
                 f"all right {hits / plan.report_every:.3f}",
-                flush=True,
             )
             hits = 0.0
             _save(plan.state, model, read_outs, both, step, elapsed)
@@ -222,7 +227,9 @@ def optimisers(model: Qwen3Model, read_outs: ReadOuts) -> list[torch.optim.Optim
     named = dict(model.named_parameters())
     hidden = [p for n, p in named.items() if p.ndim == 2 and "embed_tokens" not in n]
     rest = [p for n, p in named.items() if p.ndim != 2 or "embed_tokens" in n]
-    adam = torch.optim.AdamW([*rest, *read_outs.parameters()], lr=_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
+    adam = torch.optim.AdamW(
+        [*rest, *read_outs.parameters()], lr=_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0
+    )
     return [Muon(hidden, _LEARNING_RATE), adam]
 
 

@@ -44,7 +44,9 @@ def any_size(rng: random.Random) -> str:
     return rng.choices(SIZES, (0.275, 0.45, 0.275))[0]
 
 
-def any_item(rng: random.Random, background: Background, place: str | None = None, size: str | None = None) -> Item:
+def any_item(
+    rng: random.Random, background: Background, place: str | None = None, size: str | None = None
+) -> Item:
     """Draws an item that stands out; centred in 30 % of cases unless the place is given."""
     if place is None:
         place = "center" if rng.random() < 0.3 else rng.choice(_PLACES)

@@ -17,7 +17,17 @@ from klein_core.pico.scenes import (
     single_scene,
     visible_colours,
 )
-from klein_core.pico.world import COLOURS, LAYOUTS, PLACES, SHAPES, SIZES, Background, Item, Scene, is_in_training
+from klein_core.pico.world import (
+    COLOURS,
+    LAYOUTS,
+    PLACES,
+    SHAPES,
+    SIZES,
+    Background,
+    Item,
+    Scene,
+    is_in_training,
+)
 
 EDIT_KINDS = ("colour", "shape", "background", "move", "size", "add", "remove")
 TWO_REFERENCE_KINDS = ("onto background", "colour from second", "side by side", "stacked")
@@ -62,6 +72,12 @@ def _retried(make: Callable[[random.Random], Task], rng: random.Random) -> Task:
 def _describe(which: str, item: Item) -> dict[str, str]:
     return {f"{which} shape": item.shape, f"{which} colour": item.colour, f"{which} place": item.place,
             f"{which} size": item.size}  # fmt: skip
+
+
+def _named(item: Item, scene: Scene, rng: random.Random) -> tuple[str, dict[str, str]]:
+    """Refers to an item; returns the words and what they say of it."""
+    name = instructions.name_of(item, scene, rng)
+    return name.text, {f"first {attribute}": getattr(item, attribute) for attribute in sorted(name.said)}
 
 
 def text_to_image(rng: random.Random, scene: Scene | None = None) -> Task:
@@ -111,8 +127,9 @@ def _edit_colour(rng: random.Random) -> Task:
     item = rng.choice(scene.items)
     colour = _other(visible_colours(scene.background), item.colour, rng)
     target = _with_item(scene, item, replace(item, colour=colour))
-    prompt = instructions.recolour(item, scene, colour, rng)
-    return Task("colour", prompt, target, (scene,), {"kind": "colour", "second colour": colour})
+    name, described = _named(item, scene, rng)
+    prompt = instructions.recolour(name, colour, rng)
+    return Task("colour", prompt, target, (scene,), described | {"kind": "colour", "second colour": colour})
 
 
 def _edit_shape(rng: random.Random) -> Task:
@@ -120,8 +137,9 @@ def _edit_shape(rng: random.Random) -> Task:
     item = rng.choice(scene.items)
     shape = _other(SHAPES, item.shape, rng)
     target = _with_item(scene, item, replace(item, shape=shape))
-    prompt = instructions.reshape(item, scene, shape, rng)
-    return Task("shape", prompt, target, (scene,), {"kind": "shape", "second shape": shape})
+    name, described = _named(item, scene, rng)
+    prompt = instructions.reshape(name, shape, rng)
+    return Task("shape", prompt, target, (scene,), described | {"kind": "shape", "second shape": shape})
 
 
 def _fits(items: tuple[Item, ...], background: Background) -> bool:
@@ -142,20 +160,22 @@ def _edit_size(rng: random.Random) -> Task:
     scene = single_scene(rng)
     item = scene.items[0]
     size = _other(SIZES, item.size, rng)
-    prompt, is_relative = instructions.resize(item, scene, size, rng)
+    name, described = _named(item, scene, rng)
+    prompt, is_relative = instructions.resize(name, item.size, size, rng)
     grows = SIZES.index(size) > SIZES.index(item.size)
     said = ("bigger" if grows else "smaller") if is_relative else size
     target = _with_item(scene, item, replace(item, size=size))
-    return Task("size", prompt, target, (scene,), {"kind": "size", "second size": said})
+    return Task("size", prompt, target, (scene,), described | {"kind": "size", "second size": said})
 
 
 def _edit_move(rng: random.Random) -> Task:
     scene = single_scene(rng)
     item = scene.items[0]
     place = _other(tuple(PLACES), item.place, rng)
-    prompt = instructions.move(item, scene, place, rng)
+    name, described = _named(item, scene, rng)
+    prompt = instructions.move(name, place, rng)
     target = _with_item(scene, item, replace(item, place=place))
-    return Task("move", prompt, target, (scene,), {"kind": "move", "second place": place})
+    return Task("move", prompt, target, (scene,), described | {"kind": "move", "second place": place})
 
 
 def _edit_add(rng: random.Random) -> Task:
@@ -167,14 +187,17 @@ def _edit_add(rng: random.Random) -> Task:
         target = double_scene(rng)
         new = rng.choice(target.items)
         scene = replace(target, items=tuple(item for item in target.items if item != new))
-    return Task("add", instructions.add(new, rng), target, (scene,), {"kind": "add"} | _describe("second", new))
+    return Task(
+        "add", instructions.add(new, rng), target, (scene,), {"kind": "add"} | _describe("second", new)
+    )
 
 
 def _edit_remove(rng: random.Random) -> Task:
     scene = single_scene(rng) if rng.random() < 0.3 else double_scene(rng)
     item = rng.choice(scene.items)
     target = replace(scene, items=tuple(other for other in scene.items if other != item))
-    return Task("remove", instructions.remove(item, scene, rng), target, (scene,), {"kind": "remove"})
+    name, described = _named(item, scene, rng)
+    return Task("remove", instructions.remove(name, rng), target, (scene,), described | {"kind": "remove"})
 
 
 _EDITS: dict[str, Callable[[random.Random], Task]] = {
@@ -203,7 +226,9 @@ def _compose_colour(rng: random.Random) -> Task:
     return Task(kind, instructions.colour_from_second(rng), target, (scene, second), {"kind": kind})
 
 
-def _composed(rng: random.Random, layout: tuple[str, str], order: tuple[int, int]) -> tuple[Scene, tuple[Scene, Scene]]:
+def _composed(
+    rng: random.Random, layout: tuple[str, str], order: tuple[int, int]
+) -> tuple[Scene, tuple[Scene, Scene]]:
     pair = single_scene(rng), single_scene(rng)
     items = tuple(
         replace(pair[number - 1].items[0], place=place) for number, place in zip(order, layout, strict=True)
@@ -219,7 +244,9 @@ def _compose_side_by_side(rng: random.Random) -> Task:
     order = (1, 2) if rng.random() < 0.65 else (2, 1)
     target, pair = _composed(rng, LAYOUTS[0], order)
     prompt = instructions.side_by_side(*order, rng)
-    return Task("side by side", prompt, target, pair, {"kind": "left right" if order == (1, 2) else "right left"})
+    return Task(
+        "side by side", prompt, target, pair, {"kind": "left right" if order == (1, 2) else "right left"}
+    )
 
 
 def _compose_stacked(rng: random.Random) -> Task:

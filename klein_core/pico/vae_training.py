@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from klein_core.pico import scenes
-from klein_core.pico.checkpoints import load_state, save_state
+from klein_core.pico.checkpoints import load_state, report, save_state
 from klein_core.pico.muon import Muon
 from klein_core.pico.world import centre_px, render
 from klein_core.vae_decoder.autoencoder import Autoencoder
@@ -49,7 +49,7 @@ class Plan:
 def pixels(pictures: list[np.ndarray[tuple[int, ...], np.dtype[np.uint8]]]) -> Tensor:
     """Stacks RGB pictures (H, W, 3) of one size into (B, 3, H, W) in -1…1."""
     batch = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
-    return (batch.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+    return (batch.float() / 127.5 - 1).contiguous()
 
 
 def picture_batch(rng: random.Random, count: int, width_px: int, height_px: int) -> Tensor:
@@ -114,7 +114,11 @@ def reconstruction_loss(autoencoder: Autoencoder, image: Tensor, most_noise: flo
 def optimisers(autoencoder: Autoencoder) -> list[torch.optim.Optimizer]:
     """Muon for hidden kernels and matrices, AdamW for the rest."""
     named = dict(autoencoder.named_parameters())
-    hidden = {n for n, p in named.items() if p.ndim >= 2 and "encoder.conv_in" not in n and "decoder.conv_out" not in n}
+    hidden = {
+        n
+        for n, p in named.items()
+        if p.ndim >= 2 and "encoder.conv_in" not in n and "decoder.conv_out" not in n
+    }
     rest = [p for n, p in named.items() if n not in hidden]
     adam = torch.optim.AdamW(rest, lr=_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
     return [Muon([named[n] for n in sorted(hidden)], _LEARNING_RATE, momentum=0.9), adam]
@@ -132,14 +136,18 @@ def train(plan: Plan) -> Autoencoder:
     """Trains for the planned time, going on from the saved state; returns the finished autoencoder."""
     rng = random.Random(1)
     torch.manual_seed(1)
-    autoencoder = Autoencoder(CONFIG).to(memory_format=torch.channels_last)
+    autoencoder = Autoencoder(CONFIG)
     initialise(autoencoder, rng)
     both = optimisers(autoencoder)
-    step, elapsed = _resume(plan.state, autoencoder, both)
+    step, elapsed, is_finished = _resume(plan.state, autoencoder, both)
+    if is_finished:
+        return autoencoder.eval()
     started = time.monotonic() - elapsed
     while elapsed < plan.seconds:
         share = elapsed / plan.seconds
-        _set_learning_rate(both, _LEARNING_RATE * min(1, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * share)))
+        _set_learning_rate(
+            both, _LEARNING_RATE * min(1, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * share))
+        )
         loss, error = reconstruction_loss(autoencoder, _batch_for(step, rng), _MOST_NOISE * min(1, 3 * share))
         autoencoder.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -148,10 +156,12 @@ def train(plan: Plan) -> Autoencoder:
             optimiser.step()
         step, elapsed = step + 1, time.monotonic() - started
         if step % plan.report_every == 0:
-            print(f"vae step {step}  {elapsed:.0f}/{plan.seconds:.0f} s  loss {loss:.4f}  error {error:.4f}", flush=True)
+            report(
+                f"vae step {step}  {elapsed:.0f}/{plan.seconds:.0f} s  loss {loss:.4f}  error {error:.4f}",
+            )
             _save(plan.state, autoencoder, both, step, elapsed)
-    _save(plan.state, autoencoder, both, step, elapsed)
     finish(autoencoder, rng)
+    _save(plan.state, autoencoder, both, step, elapsed, is_finished=True)
     return autoencoder
 
 
@@ -161,18 +171,26 @@ def _set_learning_rate(both: list[torch.optim.Optimizer], rate: float) -> None:
             group["lr"] = rate + 2e-5
 
 
-def _resume(path: Path, autoencoder: Autoencoder, both: list[torch.optim.Optimizer]) -> tuple[int, float]:
+def _resume(
+    path: Path, autoencoder: Autoencoder, both: list[torch.optim.Optimizer]
+) -> tuple[int, float, bool]:
     state = load_state(path)
     if state is None:
-        return 0, 0.0
+        return 0, 0.0, False
     autoencoder.load_state_dict(state["autoencoder"])
     for optimiser, saved in zip(both, state["optimisers"], strict=True):
         optimiser.load_state_dict(saved)
-    return int(state["step"]), float(state["elapsed"])
+    return int(state["step"]), float(state["elapsed"]), bool(state.get("is_finished"))
 
 
 def _save(
-    path: Path, autoencoder: Autoencoder, both: list[torch.optim.Optimizer], step: int, elapsed: float
+    path: Path,
+    autoencoder: Autoencoder,
+    both: list[torch.optim.Optimizer],
+    step: int,
+    elapsed: float,
+    *,
+    is_finished: bool = False,
 ) -> None:
     save_state(
         path,
@@ -181,6 +199,7 @@ def _save(
             "optimisers": [optimiser.state_dict() for optimiser in both],
             "step": step,
             "elapsed": elapsed,
+            "is_finished": is_finished,
         },
     )
 

@@ -117,9 +117,13 @@ def destination_phrase(place: str, rng: random.Random) -> str:
     if rng.random() < 0.25:
         return place_phrase(place, rng)
     if place == "center":
-        return rng.choice(("to the center", "to the middle", "to the centre", "into the middle", "into the center"))
+        return rng.choice(
+            ("to the center", "to the middle", "to the centre", "into the middle", "into the center")
+        )
     if place in PLAIN_SIDES:
-        return rng.choice((f"to the {place}", f"to the {place}", f"to the {place} side", f"to the {place} edge"))
+        return rng.choice(
+            (f"to the {place}", f"to the {place}", f"to the {place} side", f"to the {place} edge")
+        )
     row, side = place.split()
     upper = rng.choice(_CORNER_ROWS[row])
     return rng.choice((
@@ -169,8 +173,12 @@ def strange_words() -> tuple[str, ...]:
 
 
 _RESERVED = frozenset(
-    "the and above below left right top bottom center middle upper lower first second one two image picture "
-    "background color remove delete add put move make change replace bigger smaller larger from into onto over "
-    "under next beside between corner side edge half it its with without gradient empty plain no not none nothing "
-    "size sized swap place shape object figure both same other".split()
+    word
+    for line in (
+        "the and above below left right top bottom center middle upper lower first second one two image picture",
+        "background color remove delete add put move make change replace bigger smaller larger from into onto",
+        "under next beside between corner side edge half it its with without gradient empty plain no not none",
+        "size sized swap place shape object figure both same other over nothing",
+    )
+    for word in line.split()
 )

@@ -145,7 +145,7 @@ def stamp(shape: str, radius: int) -> NDArray[np.float32]:
         _disc(draw, middle, 0.98 * scale, 255)
         if shape == "ring":
             _disc(draw, middle, 0.52 * scale, 0)
-    coverage = np.asarray(picture.reduce(_SUPERSAMPLING), np.float32) / 255
+    coverage = np.asarray(picture.reduce(_SUPERSAMPLING), np.float32) / np.float32(255)
     coverage.setflags(write=False)
     return coverage
 
@@ -174,7 +174,7 @@ def background_rows(background: Background, height_px: int) -> NDArray[np.float3
     down = ((np.arange(height_px, dtype=np.float32) + 0.5) / height_px)[:, None]
     top = np.array(COLOURS[background.top], np.float32)
     bottom = np.array(COLOURS[background.bottom], np.float32)
-    return top * (1 - down) + bottom * down
+    return (top * (1 - down) + bottom * down).astype(np.float32)
 
 
 def render(scene: Scene, width_px: int, height_px: int) -> NDArray[np.uint8]:
