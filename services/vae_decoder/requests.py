@@ -13,7 +13,7 @@ from klein_core.params import SIZE_MULTIPLE_PX, Limits, size_violations
 from klein_core.vae_decoder.image import format_violations
 from services.runtime.frames import MAX_FRAME_BYTES, FrameReader
 from services.runtime.stages import require_model
-from services.runtime.tensors import check_spec, frames_tensor
+from services.runtime.tensors import frames_tensor
 
 MAX_FIELD_NAME_CHARACTERS = 64
 _LARGEST_ELEMENT_BYTES = 4
@@ -130,10 +130,9 @@ class DecodeRequest:
         if part == "spec":
             self._begin(request.spec)
         elif self.encoding and part == "latents":
-            is_first = request.latents.HasField("spec")
+            if request.latents.HasField("spec"):
+                self._check_size(tuple(request.latents.spec.shape))
             self._reader.add(request.latents)
-            if is_first:
-                self._check_size()
         else:
             raise InvalidInput.of("part", "is empty; each part must be a spec or a frame of latents")
 
@@ -159,10 +158,12 @@ class DecodeRequest:
             raise InvalidInput(violations)
         self._encoding = Encoding(name, quality, dict(spec.metadata))
 
-    def _check_size(self) -> None:
-        check_spec(self._reader, shape=(None, None, self._channels))
-        rows, columns, _ = self._reader.spec.shape
-        width_px, height_px = columns * SIZE_MULTIPLE_PX, rows * SIZE_MULTIPLE_PX
+    def _check_size(self, shape: tuple[int, ...]) -> None:
+        if len(shape) != 3 or shape[2] != self._channels:
+            raise InvalidInput.of(
+                "latents", f"have shape {list(shape)}; must be [rows, columns, {self._channels}]"
+            )
+        height_px, width_px = (extent * SIZE_MULTIPLE_PX for extent in shape[:2])
         for violation in size_violations(width_px, height_px, self._limits):
             size = f"are of a {width_px} × {height_px} image, whose {violation.field}"
             raise InvalidInput.of("latents", f"{size} {violation.description}")

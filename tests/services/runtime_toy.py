@@ -111,3 +111,13 @@ async def failure(awaitable) -> grpc.aio.AioRpcError:
     except grpc.aio.AioRpcError as error:
         return error
     raise AssertionError("the call succeeded")
+
+
+async def until(condition, seconds: float = 10) -> None:
+    """Waits for what has no event to wait for; a condition may be a coroutine function."""
+    async with asyncio.timeout(seconds):
+        while True:
+            value = condition()
+            if await value if asyncio.iscoroutine(value) else value:
+                return
+            await asyncio.sleep(0.005)

@@ -12,7 +12,7 @@ from prometheus_client import REGISTRY
 
 from services.runtime.load_report import LoadReport
 from services.runtime.logs import ConsoleFormatter, JsonFormatter, request_id
-from tests.services.runtime_toy import SHAPES, call, failure
+from tests.services.runtime_toy import SHAPES, call, failure, until
 
 KINDS = dict(zip(SHAPES, ("unary", "server_stream", "client_stream", "bidi_stream"), strict=True))
 
@@ -29,12 +29,6 @@ def handled(shape, code):
 
 def access_records(caplog):
     return [record for record in caplog.records if record.name == "klein.access"]
-
-
-async def until(condition):
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
