@@ -13,6 +13,7 @@ from services.orchestrator.servicer import ImageApi
 from services.orchestrator.settings import OrchestratorSettings
 from services.orchestrator.stages import StageDirectory
 from services.runtime.application import Application
+from services.runtime.channels import IMAGE_MESSAGE_BYTES
 
 SERVICE_NAME = "klein_api.v1.ImageService"
 
@@ -22,6 +23,7 @@ class Orchestrator(Application):
 
     name = "orchestrator"
     service_names = (SERVICE_NAME,)
+    message_bytes = IMAGE_MESSAGE_BYTES
 
     def __init__(self, settings: OrchestratorSettings, table: RoutingTable) -> None:
         self._channels = Channels()

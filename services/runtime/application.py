@@ -7,6 +7,8 @@ from typing import Protocol
 
 import grpc
 
+from services.runtime.channels import STAGE_MESSAGE_BYTES
+
 
 class Application(Protocol):
     """A stage or the orchestrator, as the server sees it. Implementations inherit, for the defaults below."""
@@ -19,6 +21,9 @@ class Application(Protocol):
     """Full names of further services, which answer in every state; for reflection and metrics."""
     operations: Sequence[str] = ()
     """What `Worker.run` is called with, so that its metrics exist from the start."""
+
+    message_bytes: int = STAGE_MESSAGE_BYTES
+    """Largest message that the server takes and sends."""
 
     def register(self, server: grpc.aio.Server) -> None:
         """Adds the services to a server that has not started yet."""

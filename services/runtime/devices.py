@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from services.runtime import metrics
 from services.runtime.settings import SettingsError
 
 _DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "checkpoint": None}
@@ -37,6 +38,15 @@ def set_threads(count: int) -> None:
     """Sets how many CPU threads one operation uses; 0 leaves torch's choice."""
     if count:
         torch.set_num_threads(count)
+
+
+def report_memory(stage: str, device: torch.device) -> None:
+    """Makes `klein_device_memory_bytes` tell what torch holds on a GPU; there is nothing to tell of a CPU."""
+    if device.type != "cuda":
+        return
+    gauge = metrics.DEVICE_MEMORY_BYTES
+    gauge.labels(stage, "allocated").set_function(lambda: torch.cuda.memory_allocated(device))
+    gauge.labels(stage, "reserved").set_function(lambda: torch.cuda.memory_reserved(device))
 
 
 def _best_device() -> str:

@@ -15,7 +15,6 @@ from grpc_reflection.v1alpha.reflection import enable_server_reflection
 
 from klein_core.errors import DeviceFault
 from services.runtime.application import Application
-from services.runtime.channels import IMAGE_MESSAGE_BYTES
 from services.runtime.interceptors import interceptors
 from services.runtime.load_report import LoadReport
 from services.runtime.readiness import Readiness
@@ -55,7 +54,7 @@ class Listener:
         self._metrics: tuple[WSGIServer, threading.Thread] | None = None
         self._server = grpc.aio.server(
             interceptors=interceptors(readiness, _load_report(application), on_device_fault),
-            options=_options(settings),
+            options=_options(settings, application.message_bytes),
         )
         application.register(self._server)
         health_pb2_grpc.add_HealthServicer_to_server(readiness.servicer, self._server)
@@ -138,12 +137,12 @@ def _load_report(application: Application) -> LoadReport | None:
     return LoadReport(lambda: application.utilization() or 0.0)
 
 
-def _options(settings: ServerSettings) -> list[tuple[str, int]]:
+def _options(settings: ServerSettings, message_bytes: int) -> list[tuple[str, int]]:
     options = [
         # Two processes on one port would share its calls at random, silently.
         ("grpc.so_reuseport", 0),
-        ("grpc.max_receive_message_length", IMAGE_MESSAGE_BYTES),
-        ("grpc.max_send_message_length", IMAGE_MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", message_bytes),
+        ("grpc.max_send_message_length", message_bytes),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from services.runtime import metrics
+from services.runtime import metrics, tracing
 from services.runtime.device_faults import as_device_fault
 from services.runtime.errors import DeadlinePassed, QueueFull, StageUnavailable
 
@@ -197,9 +197,14 @@ class Worker:
 
 def _outcome(job: _Job) -> tuple[Any, BaseException | None]:
     try:
-        return job.context.run(job.function), None
+        return job.context.run(_traced, job), None
     except Exception as error:
         return None, as_device_fault(error)
+
+
+def _traced(job: _Job) -> Any:
+    with tracing.span(job.operation or "work"):
+        return job.function()
 
 
 def _set_exception(future: asyncio.Future[Any], error: BaseException) -> None:

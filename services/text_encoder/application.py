@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import grpc
 from klein_api.v1 import stage_service_pb2, text_encoder_service_pb2_grpc
 
-from services.runtime.devices import resolve_device, resolve_dtype, set_threads
+from services.runtime.devices import report_memory, resolve_device, resolve_dtype, set_threads
 from services.runtime.errors import StageUnavailable
 from services.runtime.stage_application import Loaded, StageApplication
 from services.runtime.tensors import dtype_name
@@ -52,6 +52,7 @@ class TextEncoderApplication(StageApplication):
 
         set_threads(self._settings.threads)
         device = resolve_device(self._settings.device)
+        report_memory(self.name, device)
         dtype = resolve_dtype(self._settings.dtype)
         encoder = TextEncoder.from_folder(self._settings.checkpoint_folder, device, dtype)
         warm = encoder.encode([""])[0]

@@ -9,7 +9,7 @@ from klein_api.v1 import stage_service_pb2, vae_decoder_service_pb2_grpc
 from klein_core.params import SIZE_MULTIPLE_PX
 from klein_core.vae_decoder.references import ReferenceLimits
 from klein_core.vae_decoder.stage import VaeDecoder
-from services.runtime.devices import resolve_device, resolve_dtype, set_threads
+from services.runtime.devices import report_memory, resolve_device, resolve_dtype, set_threads
 from services.runtime.errors import StageUnavailable
 from services.runtime.stage_application import Loaded, StageApplication
 from services.runtime.tensors import dtype_name
@@ -48,6 +48,7 @@ class VaeDecoderApplication(StageApplication):
     def load_model(self) -> Loaded:
         set_threads(self._settings.threads)
         device = resolve_device(self._settings.device)
+        report_memory(self.name, device)
         decoder = VaeDecoder.from_folder(
             self._settings.checkpoint_folder,
             device,

@@ -5,6 +5,7 @@ import time
 
 import grpc
 import pytest
+import pytest_asyncio
 import torch
 from klein_api.v1 import stage_service_pb2, stage_service_pb2_grpc, text_encoder_service_pb2_grpc
 from klein_api.v1 import text_encoder_service_pb2 as pb
@@ -19,24 +20,31 @@ from services.text_encoder.application import TextEncoderApplication
 from services.text_encoder.settings import TextEncoderSettings
 from tests.services.runtime_toy import failure, until
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
 
 @pytest.fixture(scope="module")
 def oracle(tiny_checkpoint):
     return TextEncoder.from_folder(tiny_checkpoint)
 
 
-@pytest.fixture
-async def application(tiny_checkpoint):
+@pytest.fixture(scope="module")
+def application(tiny_checkpoint):
     settings = TextEncoderSettings(
         model_path=str(tiny_checkpoint), model_name="tiny", device="cpu", queue_limit=1
     )
     return TextEncoderApplication(settings)
 
 
-@pytest.fixture
-async def stub(application):
-    async with running_server(application) as address, open_channel(address) as channel:
-        yield text_encoder_service_pb2_grpc.TextEncoderServiceStub(channel)
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def channel(application):
+    async with running_server(application) as address, open_channel(address) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def stub(channel):
+    return text_encoder_service_pb2_grpc.TextEncoderServiceStub(channel)
 
 
 async def encode(stub, prompt, **options):
@@ -69,10 +77,9 @@ async def test_many_clients_at_once_each_get_their_own(tiny_checkpoint, oracle):
         assert torch.equal(embedding, oracle.encode([prompt])[0].embedding)
 
 
-async def test_the_stage_describes_its_model(application, oracle):
-    async with running_server(application) as address, open_channel(address) as channel:
-        stage = stage_service_pb2_grpc.StageServiceStub(channel)
-        description = await stage.DescribeStage(stage_service_pb2.DescribeStageRequest())
+async def test_the_stage_describes_its_model(channel, oracle):
+    stage = stage_service_pb2_grpc.StageServiceStub(channel)
+    description = await stage.DescribeStage(stage_service_pb2.DescribeStageRequest())
     assert (description.stage, description.model) == ("text-encoder", "tiny")
     assert (description.device, description.dtype) == ("cpu", "f32")
     facts = description.text_encoder
@@ -109,9 +116,10 @@ class Slow:
 
 
 @pytest.fixture
-def slow(application, stub):
-    application._encoder = Slow(application._encoder)
-    return application._encoder
+def slow(application, stub, monkeypatch):
+    made = Slow(application.encoder)
+    monkeypatch.setattr(application, "_encoder", made)
+    return made
 
 
 async def test_a_full_queue_refuses_and_the_others_finish(stub, slow):

@@ -6,6 +6,7 @@ import math
 
 import grpc
 import pytest
+import pytest_asyncio
 import torch
 from klein_api.v1 import (
     image_pb2,
@@ -27,6 +28,7 @@ from services.vae_decoder.application import VaeDecoderApplication
 from services.vae_decoder.settings import VaeDecoderSettings
 from tests.services.runtime_toy import failure, until
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 LIMIT_BYTES = 3 << 20
 
@@ -36,8 +38,8 @@ def oracle(tiny_checkpoint):
     return VaeDecoder.from_folder(tiny_checkpoint)
 
 
-@pytest.fixture
-async def application(tiny_checkpoint):
+@pytest.fixture(scope="module")
+def application(tiny_checkpoint):
     settings = VaeDecoderSettings(
         model_path=str(tiny_checkpoint),
         model_name="tiny",
@@ -50,14 +52,14 @@ async def application(tiny_checkpoint):
     return VaeDecoderApplication(settings)
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def channel(application):
     async with running_server(application) as address, open_channel(address) as opened:
         yield opened
 
 
-@pytest.fixture
-async def stub(channel):
+@pytest.fixture(scope="module")
+def stub(channel):
     return vae_decoder_service_pb2_grpc.VaeDecoderServiceStub(channel)
 
 
@@ -147,8 +149,9 @@ class Painter:
         return self.pixels
 
 
-async def test_an_image_larger_than_a_chunk_comes_in_chunks(application, stub):
-    application._decoder = painter = Painter(application.decoder)
+async def test_an_image_larger_than_a_chunk_comes_in_chunks(application, stub, monkeypatch):
+    painter = Painter(application.decoder)
+    monkeypatch.setattr(application, "_decoder", painter)
     summary, data = await decode(stub, decode_parts(latents(), format=image_pb2.IMAGE_FORMAT_RAW_RGB))
     assert data == painter.pixels.numpy().tobytes()
     assert summary.size_bytes == 3 * MAX_FRAME_BYTES
