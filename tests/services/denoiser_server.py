@@ -236,10 +236,13 @@ class Heard:
 
 
 async def denoise(
-    channel: grpc.aio.Channel, parts: Iterable[api.DenoiseLatentsRequest], seconds: float | None = 30
+    channel: grpc.aio.Channel,
+    parts: Iterable[api.DenoiseLatentsRequest],
+    seconds: float | None = 30,
+    heard: Heard | None = None,
 ) -> Heard:
     """Makes one call and hears it to its end."""
-    heard = Heard()
+    heard = heard or Heard()
     call = DenoiserServiceStub(channel).DenoiseLatents(iter(list(parts)), timeout=seconds)
     async for response in call:
         heard.take(response)

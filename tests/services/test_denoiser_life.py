@@ -155,14 +155,20 @@ async def test_an_urgent_request_pauses_a_long_one_which_then_ends_with_its_own_
 async def test_waiting_requests_hear_how_they_move_up(folder, gate):
     async with running_denoiser(folder) as channel:
         gate.hold()
-        calls = []
+        calls, last = [], Heard()
         for waiting in range(4):
-            calls.append(asyncio.create_task(denoise(channel, request(spec()))))
+            calls.append(asyncio.create_task(denoise(channel, request(spec()), heard=last)))
             await until(channel, queued=waiting, running=1)
+            last = last if waiting == 3 else Heard()
+        async with asyncio.timeout(20):
+            while True:
+                if last.queued:
+                    break
+                await asyncio.sleep(0.01)
         for _ in range(16):
             gate.allow()
             await asyncio.sleep(0.05)
-        last = (await asyncio.gather(*calls))[-1]
+        await asyncio.gather(*calls)
     positions = [queued.position for queued in last.queued]
     assert positions == sorted(set(positions), reverse=True)
     assert positions[0] == 3
