@@ -7,6 +7,8 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Final
 
+from services.runtime.metrics import CACHE_BYTES
+
 PROMPT_EMBEDDING: Final = "prompt_embedding"
 REFERENCE_LATENTS: Final = "reference_latents"
 
@@ -84,17 +86,20 @@ class TensorCache:
             return
         self.discard(key)
         self._entries[key] = entry
-        self.size_bytes += entry.size_bytes
+        self._count(key, entry.size_bytes)
         while self.size_bytes > self._capacity_bytes:
-            _, oldest = self._entries.popitem(last=False)
-            self.size_bytes -= oldest.size_bytes
+            self.discard(next(iter(self._entries)))
 
     def discard(self, key: CacheKey) -> None:
         """Forgets the tensor of `key`, if there is one."""
         entry = self._entries.pop(key, None)
         if entry is not None:
-            self.size_bytes -= entry.size_bytes
+            self._count(key, -entry.size_bytes)
 
     def record(self) -> Recording:
         """Starts to keep a copy of an answer."""
         return Recording(self._capacity_bytes)
+
+    def _count(self, key: CacheKey, byte_count: int) -> None:
+        self.size_bytes += byte_count
+        CACHE_BYTES.labels(key.kind).inc(byte_count)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
 
 from klein_api.v1.text_encoder_service_pb2 import EncodePromptRequest, EncodePromptResponse, PromptSummary
 from klein_api.v1.vae_decoder_service_pb2 import (
@@ -16,7 +17,7 @@ from klein_api.v1.vae_decoder_service_pb2 import (
 
 from klein_core.errors import InvalidInput, Violation
 from services.orchestrator.cache import PROMPT_EMBEDDING, REFERENCE_LATENTS, CacheKey, TensorCache
-from services.orchestrator.calls import ENCODE_PROMPT, ENCODE_REFERENCE, StageCall, StageCalls
+from services.orchestrator.calls import ENCODE_PROMPT, ENCODE_REFERENCE, StageAnswer, StageCall, StageCalls
 from services.orchestrator.failures import PUBLIC_FIELDS, StageDisagreement
 from services.orchestrator.relay import Hop
 from services.orchestrator.request import ImageRequest
@@ -64,19 +65,17 @@ class DenoiseInput:
 
 @dataclass(frozen=True)
 class Encoding:
-    """One encoder call: what it sends and what becomes of its answer, a summary and a tensor."""
+    """One encoder call: how it is made and what becomes of its answer, a summary and a tensor."""
 
     address: StageAddress
-    method: str
     operation: str
     key: CacheKey
-    requests: Callable[[], Iterator[bytes]]
-    """Makes the serialised requests."""
+    ask: Callable[[], AbstractAsyncContextManager[StageAnswer]]
+    """Makes the call."""
     accept_summary: Callable[[bytes], StageSummary]
     """Takes the answer's first message."""
     forward: Callable[[bytes], bytes]
     """Turns a frame into a `DenoiseLatentsRequest`."""
-    fields: Mapping[str, str] = field(default_factory=lambda: PUBLIC_FIELDS)
 
 
 class Conditioning:
@@ -149,9 +148,13 @@ class Conditioning:
         address = self._request.route.text_encoder
         request = EncodePromptRequest(model=address.model, prompt=text).SerializeToString()
         version = self._request.facts.text_encoder_version
-        key = CacheKey.of(PROMPT_EMBEDDING, version, text.encode())
         return Encoding(
-            address, ENCODE_PROMPT, "encode-prompt", key, lambda: iter((request,)), accept, forward, fields
+            address,
+            "encode-prompt",
+            CacheKey.of(PROMPT_EMBEDDING, version, text.encode()),
+            lambda: self._calls.ask(address, ENCODE_PROMPT, request, fields),
+            accept,
+            forward,
         )
 
     async def _encode_reference(self, index: int, data: bytes) -> None:
@@ -180,13 +183,23 @@ class Conditioning:
 
         return Encoding(
             address,
-            ENCODE_REFERENCE,
             "encode-reference",
             key,
-            lambda: _reference_requests(address.model, f"references[{index}]", data),
+            lambda: self._ask_for_reference(address, f"references[{index}]", data),
             accept,
             lambda frame: as_reference_latents(index, frame),
         )
+
+    @asynccontextmanager
+    async def _ask_for_reference(
+        self, address: StageAddress, field_name: str, data: bytes
+    ) -> AsyncIterator[StageAnswer]:
+        """Sends a reference's file and gives the answer."""
+        async with self._calls.open(address, ENCODE_REFERENCE) as call:
+            for request in _reference_requests(address.model, field_name, data):
+                await call.write(request)
+            await call.done_writing()
+            yield call
 
     def _decide(self) -> None:
         """Counts a reference that was accepted or refused; refusals are told when all are decided."""
@@ -205,18 +218,15 @@ class Conditioning:
                 await self._denoise_input.write(encoding.forward(frame))
             return
         with timing.call():
-            async with self._calls.open(encoding.address, encoding.method, encoding.fields) as call:
-                for request in encoding.requests():
-                    await call.write(request)
-                await call.done_writing()
-                timing.report(await self._relay(call, encoding))
+            async with encoding.ask() as answer:
+                timing.report(await self._relay(answer, encoding))
 
-    async def _relay(self, call: StageCall, encoding: Encoding) -> StageSummary:
+    async def _relay(self, answer: StageAnswer, encoding: Encoding) -> StageSummary:
         """Passes an answer's frames on and keeps a copy for the cache."""
         summary: StageSummary | None = None
         recording = self._cache.record()
         hop = Hop(encoding.address.stage, DENOISER)
-        async for message in call.messages():
+        async for message in answer.messages():
             if summary is None and field_number(message) == _SUMMARY_FIELD:
                 summary = encoding.accept_summary(message)
                 recording.summary = message

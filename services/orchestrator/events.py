@@ -63,9 +63,12 @@ class EventQueue:
     def __init__(self) -> None:
         self._events: asyncio.Queue[Event | None] = asyncio.Queue(_EVENTS_AT_ONCE)
         self._closed = False
+        self.was_used = False
+        """Whether the caller has been told anything."""
 
     async def put(self, event: Event) -> None:
         """Takes an event, once there is room for it."""
+        self.was_used = True
         await self._events.put(event)
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 from klein_api.v1.denoiser_service_pb2 import DenoiseLatentsRequest, DenoiseLatentsResponse, DenoiseSpec
 from klein_api.v1.image_pb2 import ImageFormat
@@ -41,6 +42,16 @@ _QUEUED, _STEP, _PREVIEW, _LATENTS, _SUMMARY = 1, 3, 4, 6, 7
 _log = logging.getLogger("klein.orchestrator")
 
 
+@dataclass(frozen=True)
+class FlowOptions:
+    """What the caller and the operator want to hear and to have stored."""
+
+    tells_progress: bool = True
+    """Whether queue positions and steps become events."""
+    image_metadata: bool = True
+    """Whether the seed, model and steps are stored in the image files."""
+
+
 class Flow:
     """Carries out one request.
 
@@ -49,18 +60,23 @@ class Flow:
         calls: opens the stage calls.
         cache: tensors that need not be made again.
         emit: takes each event for the caller, once there is room for it.
-        metadata: whether the seed, model and steps are stored in the image files.
+        options: what else is wanted.
     """
 
     def __init__(
-        self, request: ImageRequest, calls: StageCalls, cache: TensorCache, emit: Emit, *, metadata: bool
+        self,
+        request: ImageRequest,
+        calls: StageCalls,
+        cache: TensorCache,
+        emit: Emit,
+        options: FlowOptions,
     ) -> None:
         self._begin = time.perf_counter()
         self._request = request
         self._params = request.params
         self._calls = calls
         self._emit = emit
-        self._metadata = metadata
+        self._options = options
         self._timings = Timings()
         self._denoise_input = DenoiseInput()
         self._conditioning = Conditioning(request, calls, cache, self._timings, self._denoise_input)
@@ -110,7 +126,9 @@ class Flow:
             if arm == _SUMMARY:
                 self._timings.of(DENOISER, "denoise").report(response.summary)
             else:
-                await self._emit(_progress(response))
+                self._prepare_decoding(response, group)
+                if self._options.tells_progress:
+                    await self._emit(_progress(response))
 
     async def _accept_frame(self, arm: int, message: bytes, group: asyncio.TaskGroup) -> None:
         parts = indexed_frame_field(message)
@@ -124,13 +142,21 @@ class Flow:
             await self._relay_preview(frame, group)
 
     async def _relay_latents(self, index: int, frame: bytes, group: asyncio.TaskGroup) -> None:
-        latents = self._latents.get(index)
-        if latents is None:
-            latents = self._latents[index] = TensorRelay()
-            group.create_task(self._decode(index, latents))
+        latents = self._latents.get(index) or self._begin_decoding(index, group)
         await latents.put(frame)
         if is_last_frame(frame):
             await latents.finish()
+
+    def _prepare_decoding(self, response: DenoiseLatentsResponse, group: asyncio.TaskGroup) -> None:
+        """Opens the decoder's call at the last step: the latents are there in a moment, and the way is too."""
+        is_last = response.HasField("step") and response.step.step == self._params.steps
+        if is_last and 0 not in self._latents:
+            self._begin_decoding(0, group)
+
+    def _begin_decoding(self, index: int, group: asyncio.TaskGroup) -> TensorRelay:
+        latents = self._latents[index] = TensorRelay()
+        group.create_task(self._decode(index, latents))
+        return latents
 
     async def _decode(self, index: int, latents: TensorRelay) -> None:
         image = await self._decoded(self._decode_spec(index), latents)
@@ -191,7 +217,7 @@ class Flow:
             model=self._request.route.vae_decoder.model,
             format=self._request.format,
             quality=self._request.quality,
-            metadata=self._file_metadata(self._params, index) if self._metadata else {},
+            metadata=self._file_metadata(self._params, index) if self._options.image_metadata else {},
         )
 
     def _file_metadata(self, params: GenerationParams, index: int) -> dict[str, str]:

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from klein_api.v1.image_service_pb2 import ImageSpec, StreamGenerateImageResponse
+from klein_api.v1.image_service_pb2 import GenerationSummary, ImageSpec, StreamGenerateImageResponse
 
 from services.orchestrator.cache import TensorCache
 from services.orchestrator.calls import Channels, StageCalls
 from services.orchestrator.deadline import Deadline
 from services.orchestrator.events import Event, EventQueue
-from services.orchestrator.flow import Flow
+from services.orchestrator.flow import Flow, FlowOptions
 from services.orchestrator.request import ImageRequest, RequestLimits, validated
 from services.orchestrator.routing import RoutingTable
 from services.orchestrator.stages import StageDirectory
 from services.runtime.errors import StageUnavailable
 from services.runtime.logs import request_metadata
 from services.runtime.metrics import IMAGES, PIXELS, REQUEST_SECONDS
+
+_log = logging.getLogger("klein.orchestrator")
 
 
 @dataclass
@@ -38,14 +41,20 @@ class Generation:
     """Whether the seed, model and steps are stored in the image files."""
 
     async def events(
-        self, spec: ImageSpec, preview_interval_steps: int, remaining_seconds: float | None
+        self,
+        spec: ImageSpec,
+        *,
+        remaining_seconds: float | None,
+        preview_interval_steps: int = 0,
+        tells_progress: bool = True,
     ) -> AsyncGenerator[Event, None]:
         """Yields a request's events; closing the iterator cancels every stage call.
 
         Args:
             spec: what is to be made.
-            preview_interval_steps: a preview after every so many steps; 0 means none.
             remaining_seconds: how long the caller waits; `None` means for ever.
+            preview_interval_steps: a preview after every so many steps; 0 means none.
+            tells_progress: whether there are events besides images and the summary.
 
         Raises:
             UnknownModel: the request names a model that is not routed.
@@ -59,7 +68,7 @@ class Generation:
         request = validated(spec, preview_interval_steps, route, facts, self.limits)
         with _counted(request):
             queue = EventQueue()
-            task = asyncio.create_task(self._run(request, deadline, queue))
+            task = asyncio.create_task(self._run(request, deadline, queue, tells_progress))
             task.add_done_callback(lambda _: queue.close())
             try:
                 async for event in queue:
@@ -69,17 +78,30 @@ class Generation:
                 task.cancel()
                 await asyncio.wait([task])
 
-    async def _run(self, request: ImageRequest, deadline: Deadline, queue: EventQueue) -> None:
-        calls = StageCalls(self.channels, deadline, request_metadata())
-        flow = Flow(request, calls, self.cache, queue.put, metadata=self.image_metadata)
+    async def _run(
+        self, request: ImageRequest, deadline: Deadline, queue: EventQueue, tells_progress: bool
+    ) -> None:
+        """Carries a request out, and once more if a stage was lost before the caller was told anything."""
         try:
-            summary = await flow.run()
-        except ExceptionGroup as group:
-            cause = _first(group)
-            if isinstance(cause, StageUnavailable):
-                self.directory.forget(request.route)
-            raise cause from None
+            summary = await self._attempt(request, deadline, queue, tells_progress)
+        except StageUnavailable:
+            self.directory.forget(request.route)
+            if queue.was_used:
+                raise
+            _log.warning("a stage was lost; the request is made again", exc_info=True)
+            await self.directory.facts(request.route, deadline.remaining_seconds())
+            summary = await self._attempt(request, deadline, queue, tells_progress)
         await queue.put(StreamGenerateImageResponse(summary=summary))
+
+    async def _attempt(
+        self, request: ImageRequest, deadline: Deadline, queue: EventQueue, tells_progress: bool
+    ) -> GenerationSummary:
+        calls = StageCalls(self.channels, deadline, request_metadata())
+        options = FlowOptions(tells_progress, self.image_metadata)
+        try:
+            return await Flow(request, calls, self.cache, queue.put, options).run()
+        except ExceptionGroup as group:
+            raise _first(group) from None
 
 
 def _first(group: ExceptionGroup[Exception]) -> Exception:

@@ -18,7 +18,7 @@ class SentStatus:
     two happen to arrive. Callers need the peer's: a full queue is to be retried, a fault of ours is not.
     """
 
-    def __init__(self, call: grpc.aio.StreamStreamCall[bytes, bytes]) -> None:
+    def __init__(self, call: grpc.aio.Call) -> None:
         self._call = call
         self._known = asyncio.Event()
         self._error: grpc.aio.AioRpcError | None = None

@@ -10,7 +10,6 @@ import grpc
 from klein_api.v1.image_service_pb2 import (
     GenerateImageRequest,
     GenerationSummary,
-    ImageSpec,
     ListModelsRequest,
     ListModelsResponse,
     StreamGenerateImageRequest,
@@ -35,8 +34,10 @@ class ImageApi(ImageServiceServicer):
         """Collects what the stream would have said, into serialised bytes."""
         images: list[ImageEvent] = []
         summary = GenerationSummary()
-        async with aclosing(self._events(request.spec, 0, context)) as events:
-            async for event in events:
+        remaining = context.time_remaining()
+        events = self._generation.events(request.spec, remaining_seconds=remaining, tells_progress=False)
+        async with aclosing(_told(events, context)) as told:
+            async for event in told:
                 if isinstance(event, ImageEvent):
                     images.append(event)
                 elif event.HasField("summary"):
@@ -47,8 +48,13 @@ class ImageApi(ImageServiceServicer):
         self, request: StreamGenerateImageRequest, context: _Context
     ) -> AsyncGenerator[Any, None]:
         """Passes every event on as it happens, images as serialised bytes."""
-        async with aclosing(self._events(request.spec, request.preview_interval_steps, context)) as events:
-            async for event in events:
+        events = self._generation.events(
+            request.spec,
+            remaining_seconds=context.time_remaining(),
+            preview_interval_steps=request.preview_interval_steps,
+        )
+        async with aclosing(_told(events, context)) as told:
+            async for event in told:
                 yield event.streamed() if isinstance(event, ImageEvent) else event
 
     async def ListModels(self, request: ListModelsRequest, context: _Context) -> ListModelsResponse:
@@ -56,14 +62,12 @@ class ImageApi(ImageServiceServicer):
         generation = self._generation
         return await list_models(generation.table, generation.directory, generation.limits)
 
-    async def _events(
-        self, spec: ImageSpec, preview_interval_steps: int, context: _Context
-    ) -> AsyncGenerator[Event, None]:
-        try:
-            async with aclosing(
-                self._generation.events(spec, preview_interval_steps, context.time_remaining())
-            ) as events:
-                async for event in events:
-                    yield event
-        except StageFailure as failure:
-            await failure.abort(context)
+
+async def _told(events: AsyncGenerator[Event, None], context: _Context) -> AsyncGenerator[Event, None]:
+    """Passes events on and ends the call with a stage's own status where it failed with one."""
+    try:
+        async with aclosing(events):
+            async for event in events:
+                yield event
+    except StageFailure as failure:
+        await failure.abort(context)

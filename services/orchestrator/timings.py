@@ -11,6 +11,7 @@ from typing import Protocol
 from google.protobuf.duration_pb2 import Duration
 from klein_api.v1.image_service_pb2 import StageTiming
 
+from services.runtime.metrics import STAGE_CALL_SECONDS
 from services.runtime.stages import duration
 
 
@@ -42,12 +43,14 @@ class OperationTiming:
         try:
             yield
         finally:
-            self.call_seconds += time.perf_counter() - begin
+            seconds = time.perf_counter() - begin
+            self.call_seconds += seconds
+            STAGE_CALL_SECONDS.labels(self.stage, self.operation).observe(seconds)
 
     def report(self, summary: StageSummary) -> None:
         """Adds what the stage measured itself."""
-        self.queue_seconds += seconds(summary.queue_duration)
-        self.compute_seconds += seconds(summary.compute_duration)
+        self.queue_seconds += _seconds(summary.queue_duration)
+        self.compute_seconds += _seconds(summary.compute_duration)
 
     def message(self) -> StageTiming:
         return StageTiming(
@@ -76,5 +79,5 @@ class Timings:
         return [timing.message() for timing in self]
 
 
-def seconds(duration: Duration) -> float:
+def _seconds(duration: Duration) -> float:
     return duration.seconds + duration.nanos / 1e9

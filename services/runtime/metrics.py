@@ -92,6 +92,12 @@ HOP_SECONDS = Histogram(
     ["source", "destination"],
     buckets=RPC_BUCKETS,
 )
+STAGE_CALL_SECONDS = Histogram(
+    "klein_stage_call_duration_seconds",
+    "Seconds from the orchestrator's call to a stage to the end of its answer, queueing and transfer included.",
+    ["stage", "operation"],
+    buckets=RPC_BUCKETS,
+)
 CACHE_REQUESTS = Counter(
     "klein_cache_requests",
     "Look-ups in the orchestrator's caches; `outcome` is hit or miss.",

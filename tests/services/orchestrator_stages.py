@@ -26,7 +26,7 @@ from klein_core.errors import InvalidInput
 from services.orchestrator.application import Orchestrator
 from services.orchestrator.settings import OrchestratorSettings
 from services.runtime.application import Application
-from services.runtime.errors import UnknownModel
+from services.runtime.errors import StageUnavailable, UnknownModel
 from services.runtime.frames import FrameReader, TensorSpec, split_frames
 from services.runtime.server import running_server
 
@@ -203,6 +203,8 @@ class FakeDenoiser(FakeStage, denoiser_service_pb2_grpc.DenoiserServiceServicer)
     """Sends the latents of so many images only."""
     image_gates: dict[int, asyncio.Event] = field(default_factory=dict)
     steps_done: int = 0
+    lost_calls: int = 0
+    """So many calls end with UNAVAILABLE after their steps."""
 
     def add_service(self, server) -> None:
         denoiser_service_pb2_grpc.add_DenoiserServiceServicer_to_server(self, server)
@@ -227,6 +229,9 @@ class FakeDenoiser(FakeStage, denoiser_service_pb2_grpc.DenoiserServiceServicer)
             yield denoiser_pb2.DenoiseLatentsResponse(started=denoiser_pb2.DenoiseStarted())
             async for step in self._steps(spec, tensors):
                 yield step
+            if self.lost_calls:
+                self.lost_calls -= 1
+                raise StageUnavailable("lost")
             for index in range(len(spec.seeds) if self.images_made is None else self.images_made):
                 if index in self.image_gates:
                     await self.image_gates[index].wait()

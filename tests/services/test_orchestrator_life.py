@@ -141,9 +141,10 @@ async def test_a_caller_that_goes_away_ends_the_work_of_every_stage(suite, where
     assert counted_images("failed") == failed
 
 
-async def _drained(call) -> None:
-    async for _ in call:
-        pass
+async def _drained(call, events=None) -> None:
+    async for event in call:
+        if events is not None:
+            events.append(event)
 
 
 async def _nothing_left_running() -> None:
@@ -227,6 +228,26 @@ async def test_a_stage_that_comes_back_within_the_retries_is_not_noticed(suite):
     await until(lambda: suite.text_encoder.calls == 1)
     suite.text_encoder.error = None
     assert (await request).images[0].data == suite.expected_image("fox", 1)
+
+
+async def test_a_stage_that_is_lost_under_way_costs_a_unary_request_nothing_but_time(suite):
+    suite.denoiser.lost_calls = 1
+    response = await generate(suite, prompt="fox", seed=1)
+    assert response.images[0].data == suite.expected_image("fox", 1)
+    assert suite.denoiser.calls == 2
+    # The second attempt had the embedding from the cache.
+    assert suite.text_encoder.calls == 1
+    suite.denoiser.lost_calls = 2
+    assert (await refusal(suite, prompt="fox")).code is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_caller_that_was_told_something_is_not_told_it_again(suite):
+    suite.denoiser.lost_calls = 1
+    call = suite.images.StreamGenerateImage(StreamGenerateImageRequest(spec=ImageSpec(seed=1)))
+    events = []
+    with pytest.raises(grpc.aio.AioRpcError, match="denoiser"):
+        await _drained(call, events)
+    assert [event.step.step for event in events].count(1) == 1
 
 
 async def test_a_stage_that_is_down_is_named():
