@@ -1,0 +1,142 @@
+"""The embedded model's trainer: its optimiser, its batches, and that a run can stop and go on."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from klein_core.pico import decoder_training, flow_training, reading, vae_training
+from klein_core.pico.batches import Batch, Supply
+from klein_core.pico.checkpoints import load_state, save_state
+from klein_core.pico.location import WEIGHTS
+from klein_core.pico.mixture import FAMILIES, REFERENCE_COUNT
+from klein_core.pico.muon import Muon, orthogonalised
+from klein_core.text_encoder.tokenizer import PromptTokenizer
+from klein_core.vae_decoder.stage import VaeDecoder
+
+
+def test_an_orthogonalised_matrix_has_singular_values_near_one() -> None:
+    for rows, columns in ((24, 24), (16, 90), (90, 16)):
+        values = torch.linalg.svdvals(orthogonalised(torch.randn(rows, columns)))
+        assert 0.4 < values.min() and values.max() < 1.4
+
+
+def test_muon_moves_kernels_in_any_memory_format() -> None:
+    """A channels-last kernel cannot be flattened in place: an update of the copy would be lost."""
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        kernel = nn.Conv2d(4, 6, 3)
+        kernel.weight.data = kernel.weight.data.contiguous(memory_format=memory_format)
+        before = kernel.weight.detach().clone()
+        optimiser = Muon([kernel.weight], 0.1)
+        kernel(torch.randn(2, 4, 8, 8)).square().mean().backward()
+        optimiser.step()
+        assert (kernel.weight - before).abs().mean() > 1e-3
+
+
+def test_workers_that_share_the_matrices_make_the_step_of_one() -> None:
+    torch.manual_seed(0)
+    weights = [torch.randn(8, 12), torch.randn(12, 4), torch.randn(9, 5)]
+    gradients = [torch.randn_like(weight) for weight in weights]
+
+    def stepped(workers: tuple[int, int], parts: list[torch.Tensor]) -> list[torch.Tensor]:
+        parameters = [nn.Parameter(weight.clone()) for weight in weights]
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient.clone()
+
+        def add_up(flat: torch.Tensor) -> None:
+            parts.append(flat.clone())
+            if len(parts) == 2:
+                flat.copy_(parts[0] + parts[1])
+
+        Muon(parameters, 0.1, workers=workers, add_up=add_up).step()
+        return [parameter.detach() for parameter in parameters]
+
+    shared: list[torch.Tensor] = []
+    stepped((0, 2), shared)
+    together = stepped((1, 2), shared)
+    alone = stepped((0, 1), [])
+    for one, both in zip(alone, together, strict=True):
+        torch.testing.assert_close(both, one)
+
+
+def test_a_state_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run.ckpt"
+    save_state(path, {"step": 1})
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_state(path, {"step": 2})
+    assert load_state(path) == {"step": 1}
+
+
+@pytest.fixture(scope="module")
+def supply() -> Supply:
+    tokenizer = PromptTokenizer.from_folder(WEIGHTS / "tokenizer", reading.SEQUENCE_LENGTH)
+    autoencoder = VaeDecoder.from_folder(WEIGHTS).autoencoder
+    return Supply(autoencoder, tokenizer, random.Random(1), kept=1, uses=3)
+
+
+def small_batch(supply: Supply, family: str) -> Batch:
+    return supply.draw(family, 0.0, tokens=160)
+
+
+def test_batches_fit_together_and_are_used_several_times(supply: Supply) -> None:
+    for family in FAMILIES:
+        batch = small_batch(supply, family)
+        assert small_batch(supply, family) is batch
+        count, rows, columns, _ = batch.targets.shape
+        assert len(batch.tasks) == len(batch.prompts) == count
+        assert (columns * 16, rows * 16) == batch.setting.target
+        assert len(batch.references) == REFERENCE_COUNT[family]
+        assert batch.weights.mean() == pytest.approx(1, abs=1e-4)
+
+
+def new_model() -> flow_training.Model:
+    torch.manual_seed(0)
+    return flow_training.Model(reading.build_encoder(), reading.ReadOuts())
+
+
+def test_the_first_guess_at_full_noise_is_the_noise() -> None:
+    transformer = new_model().transformer
+    noise = torch.randn(4, 4, 128)
+    span = flow_training.Span(torch.zeros(8, 384), noise, sigma=1.0)
+    with torch.no_grad():
+        velocity = transformer([span])[0]
+    assert torch.nn.functional.cosine_similarity(velocity.flatten(), noise.flatten(), dim=0) > 0.9
+
+
+def test_flow_training_learns_and_goes_on_after_a_stop(supply: Supply, tmp_path: Path) -> None:
+    plan = flow_training.Plan(tmp_path / "flow.ckpt", seconds=1000.0)
+    batch = small_batch(supply, "text to image")
+    run = flow_training.Training(plan, new_model(), supply)
+
+    def error() -> float:
+        torch.manual_seed(3)
+        return float(flow_training.batch_losses(run.model, batch, 40)[0].detach())
+
+    before = error()
+    for _ in range(4):
+        run._one_step()
+    assert error() < before
+    run.save()
+    resumed = flow_training.Training(plan, new_model(), supply)
+    assert resumed.step == run.step == 4
+    for old, new in zip(run.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(old, new)
+
+
+def test_the_autoencoder_learns_and_its_encoder_stays_when_the_decoder_is_refined(tmp_path: Path) -> None:
+    plan = vae_training.Plan(tmp_path / "vae.ckpt", seconds=1.5)
+    finished = vae_training.train(plan)
+    again = vae_training.train(plan)
+    assert torch.equal(again.encoder.conv_in.weight, finished.encoder.conv_in.weight)
+    refined = decoder_training.refine_decoder(plan.state, tmp_path / "decoder.ckpt", 1.0)
+    assert torch.equal(refined.encoder.conv_in.weight, finished.encoder.conv_in.weight)
+    assert not torch.equal(refined.decoder.conv_out.weight, finished.decoder.conv_out.weight)
