@@ -161,7 +161,9 @@ class Flow:
     async def _decode(self, index: int, latents: TensorRelay) -> None:
         image = await self._decoded(self._decode_spec(index), latents)
         if index == 0 and self._preview is not None:
+            # Nobody wants to see how an image looks so far that is finished.
             self._preview.cancel()
+            self._preview_latents.abandon()
         await self._emit(self._image_event(index, image))
 
     async def _relay_preview(self, frame: bytes, group: asyncio.TaskGroup) -> None:

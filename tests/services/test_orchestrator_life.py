@@ -15,6 +15,8 @@ from klein_api.v1.image_service_pb2 import (
     ListModelsRequest,
     StreamGenerateImageRequest,
 )
+from opentelemetry.instrumentation.grpc import aio_client_interceptors
+from opentelemetry.sdk.trace import TracerProvider
 from prometheus_client import REGISTRY
 
 from klein_core.errors import DeviceFault, InvalidInput
@@ -228,6 +230,23 @@ async def test_a_stage_that_comes_back_within_the_retries_is_not_noticed(suite):
     await until(lambda: suite.text_encoder.calls == 1)
     suite.text_encoder.error = None
     assert (await request).images[0].data == suite.expected_image("fox", 1)
+
+
+async def test_traced_calls_fail_and_end_like_others(monkeypatch):
+    def interceptors():
+        return aio_client_interceptors(tracer_provider=TracerProvider())
+
+    monkeypatch.setattr("services.runtime.channels.client_interceptors", interceptors)
+    async with FakeSuite().running() as suite:
+        response = await generate(suite, seed=1, references=REFERENCES)
+        assert response.images[0].data == suite.expected_image("", 1, references=REFERENCES)
+        assert "traceparent" in suite.denoiser.metadata[0]
+        suite.denoiser.error = QUEUE_FULL
+        assert (await refusal(suite, references=REFERENCES)).reason == "QUEUE_FULL"
+        suite.denoiser.error, suite.denoiser.step_gate = None, asyncio.Event()
+        assert (await refusal(suite, within_seconds=0.4)).code is grpc.StatusCode.DEADLINE_EXCEEDED
+        await until(lambda: suite.denoiser.cancelled == 1)
+        await _nothing_left_running()
 
 
 async def test_a_stage_that_is_lost_under_way_costs_a_unary_request_nothing_but_time(suite):
