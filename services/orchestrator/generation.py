@@ -66,6 +66,8 @@ class Generation:
         route = self.table.route(spec.model)
         facts = await self.directory.facts(route, deadline.remaining_seconds())
         request = validated(spec, preview_interval_steps, route, facts, self.limits)
+        if request.references and facts.reference_problem:
+            raise StageUnavailable(facts.reference_problem)
         with _counted(request):
             queue = EventQueue()
             task = asyncio.create_task(self._run(request, deadline, queue, tells_progress))

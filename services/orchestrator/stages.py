@@ -30,6 +30,8 @@ class RouteFacts:
     """What decides the bytes of a prompt embedding besides the prompt."""
     vae_decoder_version: str
     """What decides the bytes of reference latents besides the image file."""
+    reference_problem: str
+    """Why requests with references cannot be served though others can; empty when they can."""
 
 
 class StageDirectory:
@@ -66,6 +68,7 @@ class StageDirectory:
             default_guidance_scale=denoiser.denoiser.default_guidance_scale,
             text_encoder_version=_identity(text_encoder),
             vae_decoder_version=_identity(vae_decoder),
+            reference_problem=_dtype_misfit(route.vae_decoder, vae_decoder, route.denoiser, denoiser),
         )
 
     def forget(self, route: Route) -> None:
@@ -151,7 +154,19 @@ def misfit(
             f"{_named(route.denoiser)} makes latents of {made} channels; "
             f"{_named(route.vae_decoder)} takes {decoded}"
         )
-    return ""
+    return _dtype_misfit(route.text_encoder, text_encoder, route.denoiser, denoiser)
+
+
+def _dtype_misfit(
+    source: StageAddress,
+    sends: DescribeStageResponse,
+    destination: StageAddress,
+    takes: DescribeStageResponse,
+) -> str:
+    """Returns why one stage cannot take the other's tensors, or nothing. Stages convert no tensor they take."""
+    if sends.dtype == takes.dtype:
+        return ""
+    return f"{_named(source)} sends {sends.dtype} tensors; {_named(destination)} takes {takes.dtype}"
 
 
 def _named(address: StageAddress) -> str:

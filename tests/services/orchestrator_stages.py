@@ -86,6 +86,7 @@ class FakeStage(Application, StageServiceServicer):
 
     stage: str = ""
     model: str = MODEL
+    dtype: str = "f32"
     serving: bool = True
     error: BaseException | None = None
     """Raised by the next calls instead of an answer."""
@@ -121,7 +122,7 @@ class FakeStage(Application, StageServiceServicer):
     async def DescribeStage(self, request, context):
         self.descriptions += 1
         description = stage_pb2.DescribeStageResponse(
-            stage=self.stage, model=self.model, serving=self.serving, version="1", dtype="f32"
+            stage=self.stage, model=self.model, serving=self.serving, version="1", dtype=self.dtype
         )
         if self.serving:
             self.describe_facts(description)

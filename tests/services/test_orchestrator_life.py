@@ -24,7 +24,14 @@ from services.runtime.errors import DeadlineUnreachable, QueueFull, StageUnavail
 from services.runtime.server import running_server
 from services.runtime.settings import ServerSettings
 from services.runtime.status import explain
-from tests.services.orchestrator_stages import FakeDenoiser, FakeSuite, FakeTextEncoder, reference_file, until
+from tests.services.orchestrator_stages import (
+    FakeDenoiser,
+    FakeSuite,
+    FakeTextEncoder,
+    FakeVaeDecoder,
+    reference_file,
+    until,
+)
 
 REFERENCES = (reference_file(64, 64, "a"), reference_file(64, 64, "b"))
 BIG_TOKENS = 98304
@@ -80,14 +87,14 @@ async def test_the_denoiser_is_called_before_anything_is_encoded(suite):
 
 
 async def test_a_slow_denoiser_slows_the_encoder_down_instead_of_filling_memory():
-    # 32 MiB of embedding against what queues and flow-control windows hold on the way.
+    # 32 MiB of embedding against what the flow-control windows of two hops hold, 7 to 15 MiB.
     suite = FakeSuite(FakeTextEncoder(tokens=32 * 32768), settings={"cache_bytes": 0})
     suite.denoiser.reading_gate = asyncio.Event()
     async with suite.running():
         request = asyncio.create_task(generate(suite, prompt="fox", seed=1))
         await until(lambda: suite.text_encoder.frames_sent > 0)
         await asyncio.sleep(0.5)
-        assert suite.text_encoder.frames_sent <= 12
+        assert suite.text_encoder.frames_sent <= 20
         suite.denoiser.reading_gate.set()
         assert (await request).images[0].data == suite.expected_image("fox", 1)
 
@@ -323,6 +330,18 @@ async def test_stages_that_do_not_fit_each_other_are_unavailable():
     assert details.code is grpc.StatusCode.UNAVAILABLE
     assert "12 channels" in details.message
     assert "takes 8" in details.message
+
+
+async def test_stages_of_different_element_types_are_unavailable_where_it_matters():
+    async with FakeSuite(FakeTextEncoder(dtype="bf16")).running() as suite:
+        details = await refusal(suite)
+        assert details.code is grpc.StatusCode.UNAVAILABLE
+        assert "sends bf16 tensors" in details.message
+    async with FakeSuite(vae_decoder=FakeVaeDecoder(dtype="bf16")).running() as suite:
+        await generate(suite)
+        details = await refusal(suite, references=REFERENCES)
+        assert details.code is grpc.StatusCode.UNAVAILABLE
+        assert "vae-decoder" in details.message
 
 
 async def test_a_stage_is_asked_what_it_is_only_now_and_then(suite):
