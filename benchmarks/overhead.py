@@ -127,7 +127,7 @@ class StubDenoiser(StubStage, denoiser_service_pb2_grpc.DenoiserServiceServicer)
     async def DenoiseLatents(self, requests: Any, context: Any) -> AsyncIterator[Any]:
         reader = FrameReader("prompt_embedding", limit_bytes=EMBEDDING.byte_count)
         async for request in requests:
-            if request.HasField("prompt_embedding"):
+            if request.WhichOneof("part") == "prompt_embedding":
                 reader.add(request.prompt_embedding)
         reader.require_finished()
         yield denoiser_pb2.DenoiseLatentsResponse(queued=denoiser_pb2.DenoiseQueued())
@@ -154,7 +154,7 @@ class StubVaeDecoder(StubStage, vae_decoder_service_pb2_grpc.VaeDecoderServiceSe
     async def DecodeLatents(self, requests: Any, context: Any) -> AsyncIterator[Any]:
         reader = FrameReader("latents", limit_bytes=LATENTS.byte_count)
         async for request in requests:
-            if request.HasField("latents"):
+            if request.WhichOneof("part") == "latents":
                 reader.add(request.latents)
         reader.require_finished()
         summary = vae_pb2.DecodeSummary(
