@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from klein_core.denoiser.sampler import Trajectory
 
+from klein_core.denoiser.sampler import Trajectory
 from klein_core.errors import DeviceFault
 from services.denoiser import step_metrics
 from services.denoiser.job import Job, JobSpec, Plan, Unit

@@ -16,10 +16,11 @@ from services.denoiser.request import Model, RequestLimits
 from services.denoiser.scheduler import Scheduler, SchedulerLimits
 from services.denoiser.servicer import Denoiser
 from services.denoiser.settings import DenoiserSettings
+from services.denoiser.step_metrics import STAGE
 from services.denoiser.step_times import StepTimes
 from services.denoiser.warmup import BUDGET_SIDE_PX, measure_budget, synchronize, warm_up
 from services.denoiser.workload import Workload
-from services.runtime.devices import resolve_device, resolve_dtype, set_threads
+from services.runtime.devices import report_memory, resolve_device, resolve_dtype, set_threads
 from services.runtime.worker import Worker
 
 PICO = "pico"
@@ -36,6 +37,7 @@ def load_denoiser(settings: DenoiserSettings, preparation: Worker) -> Denoiser:
     device = resolve_device(settings.device)
     sizes_px = settings.sizes_px(on_gpu=device.type == "cuda")
     folder = WEIGHTS if settings.model_path == PICO else Path(settings.model_path)
+    report_memory(STAGE, device)
     transformer = FlowTransformer.from_folder(folder, device=device, dtype=resolve_dtype(settings.dtype))
     workload = Workload(
         model=_model(settings, folder, transformer), device=device, text_tokens=_text_tokens(folder)

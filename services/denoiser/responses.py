@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from klein_api.v1 import denoiser_service_pb2 as api
-from klein_api.v1 import tensor_pb2
+from torch import Tensor
 
 from services.denoiser.outbox import Checkpoint, Event, Finished, Preview, Queued, Started, StepDone
+from services.runtime.frames import FrameEnvelope
 from services.runtime.stages import duration
-from services.runtime.tensors import tensor_frames
+from services.runtime.tensors import serialised_tensor_frames
+
+Message = api.DenoiseLatentsResponse | bytes
+"""A message, or its serialised form where it carries much."""
 
 
 class Responses:
@@ -25,7 +29,7 @@ class Responses:
         self._first_step = first_step
         self._told_step = first_step
 
-    def of(self, event: Event) -> Iterator[api.DenoiseLatentsResponse]:
+    def of(self, event: Event) -> Iterator[Message]:
         """Yields an event's messages; tensors are cut into frames as they are taken."""
         match event:
             case Queued():
@@ -38,26 +42,21 @@ class Responses:
             case StepDone():
                 yield from self._step(event.step)
             case Preview():
-                for frame in tensor_frames(event.latents):
-                    yield api.DenoiseLatentsResponse(preview=_indexed(0, frame))
+                yield from _frames(api.DenoiseLatentsResponse.PREVIEW_FIELD_NUMBER, [event.latents])
             case Checkpoint():
                 yield from self._step(event.step)
-                for index, latents in enumerate(event.latents):
-                    for frame in tensor_frames(latents):
-                        yield api.DenoiseLatentsResponse(checkpoint=_indexed(index, frame))
+                yield from _frames(api.DenoiseLatentsResponse.CHECKPOINT_FIELD_NUMBER, event.latents)
             case Finished():
                 yield from self._finished(event)
 
-    def _step(self, step: int) -> Iterator[api.DenoiseLatentsResponse]:
+    def _step(self, step: int) -> Iterator[Message]:
         """Tells a step once; a checkpoint belongs to the step that was told last."""
         if step > self._told_step:
             self._told_step = step
             yield api.DenoiseLatentsResponse(step=api.DenoiseStep(step=step, step_count=self._step_count))
 
-    def _finished(self, event: Finished) -> Iterator[api.DenoiseLatentsResponse]:
-        for index, latents in enumerate(event.latents):
-            for frame in tensor_frames(latents):
-                yield api.DenoiseLatentsResponse(latents=_indexed(index, frame))
+    def _finished(self, event: Finished) -> Iterator[Message]:
+        yield from _frames(api.DenoiseLatentsResponse.LATENTS_FIELD_NUMBER, event.latents)
         summary = api.DenoiseSummary(
             queue_duration=duration(event.queue_seconds),
             compute_duration=duration(event.compute_seconds),
@@ -73,5 +72,6 @@ def _queued(event: Queued) -> api.DenoiseQueued:
     return queued
 
 
-def _indexed(index: int, frame: tensor_pb2.TensorFrame) -> api.IndexedTensorFrame:
-    return api.IndexedTensorFrame(index=index, frame=frame)
+def _frames(field_number: int, images: Sequence[Tensor]) -> Iterator[bytes]:
+    for index, latents in enumerate(images):
+        yield from serialised_tensor_frames(latents, FrameEnvelope(field_number, index))

@@ -15,7 +15,7 @@ from services.denoiser.engine import Engine
 from services.denoiser.job import Job
 from services.denoiser.outbox import Finished, Outbox
 from services.denoiser.request import Model, Order, RequestLimits, RequestReader
-from services.denoiser.responses import Responses
+from services.denoiser.responses import Message, Responses
 from services.denoiser.workload import Workload
 from services.runtime.receive import receive
 from services.runtime.worker import Worker
@@ -43,9 +43,9 @@ class DenoiserServicer(denoiser_service_pb2_grpc.DenoiserServiceServicer):
     def __init__(self, denoiser: Callable[[], Denoiser]) -> None:
         self._denoiser = denoiser
 
-    async def DenoiseLatents(
+    async def DenoiseLatents(  # type: ignore[override] # messages may come serialised
         self, request_iterator: AsyncIterator[api.DenoiseLatentsRequest], context: _Context
-    ) -> AsyncIterator[api.DenoiseLatentsResponse]:
+    ) -> AsyncIterator[Message]:
         denoiser = self._denoiser()
         request = _Request(denoiser, context.time_remaining())
         # Beside the finally, which waits for the generator's end when a call is cut off while it sends.
@@ -85,7 +85,7 @@ class _Request:
         spec, run = self._denoiser.workload.prepared(order, self._deadline, conditioning)
         self._denoiser.engine.submit(job, spec, run)
 
-    async def responses(self) -> AsyncIterator[api.DenoiseLatentsResponse]:
+    async def responses(self) -> AsyncIterator[Message]:
         """Yields everything that happens until the request is finished."""
         order, _ = self._admitted()
         messages = Responses(order.params.steps, order.resume_step)

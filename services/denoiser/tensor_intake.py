@@ -100,7 +100,7 @@ class TensorIntake:
                     )
 
     def _has_spec(self, field: str) -> bool:
-        return bool(self._readers[field].data)
+        return self._readers[field].has_spec
 
 
 def _limit_bytes(expectation: Expectation) -> int:
@@ -108,8 +108,7 @@ def _limit_bytes(expectation: Expectation) -> int:
 
 
 def _finite_tensor(reader: FrameReader, dtype: torch.dtype) -> Tensor:
-    # Cloned into torch's own memory: matrix products may round differently on less aligned addresses.
-    tensor = frames_tensor(reader, dtypes=(dtype,)).clone()
+    tensor = frames_tensor(reader, dtypes=(dtype,))
     if not torch.isfinite(tensor).all():
         raise InvalidInput.of(reader.field, "holds NaN or infinity; all elements must be finite")
     return tensor

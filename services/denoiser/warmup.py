@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from klein_core.denoiser.sampler import Trajectory
 
+from klein_core.denoiser.sampler import Trajectory
 from services.denoiser.engine import Step
 from services.denoiser.step_times import StepTimes
 from services.runtime.device_faults import as_device_fault

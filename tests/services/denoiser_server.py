@@ -80,19 +80,32 @@ def save_checkpoint(folder: Path, *, distilled: bool) -> Path:
     return folder
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Lets torch use one thread, here as in the server: rounding may depend on how many there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @asynccontextmanager
 async def running_denoiser(folder: Path, **changes: Any) -> AsyncIterator[grpc.aio.Channel]:
     """Serves a checkpoint on a free port and yields a channel to it."""
     defaults: dict[str, Any] = {
         "port": 0, "metrics_port": 0, "drain_delay_seconds": 0, "grace_seconds": 20, "warmup_sizes": "",
-        "model_path": str(folder), "model_name": "tiny", "device": "cpu",
+        "model_path": str(folder), "model_name": "tiny", "device": "cpu", "threads": 1,
     }  # fmt: skip
     settings = DenoiserSettings(**{**defaults, **changes})
     channel: grpc.aio.Channel | None = None
+    server = running_server(DenoiserApplication(settings), settings=settings)
     try:
-        async with running_server(DenoiserApplication(settings), settings=settings) as address:
-            channel = grpc.aio.insecure_channel(address)
-            yield channel
+        with one_thread():
+            async with server as address:
+                channel = grpc.aio.insecure_channel(address)
+                yield channel
     finally:
         # After the server's drain, which calls on this channel may take part in.
         if channel is not None:
@@ -260,24 +273,33 @@ def histories(
     folder: Path, wish: api.DenoiseSpec, tensors: Tensors, steps: int, scale: float = 1.0
 ) -> list[tuple[list[Tensor], list[Tensor]]]:
     """Denoises in this process; returns latents and previews after each step, for each seed."""
-    transformer = FlowTransformer.from_folder(folder)
-    made = []
-    for seed in wish.seeds:
-        trajectory = Trajectory.from_noise(
-            seed=seed,
-            rows=wish.height_px // 16,
-            columns=wish.width_px // 16,
-            channels=LATENT_CHANNELS,
-            step_count=steps,
-            prompt_embedding=tensors.prompt_embedding,
-            negative_prompt_embedding=tensors.negative_prompt_embedding,
-            guidance_scale=scale,
-            references=tensors.references,
-        )
-        states, previews = [], []
-        while not trajectory.finished:
-            packed_step(transformer, [trajectory])
-            states.append(trajectory.latents)
-            previews.append(trajectory.preview())
-        made.append((states, previews))
-    return made
+    with one_thread():
+        transformer = FlowTransformer.from_folder(folder)
+        return [_history(transformer, wish, tensors, seed, steps, scale) for seed in wish.seeds]
+
+
+def _history(
+    transformer: FlowTransformer,
+    wish: api.DenoiseSpec,
+    tensors: Tensors,
+    seed: int,
+    steps: int,
+    scale: float,
+) -> tuple[list[Tensor], list[Tensor]]:
+    trajectory = Trajectory.from_noise(
+        seed=seed,
+        rows=wish.height_px // 16,
+        columns=wish.width_px // 16,
+        channels=LATENT_CHANNELS,
+        step_count=steps,
+        prompt_embedding=tensors.prompt_embedding,
+        negative_prompt_embedding=tensors.negative_prompt_embedding,
+        guidance_scale=scale,
+        references=tensors.references,
+    )
+    states, previews = [], []
+    while not trajectory.finished:
+        packed_step(transformer, [trajectory])
+        states.append(trajectory.latents)
+        previews.append(trajectory.preview())
+    return states, previews

@@ -157,7 +157,7 @@ async def test_waiting_requests_hear_how_they_move_up(folder, gate):
         gate.hold()
         calls, last = [], Heard()
         for waiting in range(4):
-            calls.append(asyncio.create_task(denoise(channel, request(spec()), heard=last)))
+            calls.append(asyncio.create_task(denoise(channel, request(spec()), seconds=None, heard=last)))
             await until(channel, queued=waiting, running=1)
             last = last if waiting == 3 else Heard()
         async with asyncio.timeout(20):
