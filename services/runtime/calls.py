@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import grpc
+from google.protobuf.message import Message
 
 from services.runtime.metrics import Method
+from services.runtime.wire_frames import frame_deserializer
 
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 _Continuation: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]]"
@@ -74,10 +76,18 @@ def _wrapped(
     wrapper = respond_with_stream if handler.response_streaming else respond
     made: grpc.RpcMethodHandler[Any, Any] = make(
         wrapper,
-        request_deserializer=handler.request_deserializer,
+        request_deserializer=_sparing_frames(handler.request_deserializer),
         response_serializer=_unless_serialised(handler.response_serializer),
     )
     return made
+
+
+def _sparing_frames(deserialise: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    """Lets requests that carry a frame arrive without protobuf's copies; see `wire_frames`."""
+    message_class = getattr(deserialise, "__self__", None)
+    if isinstance(message_class, type) and issubclass(message_class, Message):
+        return frame_deserializer(message_class)
+    return deserialise
 
 
 def _unless_serialised(serialise: Callable[[Any], bytes] | None) -> Callable[[Any], bytes]:

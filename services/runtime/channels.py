@@ -16,6 +16,8 @@ STAGE_MESSAGE_BYTES = 4 << 20
 """Most bytes of a message between the orchestrator and a stage."""
 IMAGE_MESSAGE_BYTES = 256 << 20
 """Most bytes of a message of the public API, which carries encoded images."""
+HTTP2_FRAME_BYTES = 1 << 20
+"""Most bytes of an HTTP/2 frame; the stock 16 KiB cost a tensor some 5 % more time."""
 DNS_INTERVAL_MILLISECONDS = 5_000
 
 
@@ -64,6 +66,7 @@ def _options(message_bytes: int, health_service: str) -> list[tuple[str, Any]]:
         ("grpc.enable_retries", 1),
         ("grpc.max_receive_message_length", message_bytes),
         ("grpc.max_send_message_length", message_bytes),
+        ("grpc.http2.max_frame_size", HTTP2_FRAME_BYTES),
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.http2.max_pings_without_data", 0),

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import xxhash
 from klein_api.v1 import denoiser_service_pb2, tensor_pb2
 
 from klein_core.errors import InvalidInput
+from services.runtime.wire_frames import WireFrame
 
 MAX_FRAME_BYTES = 1 << 20
 """Most bytes of a frame's `data`."""
+SMALL_FRAME_BYTES = 64 << 10
 MAX_EXTENTS = 8
 ELEMENT_BYTES: dict[int, int] = {
     tensor_pb2.DATA_TYPE_BF16: 2,
@@ -124,7 +126,7 @@ class FrameReader:
         self.field = field
         self._limit_bytes = limit_bytes
         self._spec: TensorSpec | None = None
-        self._data = bytearray()
+        self._chunks: list[bytes | bytearray | memoryview] = []
         self._received = 0
         self._digest = xxhash.xxh3_128()
         self._finished = False
@@ -142,16 +144,26 @@ class FrameReader:
         return self._spec
 
     @property
+    def has_spec(self) -> bool:
+        """Whether the first frame has come."""
+        return self._spec is not None
+
+    @property
+    def chunks(self) -> Sequence[bytes | bytearray | memoryview]:
+        """The tensor's bytes in pieces, to be copied once to where they are wanted; all there once `finished`."""
+        return self._chunks
+
+    @property
     def data(self) -> bytearray:
-        """The tensor's bytes; all there once `finished`."""
-        return self._data
+        """A copy of the tensor's bytes in one piece."""
+        return bytearray().join(self._chunks)
 
     @property
     def digest(self) -> bytes:
         """XXH3-128 of the bytes received so far, big-endian."""
         return self._digest.digest()
 
-    def add(self, frame: tensor_pb2.TensorFrame) -> None:
+    def add(self, frame: tensor_pb2.TensorFrame | WireFrame) -> None:
         """Takes the next frame.
 
         Raises:
@@ -164,11 +176,11 @@ class FrameReader:
         elif frame.HasField("spec"):
             raise self._refusal("has a second spec; only the first frame carries one")
         self._append(frame.data)
-        if self._received == len(self._data):
+        if self._received == self.spec.byte_count:
             self._finish(frame)
         elif frame.HasField("xxh3"):
             raise self._refusal(
-                f"ends after {self._received} of {len(self._data)} bytes; only the last frame carries xxh3"
+                f"ends after {self._received} of {self.spec.byte_count} bytes; only the last frame carries xxh3"
             )
 
     def require_finished(self) -> None:
@@ -182,11 +194,11 @@ class FrameReader:
         if self._spec is None:
             raise self._refusal("is missing: the stream ended before its first frame")
         raise self._refusal(
-            f"is incomplete: the stream ended after {self._received} of {len(self._data)} bytes"
+            f"is incomplete: the stream ended after {self._received} of {self.spec.byte_count} bytes"
         )
 
-    def _begin(self, frame: tensor_pb2.TensorFrame) -> None:
-        if not frame.HasField("spec"):
+    def _begin(self, frame: tensor_pb2.TensorFrame | WireFrame) -> None:
+        if frame.spec is None or not frame.HasField("spec"):
             raise self._refusal("has no spec on its first frame")
         data_type, shape = frame.spec.data_type, tuple(frame.spec.shape)
         if data_type not in ELEMENT_BYTES:
@@ -201,19 +213,28 @@ class FrameReader:
                 f"has shape {_shown(shape)}, {spec.byte_count} bytes; at most {self._limit_bytes} are allowed"
             )
         self._spec = spec
-        self._data = bytearray(spec.byte_count)
 
-    def _append(self, data: bytes) -> None:
+    def _append(self, data: bytes | memoryview) -> None:
         if not 1 <= len(data) <= MAX_FRAME_BYTES:
             raise self._refusal(f"has a frame of {len(data)} bytes; must be in [1, {MAX_FRAME_BYTES}]")
-        end = self._received + len(data)
-        if end > len(self._data):
-            raise self._refusal(f"has more bytes than the {len(self._data)} of its shape")
-        memoryview(self._data)[self._received : end] = data
+        self._received += len(data)
+        if self._received > self.spec.byte_count:
+            raise self._refusal(f"has more bytes than the {self.spec.byte_count} of its shape")
         self._digest.update(data)
-        self._received = end
+        self._keep(data)
 
-    def _finish(self, frame: tensor_pb2.TensorFrame) -> None:
+    def _keep(self, data: bytes | memoryview) -> None:
+        # Small frames are put together, or what Python needs for each would be many times their size.
+        if len(data) >= SMALL_FRAME_BYTES:
+            self._chunks.append(data)
+            return
+        last = self._chunks[-1] if self._chunks else None
+        if not isinstance(last, bytearray) or len(last) >= MAX_FRAME_BYTES:
+            last = bytearray()
+            self._chunks.append(last)
+        last += data
+
+    def _finish(self, frame: tensor_pb2.TensorFrame | WireFrame) -> None:
         if not frame.HasField("xxh3"):
             raise self._refusal("has no xxh3 on its last frame")
         if frame.xxh3 != self._digest.digest():

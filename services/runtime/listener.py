@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha.reflection import enable_server_reflection
 
 from klein_core.errors import DeviceFault
 from services.runtime.application import Application
+from services.runtime.channels import HTTP2_FRAME_BYTES
 from services.runtime.interceptors import interceptors
 from services.runtime.load_report import LoadReport
 from services.runtime.readiness import Readiness
@@ -143,6 +144,7 @@ def _options(settings: ServerSettings, message_bytes: int) -> list[tuple[str, in
         ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", message_bytes),
         ("grpc.max_send_message_length", message_bytes),
+        ("grpc.http2.max_frame_size", HTTP2_FRAME_BYTES),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ]

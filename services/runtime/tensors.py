@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any
 
+import numpy
 import torch
 from klein_api.v1 import tensor_pb2
 
@@ -64,7 +66,7 @@ def frames_tensor(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Returns the tensor that a finished reader holds; on the CPU it shares the reader's memory.
+    """Returns the tensor that a finished reader holds, in torch's own memory.
 
     Args:
         reader: has got all frames.
@@ -78,8 +80,18 @@ def frames_tensor(
     """
     reader.require_finished()
     check_spec(reader, shape=shape, dtypes=dtypes)
-    flat = torch.frombuffer(reader.data, dtype=_DTYPES[reader.spec.data_type])
+    host = torch.empty(reader.spec.byte_count, dtype=torch.uint8)
+    _fill(host.numpy(), reader.chunks)
+    flat = host.view(_DTYPES[reader.spec.data_type])
     return flat.view(reader.spec.shape).to(device=device, dtype=dtype)
+
+
+def _fill(target: numpy.ndarray[Any, Any], chunks: Iterable[bytes | bytearray | memoryview]) -> None:
+    start = 0
+    for chunk in chunks:
+        piece = numpy.frombuffer(chunk, dtype=numpy.uint8)
+        target[start : start + len(piece)] = piece
+        start += len(piece)
 
 
 def check_spec(

@@ -149,6 +149,18 @@ def test_bytes_that_are_not_the_spec_are_a_fault_of_the_sender():
         frames(DATA[1:])
 
 
+def test_a_tensor_of_tiny_frames_is_put_together_too():
+    data = DATA[:200_000]
+    spec, count = TensorSpec(F32, (50_000,)), 997
+    (whole,) = frames(data, spec)
+    cut = [tensor_pb2.TensorFrame(data=data[start : start + count]) for start in range(0, len(data), count)]
+    cut[0].spec.CopyFrom(whole.spec)
+    cut[-1].xxh3 = whole.xxh3
+    reader = read(cut)
+    assert reader.data == data
+    assert len(reader.chunks) == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("contiguous", [True, False])
 def test_tensors_survive_the_trip_bit_for_bit(dtype, contiguous):
