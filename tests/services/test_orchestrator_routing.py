@@ -132,7 +132,7 @@ def test_settings_make_a_table_of_one_model():
     ],
 )
 def test_a_bad_setting_stops_the_start_with_one_sentence(environment, words, capsys):
-    assert main(environment, {}) == 1
+    assert main(environment, {}) == 2
     error = capsys.readouterr().err
     assert words in error
     assert "Traceback" not in error
