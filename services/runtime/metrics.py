@@ -151,12 +151,18 @@ def initialise(stage: str, service_names: Iterable[str], operations: Iterable[st
         RPC_SECONDS.labels(*method.labels)
         for code in grpc.StatusCode:
             RPC_HANDLED.labels(*method.labels, code.name)
-    for metric in (QUEUE_DEPTH, QUEUE_WAIT_SECONDS, RUNNING, ABANDONED_SECONDS, DEADLINE_MISSED, SERVING):
-        metric.labels(stage)
+    SERVING.labels(stage)
+    initialise_queue(stage)
     for reason in ("queue_full", "deadline_unreachable", "out_of_memory", "stage_unavailable"):
         REJECTED.labels(stage, reason)
     for operation in operations:
         STAGE_SECONDS.labels(stage, operation)
+
+
+def initialise_queue(stage: str) -> None:
+    """Creates the label sets of a queue before a device."""
+    for metric in (QUEUE_DEPTH, QUEUE_WAIT_SECONDS, RUNNING, ABANDONED_SECONDS, DEADLINE_MISSED):
+        metric.labels(stage)
 
 
 def _methods(service_names: Iterable[str]) -> Iterator[Method]:

@@ -57,6 +57,7 @@ class Worker:
         self._closed = False
         self._changed = threading.Condition()
         self._mean_seconds: float | None = None
+        metrics.initialise_queue(name)
         # A daemon, so that a load or a step that cannot be interrupted does not keep a stopped process alive.
         self._thread = threading.Thread(target=self._work, name=f"{name}-worker", daemon=True)
         self._thread.start()

@@ -13,8 +13,11 @@ from services.runtime.devices import report_memory, resolve_device, resolve_dtyp
 from services.runtime.errors import StageUnavailable
 from services.runtime.stage_application import Loaded, StageApplication
 from services.runtime.tensors import dtype_name
-from services.vae_decoder.servicer import DECODE, ENCODE_REFERENCE, VaeDecoderServicer
+from services.runtime.worker import Worker
+from services.vae_decoder.servicer import DECODE, ENCODE_REFERENCE, VaeDecoderServicer, Workers
 from services.vae_decoder.settings import VaeDecoderSettings
+
+FILES_QUEUE_FACTOR = 16
 
 
 class VaeDecoderApplication(StageApplication):
@@ -27,6 +30,8 @@ class VaeDecoderApplication(StageApplication):
     def __init__(self, settings: VaeDecoderSettings) -> None:
         super().__init__(settings)
         self._settings = settings
+        # What has been decoded must not be refused for want of a place, so this queue is never the shorter one.
+        self._files = Worker(f"{self.name}-files", FILES_QUEUE_FACTOR * settings.queue_limit)
         self._decoder: VaeDecoder | None = None
 
     @property
@@ -42,7 +47,8 @@ class VaeDecoderApplication(StageApplication):
 
     def register(self, server: grpc.aio.Server) -> None:
         super().register(server)
-        servicer = VaeDecoderServicer(self.worker, self._settings, lambda: self.decoder)
+        workers = Workers(device=self.worker, files=self._files)
+        servicer = VaeDecoderServicer(workers, self._settings, lambda: self.decoder)
         vae_decoder_service_pb2_grpc.add_VaeDecoderServiceServicer_to_server(servicer, server)
 
     def load_model(self) -> Loaded:
@@ -59,6 +65,10 @@ class VaeDecoderApplication(StageApplication):
         self._decoder = decoder
         facts = stage_service_pb2.VaeDecoderFacts(latent_channels=decoder.config.packed_channels)
         return Loaded(device=str(device), dtype=dtype_name(decoder.dtype), facts=facts)
+
+    async def close(self) -> None:
+        await super().close()
+        self._files.close()
 
 
 def _warm_up(decoder: VaeDecoder, size_px: int) -> None:

@@ -70,12 +70,15 @@ class ReferenceRequest:
         else:
             raise InvalidInput.of("part", "is empty; each part must be a spec or an image_chunk")
 
-    def finish(self) -> bytes:
-        """Returns the file, once the caller has closed its side. Raises InvalidInput."""
+    def require_finished(self) -> None:
+        """Checks that all is there, once the caller has closed its side. Raises InvalidInput."""
         if not self.field:
             raise InvalidInput.of("spec", "is missing; the first part of the request must be the spec")
         if not self._received:
             raise InvalidInput.of(self.field, "is empty; the image's bytes must follow the spec")
+
+    def file(self) -> bytes:
+        """Returns the file. Copies it, so call it off the event loop."""
         return b"".join(self._chunks)
 
     def _begin(self, spec: pb.ReferenceSpec) -> None:
@@ -136,14 +139,24 @@ class DecodeRequest:
         else:
             raise InvalidInput.of("part", "is empty; each part must be a spec or a frame of latents")
 
-    def finish(self) -> torch.Tensor:
-        """Returns the latents (rows, columns, channels) on the CPU, once the caller has closed its side.
+    def require_finished(self) -> None:
+        """Checks that all is there, once the caller has closed its side. Raises InvalidInput."""
+        self._encoding = self.encoding
+        self._reader.require_finished()
+
+    def latents(self) -> torch.Tensor:
+        """Returns the latents (rows, columns, channels) on the CPU. Copies them: call it off the event loop.
 
         Raises:
-            InvalidInput: the request is incomplete.
+            InvalidInput: a value is NaN or infinite.
         """
-        self._encoding = self.encoding
-        return frames_tensor(self._reader)
+        latents = frames_tensor(self._reader)
+        bad_count = latents.numel() - int(latents.isfinite().sum())
+        if bad_count:
+            raise InvalidInput.of(
+                "latents", f"have {bad_count} values that are NaN or infinite; all must be finite"
+            )
+        return latents
 
     def _begin(self, spec: pb.DecodeSpec) -> None:
         if self._encoding is not None:
@@ -167,14 +180,3 @@ class DecodeRequest:
         for violation in size_violations(width_px, height_px, self._limits):
             size = f"are of a {width_px} × {height_px} image, whose {violation.field}"
             raise InvalidInput.of("latents", f"{size} {violation.description}")
-
-
-def require_finite(latents: torch.Tensor) -> None:
-    """Checks that no value is NaN or infinite; computes, so call it on the worker.
-
-    Raises:
-        InvalidInput: one is.
-    """
-    bad = latents.numel() - int(latents.isfinite().sum())
-    if bad:
-        raise InvalidInput.of("latents", f"have {bad} values that are NaN or infinite; all must be finite")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -13,40 +13,46 @@ from klein_api.v1 import vae_decoder_service_pb2_grpc
 
 from klein_core.params import Limits
 from klein_core.vae_decoder.image import encode_image
-from klein_core.vae_decoder.stage import EncodedReference, VaeDecoder
+from klein_core.vae_decoder.references import prepare_reference
+from klein_core.vae_decoder.stage import VaeDecoder, image_tensor
 from services.runtime.frames import MAX_FRAME_BYTES
 from services.runtime.receive import receive
 from services.runtime.stage_application import deadline_of
 from services.runtime.stages import duration
 from services.runtime.tensors import host_tensor, tensor_frames
 from services.runtime.worker import Completed, Worker
-from services.vae_decoder.requests import DecodeRequest, Encoding, ReferenceRequest, require_finite
+from services.vae_decoder.requests import DecodeRequest, Encoding, ReferenceRequest
 from services.vae_decoder.settings import VaeDecoderSettings
 
 ENCODE_REFERENCE = "encode-reference"
 DECODE = "decode"
+READ_REFERENCE = "read-reference"
+WRITE_IMAGE = "write-image"
 
 
-@dataclass(frozen=True)
-class _Image:
-    data: bytes
-    width_px: int
-    height_px: int
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """Two threads, so that the device does not wait for the CPU to compress a picture."""
+
+    device: Worker
+    """Runs the autoencoder."""
+    files: Worker
+    """Reads and writes image files."""
 
 
 class VaeDecoderServicer(vae_decoder_service_pb2_grpc.VaeDecoderServiceServicer):
     """Implements VaeDecoderService.
 
     Args:
-        worker: computes.
+        workers: compute.
         settings: model name and limits.
         decoder: returns the loaded model.
     """
 
     def __init__(
-        self, worker: Worker, settings: VaeDecoderSettings, decoder: Callable[[], VaeDecoder]
+        self, workers: Workers, settings: VaeDecoderSettings, decoder: Callable[[], VaeDecoder]
     ) -> None:
-        self._worker = worker
+        self._workers = workers
         self._settings = settings
         self._limits = Limits(pixel_count=settings.maximum_pixel_count)
         self._decoder = decoder
@@ -59,14 +65,16 @@ class VaeDecoderServicer(vae_decoder_service_pb2_grpc.VaeDecoderServiceServicer)
         request = ReferenceRequest(self._settings.model_name, self._settings.reference_bytes)
         timeout = self._settings.receive_timeout_seconds
         await receive(request_iterator, request.accept, timeout_seconds=timeout)
-        data = request.finish()
-        completed = await self._worker.run(
-            lambda: self._encode(data, request.field),
-            operation=ENCODE_REFERENCE,
-            deadline=deadline_of(context),
+        request.require_finished()
+        deadline = deadline_of(context)
+        read = await self._workers.files.run(
+            lambda: self._read(request), operation=READ_REFERENCE, deadline=deadline
         )
-        yield pb.EncodeReferenceResponse(summary=_reference_summary(completed))
-        for frame in tensor_frames(completed.value.latents):
+        encoded = await self._workers.device.run(
+            lambda: self._encode(read.value), operation=ENCODE_REFERENCE, deadline=deadline
+        )
+        yield pb.EncodeReferenceResponse(summary=_reference_summary(read, encoded))
+        for frame in tensor_frames(encoded.value):
             yield pb.EncodeReferenceResponse(reference_latents=frame)
 
     async def DecodeLatents(
@@ -78,42 +86,50 @@ class VaeDecoderServicer(vae_decoder_service_pb2_grpc.VaeDecoderServiceServicer)
         request = DecodeRequest(self._settings.model_name, channels, self._limits)
         timeout = self._settings.receive_timeout_seconds
         await receive(request_iterator, request.accept, timeout_seconds=timeout)
-        latents, encoding = request.finish(), request.encoding
-        completed = await self._worker.run(
-            lambda: self._decode(latents, encoding), operation=DECODE, deadline=deadline_of(context)
+        request.require_finished()
+        encoding, deadline = request.encoding, deadline_of(context)
+        decoded = await self._workers.device.run(
+            lambda: self._decoder().decode(request.latents()), operation=DECODE, deadline=deadline
         )
-        yield pb.DecodeLatentsResponse(summary=_decode_summary(completed, encoding))
-        view = memoryview(completed.value.data)
+        written = await self._workers.files.run(
+            lambda: encode_image(decoded.value, encoding.name, encoding.quality, encoding.metadata),
+            operation=WRITE_IMAGE,
+            deadline=deadline,
+        )
+        yield pb.DecodeLatentsResponse(summary=_decode_summary(decoded, written, encoding))
+        view = memoryview(written.value)
         for start in range(0, len(view), MAX_FRAME_BYTES):
             yield pb.DecodeLatentsResponse(image_chunk=bytes(view[start : start + MAX_FRAME_BYTES]))
 
-    def _encode(self, data: bytes, field: str) -> EncodedReference:
-        encoded = self._decoder().encode_reference(data, field)
-        return replace(encoded, latents=host_tensor(encoded.latents))
+    def _read(self, request: ReferenceRequest) -> torch.Tensor:
+        limits = self._decoder().reference_limits
+        return image_tensor(prepare_reference(request.file(), field=request.field, limits=limits))
 
-    def _decode(self, latents: torch.Tensor, encoding: Encoding) -> _Image:
-        require_finite(latents)
-        pixels = self._decoder().decode(latents)
-        height_px, width_px, _ = pixels.shape
-        data = encode_image(pixels, encoding.name, encoding.quality, encoding.metadata)
-        return _Image(data, width_px, height_px)
+    def _encode(self, image: torch.Tensor) -> torch.Tensor:
+        return host_tensor(self._decoder().encode(image))
 
 
-def _reference_summary(completed: Completed[EncodedReference]) -> pb.ReferenceSummary:
+def _reference_summary(
+    read: Completed[torch.Tensor], encoded: Completed[torch.Tensor]
+) -> pb.ReferenceSummary:
+    height_px, width_px, _ = read.value.shape
     return pb.ReferenceSummary(
-        width_px=completed.value.width_px,
-        height_px=completed.value.height_px,
-        queue_duration=duration(completed.queue_seconds),
-        compute_duration=duration(completed.compute_seconds),
+        width_px=width_px,
+        height_px=height_px,
+        queue_duration=duration(read.queue_seconds + encoded.queue_seconds),
+        compute_duration=duration(read.compute_seconds + encoded.compute_seconds),
     )
 
 
-def _decode_summary(completed: Completed[_Image], encoding: Encoding) -> pb.DecodeSummary:
+def _decode_summary(
+    decoded: Completed[torch.Tensor], written: Completed[bytes], encoding: Encoding
+) -> pb.DecodeSummary:
+    height_px, width_px, _ = decoded.value.shape
     return pb.DecodeSummary(
-        width_px=completed.value.width_px,
-        height_px=completed.value.height_px,
+        width_px=width_px,
+        height_px=height_px,
         format=encoding.number,
-        size_bytes=len(completed.value.data),
-        queue_duration=duration(completed.queue_seconds),
-        compute_duration=duration(completed.compute_seconds),
+        size_bytes=len(written.value),
+        queue_duration=duration(decoded.queue_seconds + written.queue_seconds),
+        compute_duration=duration(decoded.compute_seconds + written.compute_seconds),
     )

@@ -12,7 +12,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_serv
 from services.runtime import tracing
 from services.runtime.channels import open_channel
 from services.runtime.server import running_server
-from tests.services.runtime_toy import call, failure
+from tests.services.runtime_toy import call, failure, until
 
 
 class Collector(trace_service_pb2_grpc.TraceServiceServicer):
@@ -70,6 +70,24 @@ async def test_a_calls_spans_are_one_trace_with_parents(collector, toy):
         if span.kind == span.SPAN_KIND_SERVER and item.key == "rpc.grpc.status_code"
     ]
     assert grpc.StatusCode.INTERNAL.value[0] in codes
+
+
+async def test_a_call_that_writes_its_requests_is_traced_too(collector, toy):
+    async with running_server(toy) as address, open_channel(address) as channel:
+        started = channel.stream_stream("/toy.Toy/stream_stream")()
+        await started.write(b"one")
+        await started.write(b"two")
+        await started.done_writing()
+        assert [part async for part in started] == [b"one", b"two"]
+        assert await started.code() is grpc.StatusCode.OK
+        cancelled = channel.stream_stream("/toy.Toy/stream_stream")()
+        await cancelled.write(b"one")
+        cancelled.cancel()
+        await until(lambda: toy.ended == ["ended", "ended"])
+    await asyncio.to_thread(tracing.stop)
+    kinds = [span.kind for span in collector.spans if span.name.endswith("stream_stream")]
+    assert kinds.count(2) >= 2, "both calls have the server's span"
+    assert kinds.count(3) >= 1, "a call that ends has the client's span"
 
 
 def test_tracing_that_is_off_imports_nothing():
