@@ -11,8 +11,7 @@ from klein_core.pico.world import TOKEN_PX
 Pixels = tuple[int, int]
 """Width and height."""
 
-FAMILIES = {"text to image": 0.42, "edit": 0.32, "two references": 0.26}
-"""Share of each family in the loss and in the tokens of a step."""
+FAMILIES = ("text to image", "edit", "two references")
 REFERENCE_COUNT = {"text to image": 0, "edit": 1, "two references": 2}
 _EDIT_WEIGHTS = {
     "colour": 1.0,
@@ -57,13 +56,22 @@ def _any_task(family: str, rng: random.Random) -> Task:
     return two_references(rng.choices(tuple(_TWO_WEIGHTS), tuple(_TWO_WEIGHTS.values()))[0], rng)
 
 
+def family_shares(progress: float) -> dict[str, float]:
+    """Returns each family's share of tokens and loss at a moment of training (0…1): first learn to draw."""
+    if progress < 0.22:
+        return dict(zip(FAMILIES, (0.62, 0.24, 0.14), strict=True))
+    if progress < 0.5:
+        return dict(zip(FAMILIES, (0.45, 0.31, 0.24), strict=True))
+    return dict(zip(FAMILIES, (0.36, 0.34, 0.3), strict=True))
+
+
 def size_shares(progress: float) -> tuple[float, float, float]:
     """Returns the shares of 64², 128² and all other sizes at a moment of training (0…1)."""
-    if progress < 0.25:
-        return 0.65, 0.32, 0.03
-    if progress < 0.6:
-        return 0.35, 0.5, 0.15
-    return 0.2, 0.48, 0.32
+    if progress < 0.22:
+        return 0.85, 0.13, 0.02
+    if progress < 0.5:
+        return 0.35, 0.55, 0.1
+    return 0.18, 0.52, 0.3
 
 
 def any_setting(family: str, progress: float, rng: random.Random) -> Setting:

@@ -81,7 +81,8 @@ def test_the_largest_item_stays_inside_and_on_the_token_grid(
     x, y = centre_px(place, width, height)
     radius = radius_px("large", width, height)
     assert (x % 16, y % 16) == (0, 0)
-    assert radius <= x <= width - radius and radius <= y <= height - radius
+    assert radius <= x <= width - radius
+    assert radius <= y <= height - radius
     covered = coverage(Item(shape, "red", place, "large"), width, height)
     rows, columns = np.nonzero(covered > 0.5)
     assert max(abs(rows - y + 0.5).max(), abs(columns - x + 0.5).max()) <= 1.1 * radius
@@ -120,7 +121,8 @@ def test_readings_are_answers_to_the_questions(seed: int) -> None:
     tasks += [two_references(kind, rng) for kind in TWO_REFERENCE_KINDS]
     for task in tasks:
         assert all(answer in READING[question] for question, answer in task.reading.items())
-        assert len(task.references) <= 2 and task.prompt
+        assert len(task.references) <= 2
+        assert task.prompt
 
 
 @given(seed=SEEDS)
@@ -152,7 +154,9 @@ def test_a_caption_says_what_differs_from_the_defaults(seed: int) -> None:
     scene = scenes.single_scene(rng)
     item = scene.items[0]
     text = caption(scene, rng).lower()
-    said_size = any(word in text for word in ("small", "tiny", "little", "mini", "large", "big", "huge", "giant"))
+    said_size = any(
+        word in text for word in ("small", "tiny", "little", "mini", "large", "big", "huge", "giant")
+    )
     assert said_size or item.size == "medium"
     if item.place not in ("center", "left", "right", "top", "bottom"):
         assert item.place.split()[1] in text
