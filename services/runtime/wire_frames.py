@@ -1,7 +1,7 @@
 """Reads messages that carry a tensor's frame without copying the frame.
 
 protobuf's Python classes copy a bytes field twice, into the message and out of it, which costs a receiver a
-quarter of its time for a tensor. Here such a message becomes an object that answers like it and whose data is a
+sixth of its time for a tensor. Here such a message becomes an object that answers like it and whose data is a
 view of what gRPC received. Whatever is not in the usual form is left to protobuf.
 """
 
