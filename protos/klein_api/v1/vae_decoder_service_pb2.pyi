@@ -30,7 +30,7 @@ class EncodeReferenceRequest(_message.Message):
     SPEC_FIELD_NUMBER: _builtins.int
     IMAGE_CHUNK_FIELD_NUMBER: _builtins.int
     image_chunk: _builtins.bytes
-    """Then the bytes of a PNG, JPEG, WebP, GIF, BMP or TIFF file, at most 1 MiB a chunk."""
+    """Then the bytes of a PNG, JPEG, WebP, GIF or BMP file, at most 1 MiB a chunk."""
     @_builtins.property
     def spec(self) -> Global___ReferenceSpec:
         """First, once."""
