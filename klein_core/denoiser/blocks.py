@@ -85,10 +85,8 @@ class FeedForward(nn.Module):
         self.linear_out = Linear(inner_size, hidden_size)
 
     def forward(self, tokens: Tensor, scratch: Scratch) -> Tensor:
-        gate_and_value = self.linear_in(
-            tokens, scratch.take("feed forward", tokens, self.linear_in.out_features)
-        )
-        return self.linear_out(swiglu(gate_and_value, scratch))
+        buffer = scratch.take("projection", tokens, self.linear_in.out_features)
+        return self.linear_out(swiglu(self.linear_in(tokens, buffer), scratch))
 
 
 class JointAttention(nn.Module):

@@ -24,22 +24,24 @@ class Linear(nn.Linear):
 
 def project(tokens: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """Returns tokens · weightᵀ in the tokens' dtype; `out` is contiguous."""
-    if _is_emulated(tokens):
-        product = F.linear(tokens.float(), weight.float())
-        return product.to(tokens.dtype) if out is None else out.copy_(product)
-    if out is None:
-        return F.linear(tokens, weight)
-    torch.mm(tokens.flatten(0, -2), weight.t(), out=out.view(-1, out.shape[-1]))
-    return out
+    rows = tokens.flatten(0, -2)
+    if _is_emulated(rows):
+        product = F.linear(rows.float(), weight.float())
+        product = product.to(tokens.dtype) if out is None else out.view(product.shape).copy_(product)
+    elif out is None:
+        product = F.linear(rows, weight)
+    else:
+        product = torch.mm(rows, weight.t(), out=out.view(len(rows), -1))
+    return product.view(*tokens.shape[:-1], -1)
 
 
-def _is_emulated(tokens: Tensor) -> bool:
+def _is_emulated(rows: Tensor) -> bool:
     """Whether bfloat16 products are emulated: float32 ones, conversion included, are then 3× as fast."""
     return (
-        tokens.dtype == torch.bfloat16
-        and tokens.device.type == "cpu"
+        rows.dtype == torch.bfloat16
+        and rows.device.type == "cpu"
         and not HAS_BFLOAT16_PRODUCTS
-        and tokens.shape[:-1].numel() > 1
+        and rows.shape[0] > 1
     )
 
 

@@ -30,8 +30,8 @@ class Scratch:
         """Returns a buffer shaped as `like` but for its last axis, holding whatever its last user left."""
         if not self.may_overwrite:
             return None
-        shape = (*like.shape[:-1], channels)
+        shape = torch.Size((*like.shape[:-1], channels))
         buffer = self._buffers.get(name)
-        if buffer is None or buffer.shape != shape:
-            buffer = self._buffers[name] = like.new_empty(shape)
-        return buffer
+        if buffer is None or buffer.numel() < shape.numel():
+            buffer = self._buffers[name] = like.new_empty(shape.numel())
+        return buffer[: shape.numel()].view(shape)

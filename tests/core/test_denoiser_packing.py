@@ -33,7 +33,7 @@ def assert_each_as_alone(mix: list[Span]) -> None:
             assert relative_error(velocity, OURS([span])[0]) < TOLERANCE
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=15)
 @given(mix=st.lists(spans, min_size=2, max_size=5))
 def test_any_mix(mix: list[Span]):
     assert_each_as_alone(mix)
@@ -84,7 +84,7 @@ def test_equal_spans_share_one_attention_call(monkeypatch: pytest.MonkeyPatch):
     assert sorted(calls) == [1] * layers + [3] * layers
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(mix=st.lists(spans, min_size=1, max_size=4))
 def test_joining_and_splitting_are_inverse(mix: list[Span]):
     packing = Packing.of(mix)
