@@ -17,6 +17,9 @@ from collections.abc import Sequence
 
 from klein_core.errors import DeviceFault
 
+_SHOWN_CHARACTERS = 64
+"""More of a caller's own words is not repeated: a status travels in headers, whose size is bounded."""
+
 
 class ServiceError(Exception):
     """Base of every error that servers raise on purpose; its text is shown to the caller."""
@@ -74,10 +77,10 @@ class UnknownModel(ServiceError):
 
     def __init__(self, field: str, name: str, known: Sequence[str]) -> None:
         self.field = field
-        self.name = name
+        self.name = name if len(name) <= _SHOWN_CHARACTERS else name[:_SHOWN_CHARACTERS] + "…"
         self.known = tuple(known)
         listed = ", ".join(known) if known else "none"
-        super().__init__(f"{field}: there is no model {name!r} here; known: {listed}")
+        super().__init__(f"{field}: there is no model {self.name!r} here; known: {listed}")
 
 
 class DeviceOutOfMemory(DeviceFault):

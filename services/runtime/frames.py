@@ -200,17 +200,17 @@ class FrameReader:
     def _begin(self, frame: tensor_pb2.TensorFrame | WireFrame) -> None:
         if frame.spec is None or not frame.HasField("spec"):
             raise self._refusal("has no spec on its first frame")
-        data_type, shape = frame.spec.data_type, tuple(frame.spec.shape)
+        data_type, shape = frame.spec.data_type, tuple(frame.spec.shape[: MAX_EXTENTS + 1])
         if data_type not in ELEMENT_BYTES:
             raise self._refusal(f"has data type {int(data_type)}; must be BF16, F16 or F32")
         if not 1 <= len(shape) <= MAX_EXTENTS or min(shape) < 1:
             raise self._refusal(
-                f"has shape {_shown(shape)}; must have 1 to {MAX_EXTENTS} extents, each at least 1"
+                f"has shape {shown_shape(shape)}; must have 1 to {MAX_EXTENTS} extents, each at least 1"
             )
         spec = TensorSpec(int(data_type), shape)
         if spec.byte_count > self._limit_bytes:
             raise self._refusal(
-                f"has shape {_shown(shape)}, {spec.byte_count} bytes; at most {self._limit_bytes} are allowed"
+                f"has shape {shown_shape(shape)}, {spec.byte_count} bytes; at most {self._limit_bytes} are allowed"
             )
         self._spec = spec
 
@@ -245,7 +245,8 @@ class FrameReader:
         return InvalidInput.of(self.field, description)
 
 
-def _shown(shape: tuple[int, ...]) -> str:
+def shown_shape(shape: Sequence[int]) -> str:
+    """Returns a shape as text, cut off where no tensor would go on."""
     extents = [str(extent) for extent in shape[:MAX_EXTENTS]] + ["…"] * (len(shape) > MAX_EXTENTS)
     return f"[{', '.join(extents)}]"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from klein_api.v1 import vae_decoder_service_pb2 as pb
 from klein_core.errors import InvalidInput
 from klein_core.params import SIZE_MULTIPLE_PX, Limits, size_violations
 from klein_core.vae_decoder.image import format_violations
-from services.runtime.frames import MAX_FRAME_BYTES, FrameReader
+from services.runtime.frames import MAX_FRAME_BYTES, FrameReader, shown_shape
 from services.runtime.stages import require_model
 from services.runtime.tensors import frames_tensor
 
@@ -134,7 +135,7 @@ class DecodeRequest:
             self._begin(request.spec)
         elif self.encoding and part == "latents":
             if request.latents.HasField("spec"):
-                self._check_size(tuple(request.latents.spec.shape))
+                self._check_size(request.latents.spec.shape)
             self._reader.add(request.latents)
         else:
             raise InvalidInput.of("part", "is empty; each part must be a spec or a frame of latents")
@@ -171,10 +172,10 @@ class DecodeRequest:
             raise InvalidInput(violations)
         self._encoding = Encoding(name, quality, dict(spec.metadata))
 
-    def _check_size(self, shape: tuple[int, ...]) -> None:
+    def _check_size(self, shape: Sequence[int]) -> None:
         if len(shape) != 3 or shape[2] != self._channels:
             raise InvalidInput.of(
-                "latents", f"have shape {list(shape)}; must be [rows, columns, {self._channels}]"
+                "latents", f"have shape {shown_shape(shape)}; must be [rows, columns, {self._channels}]"
             )
         height_px, width_px = (extent * SIZE_MULTIPLE_PX for extent in shape[:2])
         for violation in size_violations(width_px, height_px, self._limits):

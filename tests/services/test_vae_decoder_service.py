@@ -272,6 +272,11 @@ BAD_LATENTS = {
     "too small": ([*decode_parts(latents(3, 6))], "latents", "height_px is 48; must be at least 64"),
     "too large": ([*decode_parts(latents(33, 32))], "latents", "at most 262144 are allowed"),
     "a shape that lies": (lying(data_type=F32, shape=[4, 5, 16]), "latents", "more bytes"),
+    "a shape without end": (
+        lying(data_type=F32, shape=[1] * 20_000),
+        "latents",
+        "[1, 1, 1, 1, 1, 1, 1, 1, …]",
+    ),
     "a type that lies": (lying(data_type=99, shape=[4, 6, 16]), "latents", "data type 99"),
     "a digest that lies": (corrupt(), "latents", "do not match"),
     "ends early": (ending_early(), "latents", "ended after 1024 of 65536 bytes"),
