@@ -6,22 +6,20 @@
 | INVALID_ARGUMENT on anything else | INTERNAL: the stages disagree about a tensor |
 | NOT_FOUND | UNAVAILABLE: the stage serves another model than the routing table says |
 | UNAVAILABLE, CANCELLED | UNAVAILABLE with the stage, its target and the reason |
+| RECEIVE_TIMEOUT | UNAVAILABLE: another stage was too slow, not the caller |
 | RESOURCE_EXHAUSTED, DEADLINE_EXCEEDED, INTERNAL and the rest | the same code and details |
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NoReturn
 
 import grpc
-from google.protobuf.message import DecodeError
-from google.rpc import status_pb2  # type: ignore[import-untyped]
 
 from klein_core.errors import InvalidInput, Violation
 from services.orchestrator.routing import StageAddress
-from services.runtime.errors import ServiceError, StageUnavailable
-from services.runtime.status import DETAILS_KEY, explain
+from services.runtime.errors import StageUnavailable
+from services.runtime.status import PeerFailure, explain
 
 PUBLIC_FIELDS: Mapping[str, str] = {
     "prompt": "prompt",
@@ -39,26 +37,8 @@ PUBLIC_FIELDS: Mapping[str, str] = {
 }
 """Public names of the fields that the orchestrator passes on, by their names in stage requests."""
 
+_RECEIVE_TIMEOUT = "RECEIVE_TIMEOUT"
 _LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
-
-
-class StageFailure(ServiceError):
-    """A stage ended a call with a status that the caller gets as it stands."""
-
-    def __init__(
-        self, address: StageAddress, code: grpc.StatusCode, message: str, status: status_pb2.Status
-    ) -> None:
-        self.code = code
-        self.status = status
-        super().__init__(f"{address.stage}: {message}")
-
-    async def abort(self, context: grpc.aio.ServicerContext[Any, Any]) -> NoReturn:
-        """Ends the caller's call with the stage's status."""
-        status = status_pb2.Status()
-        status.CopyFrom(self.status)
-        status.code, status.message = self.code.value[0], str(self)
-        await context.abort(self.code, str(self), ((DETAILS_KEY, status.SerializeToString()),))
-        raise AssertionError("abort returned")  # unreachable; tells type checkers so
 
 
 class StageDisagreement(Exception):
@@ -76,7 +56,7 @@ def failure_of(
         fields: public names of the fields that the call passed on.
     """
     code, message = error.code(), error.details() or ""
-    if code in _LOST:
+    if code in _LOST or explain(error).reason == _RECEIVE_TIMEOUT:
         return StageUnavailable(f"{address.stage} at {address.target} is unavailable: {message}")
     if code is grpc.StatusCode.NOT_FOUND:
         return StageUnavailable(
@@ -85,7 +65,7 @@ def failure_of(
         )
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         return _invalid_input(address, error, fields)
-    return StageFailure(address, code, message, _status_of(error))
+    return PeerFailure(error, address.stage)
 
 
 def _invalid_input(
@@ -100,14 +80,3 @@ def _invalid_input(
     if public and len(public) == len(violations):
         return InvalidInput(public)
     return StageDisagreement(f"{address.stage} at {address.target} refused its input: {error.details()}")
-
-
-def _status_of(error: grpc.aio.AioRpcError) -> status_pb2.Status:
-    status = status_pb2.Status()
-    for key, value in error.trailing_metadata() or ():
-        if key == DETAILS_KEY and isinstance(value, bytes):
-            try:
-                status.ParseFromString(value)
-            except DecodeError:
-                status.Clear()
-    return status

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from klein_api.v1.denoiser_service_pb2 import DenoiseLatentsRequest, DenoiseLatentsResponse, DenoiseSpec
 from klein_api.v1.image_pb2 import ImageFormat
@@ -50,6 +50,8 @@ class FlowOptions:
     """Whether queue positions and steps become events."""
     image_metadata: bool = True
     """Whether the seed, model and steps are stored in the image files."""
+    arrived_at: float = field(default_factory=time.perf_counter)
+    """Reading of `time.perf_counter()` when the request came."""
 
 
 class Flow:
@@ -71,7 +73,6 @@ class Flow:
         emit: Emit,
         options: FlowOptions,
     ) -> None:
-        self._begin = time.perf_counter()
         self._request = request
         self._params = request.params
         self._calls = calls
@@ -126,9 +127,9 @@ class Flow:
             if arm == _SUMMARY:
                 self._timings.of(DENOISER, "denoise").report(response.summary)
             else:
-                self._prepare_decoding(response, group)
                 if self._options.tells_progress:
                     await self._emit(_progress(response))
+                self._prepare_decoding(response, group)
 
     async def _accept_frame(self, arm: int, message: bytes, group: asyncio.TaskGroup) -> None:
         parts = indexed_frame_field(message)
@@ -148,7 +149,10 @@ class Flow:
             await latents.finish()
 
     def _prepare_decoding(self, response: DenoiseLatentsResponse, group: asyncio.TaskGroup) -> None:
-        """Opens the decoder's call at the last step: the latents are there in a moment, and the way is too."""
+        """Opens the decoder's call at the last step: the latents are there in a moment, and the way is too.
+
+        After the caller was told of the step, as one that reads slowly would let the decoder wait too long.
+        """
         is_last = response.HasField("step") and response.step.step == self._params.steps
         if is_last and 0 not in self._latents:
             self._begin_decoding(0, group)
@@ -253,7 +257,7 @@ class Flow:
             step_count=params.steps,
             guidance_scale=params.guidance,
             stage_timings=self._timings.messages(),
-            total_duration=duration(time.perf_counter() - self._begin),
+            total_duration=duration(time.perf_counter() - self._options.arrived_at),
         )
 
 

@@ -14,7 +14,7 @@ from klein_api.v1.image_service_pb2 import GenerationSummary, ImageSpec, StreamG
 from services.orchestrator.cache import TensorCache
 from services.orchestrator.calls import Channels, StageCalls
 from services.orchestrator.deadline import Deadline
-from services.orchestrator.events import Event, EventQueue
+from services.orchestrator.events import Event, EventQueue, ImageEvent
 from services.orchestrator.flow import Flow, FlowOptions
 from services.orchestrator.request import ImageRequest, RequestLimits, validated
 from services.orchestrator.routing import RoutingTable
@@ -60,20 +60,22 @@ class Generation:
             UnknownModel: the request names a model that is not routed.
             InvalidInput: fields are outside their limits; all of them are named.
             StageUnavailable: a stage cannot be used.
-            StageFailure: a stage failed in another way.
+            PeerFailure: a stage failed in another way.
         """
+        options = FlowOptions(tells_progress, self.image_metadata)
         deadline = Deadline.after(remaining_seconds, self.maximum_seconds)
         route = self.table.route(spec.model)
         facts = await self.directory.facts(route, deadline.remaining_seconds())
         request = validated(spec, preview_interval_steps, route, facts, self.limits)
         if request.references and facts.reference_problem:
             raise StageUnavailable(facts.reference_problem)
-        with _counted(request):
+        with _counted(request, options.arrived_at):
             queue = EventQueue()
-            task = asyncio.create_task(self._run(request, deadline, queue, tells_progress))
+            task = asyncio.create_task(self._run(request, deadline, queue, options))
             task.add_done_callback(lambda _: queue.close())
             try:
                 async for event in queue:
+                    _count_pixels(request, event)
                     yield event
                 await task
             finally:
@@ -81,25 +83,24 @@ class Generation:
                 await asyncio.wait([task])
 
     async def _run(
-        self, request: ImageRequest, deadline: Deadline, queue: EventQueue, tells_progress: bool
+        self, request: ImageRequest, deadline: Deadline, queue: EventQueue, options: FlowOptions
     ) -> None:
         """Carries a request out, and once more if a stage was lost before the caller was told anything."""
         try:
-            summary = await self._attempt(request, deadline, queue, tells_progress)
+            summary = await self._attempt(request, deadline, queue, options)
         except StageUnavailable:
             self.directory.forget(request.route)
             if queue.was_used:
                 raise
             _log.warning("a stage was lost; the request is made again", exc_info=True)
             await self.directory.facts(request.route, deadline.remaining_seconds())
-            summary = await self._attempt(request, deadline, queue, tells_progress)
+            summary = await self._attempt(request, deadline, queue, options)
         await queue.put(StreamGenerateImageResponse(summary=summary))
 
     async def _attempt(
-        self, request: ImageRequest, deadline: Deadline, queue: EventQueue, tells_progress: bool
+        self, request: ImageRequest, deadline: Deadline, queue: EventQueue, options: FlowOptions
     ) -> GenerationSummary:
         calls = StageCalls(self.channels, deadline, request_metadata())
-        options = FlowOptions(tells_progress, self.image_metadata)
         try:
             return await Flow(request, calls, self.cache, queue.put, options).run()
         except ExceptionGroup as group:
@@ -115,9 +116,8 @@ def _first(group: ExceptionGroup[Exception]) -> Exception:
 
 
 @contextmanager
-def _counted(request: ImageRequest) -> Iterator[None]:
+def _counted(request: ImageRequest, arrived_at: float) -> Iterator[None]:
     """Counts a request's images by outcome; a cancelled request is neither a success nor a failure."""
-    begin = time.perf_counter()
     outcome = "failed"
     try:
         yield
@@ -127,10 +127,11 @@ def _counted(request: ImageRequest) -> Iterator[None]:
         raise
     finally:
         labels = (request.route.name, request.flow, outcome)
-        image_count = len(request.params.seeds)
-        IMAGES.labels(*labels).inc(image_count)
-        REQUEST_SECONDS.labels(*labels).observe(time.perf_counter() - begin)
-        if outcome == "succeeded":
-            PIXELS.labels(request.route.name, request.flow).inc(
-                request.params.width_px * request.params.height_px * image_count
-            )
+        IMAGES.labels(*labels).inc(len(request.params.seeds))
+        REQUEST_SECONDS.labels(*labels).observe(time.perf_counter() - arrived_at)
+
+
+def _count_pixels(request: ImageRequest, event: Event) -> None:
+    if isinstance(event, ImageEvent) and not event.is_preview:
+        pixel_count = event.description.width_px * event.description.height_px
+        PIXELS.labels(request.route.name, request.flow).inc(pixel_count)

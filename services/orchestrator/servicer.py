@@ -17,8 +17,7 @@ from klein_api.v1.image_service_pb2 import (
 from klein_api.v1.image_service_pb2_grpc import ImageServiceServicer
 
 from services.orchestrator.catalogue import list_models
-from services.orchestrator.events import Event, ImageEvent, collected
-from services.orchestrator.failures import StageFailure
+from services.orchestrator.events import ImageEvent, collected
 from services.orchestrator.generation import Generation
 
 _Context = grpc.aio.ServicerContext[Any, Any]
@@ -36,8 +35,8 @@ class ImageApi(ImageServiceServicer):
         summary = GenerationSummary()
         remaining = context.time_remaining()
         events = self._generation.events(request.spec, remaining_seconds=remaining, tells_progress=False)
-        async with aclosing(_told(events, context)) as told:
-            async for event in told:
+        async with aclosing(events):
+            async for event in events:
                 if isinstance(event, ImageEvent):
                     images.append(event)
                 elif event.HasField("summary"):
@@ -53,21 +52,11 @@ class ImageApi(ImageServiceServicer):
             remaining_seconds=context.time_remaining(),
             preview_interval_steps=request.preview_interval_steps,
         )
-        async with aclosing(_told(events, context)) as told:
-            async for event in told:
+        async with aclosing(events):
+            async for event in events:
                 yield event.streamed() if isinstance(event, ImageEvent) else event
 
     async def ListModels(self, request: ListModelsRequest, context: _Context) -> ListModelsResponse:
         """Asks every stage anew."""
         generation = self._generation
         return await list_models(generation.table, generation.directory, generation.limits)
-
-
-async def _told(events: AsyncGenerator[Event, None], context: _Context) -> AsyncGenerator[Event, None]:
-    """Passes events on and ends the call with a stage's own status where it failed with one."""
-    try:
-        async with aclosing(events):
-            async for event in events:
-                yield event
-    except StageFailure as failure:
-        await failure.abort(context)

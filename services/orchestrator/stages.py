@@ -52,13 +52,11 @@ class StageDirectory:
             StageUnavailable: a stage does not answer, does not serve, is another stage, serves another model
                 than the table says, or does not fit the others; all such stages are named.
         """
-        asked = [address for address in route.stages if self._fresh(address) is None]
-        if asked:
-            timeout = min(timeout_seconds, _DESCRIBE_TIMEOUT_SECONDS)
-            problems = await asyncio.gather(*(self._refresh(address, timeout) for address in asked))
-            if any(problems):
-                raise StageUnavailable("; ".join(filter(None, problems)))
-        text_encoder, denoiser, vae_decoder = (self._known[address].description for address in route.stages)
+        timeout = min(timeout_seconds, _DESCRIBE_TIMEOUT_SECONDS)
+        answers = await asyncio.gather(*(self._described(address, timeout) for address in route.stages))
+        if problems := [answer for answer in answers if isinstance(answer, str)]:
+            raise StageUnavailable("; ".join(problems))
+        text_encoder, denoiser, vae_decoder = (answer for answer in answers if not isinstance(answer, str))
         if problem := misfit(route, text_encoder, denoiser, vae_decoder):
             self.forget(route)
             raise StageUnavailable(problem)
@@ -66,8 +64,8 @@ class StageDirectory:
             distilled=denoiser.denoiser.distilled,
             default_step_count=denoiser.denoiser.default_step_count,
             default_guidance_scale=denoiser.denoiser.default_guidance_scale,
-            text_encoder_version=_identity(text_encoder),
-            vae_decoder_version=_identity(vae_decoder),
+            text_encoder_version=_identity(route.text_encoder, text_encoder),
+            vae_decoder_version=_identity(route.vae_decoder, vae_decoder),
             reference_problem=_dtype_misfit(route.vae_decoder, vae_decoder, route.denoiser, denoiser),
         )
 
@@ -84,8 +82,13 @@ class StageDirectory:
         known = self._known.get(address)
         return known.description if known is not None and time.monotonic() < known.fresh_until else None
 
-    async def _refresh(self, address: StageAddress, timeout_seconds: float) -> str:
-        """Asks a stage, and again if that replica does not serve; returns what is wrong."""
+    async def _described(self, address: StageAddress, timeout_seconds: float) -> DescribeStageResponse | str:
+        """Returns what a stage says of itself, or what is wrong with it.
+
+        Asks a stage of which nothing fresh is known, and again if that replica does not serve.
+        """
+        if fresh := self._fresh(address):
+            return fresh
         problem = ""
         for attempt in range(_ATTEMPTS):
             await asyncio.sleep(_BACKOFF_SECONDS * attempt)
@@ -94,7 +97,7 @@ class StageDirectory:
                 break
             if not problem:
                 self._known[address] = _Known(time.monotonic() + self._ttl_seconds, description)
-                break
+                return description
         return problem
 
     async def _describe(
@@ -115,8 +118,16 @@ class _Known:
     description: DescribeStageResponse
 
 
-def _identity(description: DescribeStageResponse) -> str:
-    return "\n".join((description.model, description.version, description.dtype))
+def _identity(address: StageAddress, description: DescribeStageResponse) -> str:
+    """Returns what decides a stage's answers, as far as it can be known from outside.
+
+    The target is part of it: two pools may give two checkpoints the same name.
+    """
+    lasting = DescribeStageResponse()
+    lasting.CopyFrom(description)
+    lasting.ClearField("load")
+    lasting.ClearField("device")
+    return f"{address.target}\n{lasting.SerializeToString(deterministic=True).hex()}"
 
 
 def _problem(address: StageAddress, description: DescribeStageResponse) -> str:

@@ -151,5 +151,6 @@ class ErrorInterceptor(CallInterceptor):
                 self._on_device_fault(error)
             status = status_of(error)
             if status.code in _REJECTIONS:
-                metrics.REJECTED.labels(self._readiness.stage, status.reason.lower()).inc()
+                reason = status.reason or status.code.name
+                metrics.REJECTED.labels(self._readiness.stage, reason.lower()).inc()
             await abort_with(call.context, status)

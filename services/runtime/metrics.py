@@ -55,7 +55,7 @@ ABANDONED_SECONDS = Counter(
 )
 REJECTED = Counter(
     "klein_request_rejected",
-    "Requests refused without work; `reason` is the status detail's reason in lower case.",
+    "Requests that got RESOURCE_EXHAUSTED or UNAVAILABLE; `reason` is the status detail's in lower case.",
     ["stage", "reason"],
 )
 DEADLINE_MISSED = Counter(

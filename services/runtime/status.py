@@ -11,6 +11,7 @@
 | ReceiveTimeout | DEADLINE_EXCEEDED | ErrorInfo RECEIVE_TIMEOUT |
 | StageUnavailable | UNAVAILABLE | ErrorInfo STAGE_UNAVAILABLE |
 | DeviceFault | UNAVAILABLE | ErrorInfo DEVICE_FAULT; the process ends and is replaced |
+| PeerFailure | as the other server said | as the other server said |
 | anything else | INTERNAL | ErrorInfo INTERNAL_ERROR with an id that the log has too |
 """
 
@@ -35,6 +36,7 @@ from services.runtime.errors import (
     DeviceOutOfMemory,
     QueueFull,
     ReceiveTimeout,
+    ServiceError,
     StageUnavailable,
     UnknownModel,
 )
@@ -87,6 +89,19 @@ class StatusDetails:
     """`ErrorInfo.metadata`, sorted by key."""
 
 
+class PeerFailure(ServiceError):
+    """Another server's failure, whose code and details the caller gets as they stand.
+
+    Args:
+        error: how the call to the other server ended.
+        name: which server that was.
+    """
+
+    def __init__(self, error: grpc.aio.AioRpcError, name: str) -> None:
+        self.status = RichStatus(error.code(), f"{name}: {error.details()}", tuple(_details_of(error)))
+        super().__init__(self.status.message)
+
+
 def status_of(error: BaseException) -> RichStatus:
     """Returns an error's status; one that is not ours is logged under a fresh id and told as that id only."""
     code = grpc.StatusCode
@@ -115,6 +130,8 @@ def status_of(error: BaseException) -> RichStatus:
             return RichStatus(code.DEADLINE_EXCEEDED, text, (info,))
         case StageUnavailable():
             return RichStatus(code.UNAVAILABLE, text, (_info("STAGE_UNAVAILABLE"),))
+        case PeerFailure():
+            return error.status
         case DeviceOutOfMemory():
             message = "the device has no memory left for this request; retry, or ask for less"
             details = (_info("OUT_OF_MEMORY"), _retry(_OUT_OF_MEMORY_RETRY_SECONDS))

@@ -12,19 +12,18 @@ from klein_api.v1.image_service_pb2 import (
     ListModelsRequest,
     StreamGenerateImageRequest,
 )
+from prometheus_client import REGISTRY
 
 from services.runtime.errors import StageUnavailable
-from tests.services.orchestrator_stages import FakeSuite, reference_file, until
+from tests.services.fake_tensors import reference_file
+from tests.services.orchestrator_suite import FakeSuite, generate
+from tests.services.runtime_toy import until
 
 
 @pytest.fixture
 async def suite():
     async with FakeSuite().running() as running:
         yield running
-
-
-async def generate(suite, **spec):
-    return await suite.images.GenerateImage(GenerateImageRequest(spec=ImageSpec(**spec)))
 
 
 async def test_text_to_image_gives_the_image_of_its_prompt_and_seed(suite):
@@ -75,6 +74,13 @@ async def test_an_edit_takes_each_side_that_is_not_given_from_the_first_referenc
         assert response.summary.flow == flow
         seen = sum(width * height for width, height in [(96, 80), (64, 64)][:count])
         assert response.summary.input_megapixels == pytest.approx(seen / 1e6)
+
+
+async def test_the_pixels_that_are_counted_are_those_of_the_images(suite):
+    labels = {"model": "fake", "flow": "edit"}
+    before = REGISTRY.get_sample_value("klein_pixels_total", labels) or 0
+    await generate(suite, references=[reference_file(96, 80)], image_count=2)
+    assert REGISTRY.get_sample_value("klein_pixels_total", labels) == before + 2 * 96 * 80
 
 
 async def test_several_images_take_consecutive_seeds_in_order(suite):

@@ -7,7 +7,8 @@ import pytest
 from klein_api.v1.image_service_pb2 import GenerateImageRequest, ImageSpec, StreamGenerateImageRequest
 
 from services.runtime.status import explain
-from tests.services.orchestrator_stages import FakeSuite, reference_file
+from tests.services.fake_tensors import reference_file
+from tests.services.orchestrator_suite import FakeSuite, refusal
 
 REFERENCE = reference_file(64, 64)
 
@@ -16,12 +17,6 @@ REFERENCE = reference_file(64, 64)
 async def suite():
     async with FakeSuite(settings={"maximum_reference_bytes": 1024}).running() as running:
         yield running
-
-
-async def refusal(suite, **spec):
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await suite.images.GenerateImage(GenerateImageRequest(spec=ImageSpec(**spec)))
-    return explain(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -120,6 +115,12 @@ async def test_an_unknown_model_is_not_found_and_the_known_ones_are_told(suite):
     assert details.code is grpc.StatusCode.NOT_FOUND
     assert "klein-9000" in details.message
     assert "fake" in details.message
+
+
+async def test_a_model_name_of_any_length_is_not_found(suite):
+    details = await refusal(suite, model="klein" * 20_000)
+    assert details.code is grpc.StatusCode.NOT_FOUND
+    assert len(details.message) < 500
 
 
 async def test_an_output_as_large_as_a_huge_reference_is_refused_unless_a_size_is_given():
