@@ -1,4 +1,11 @@
-"""The step loop: one thread that lets the device do what the scheduler chooses."""
+"""The step loop: one thread that lets the device do what the scheduler chooses.
+
+The unit of work is one step of one image, with both its spans where it is guided. Matrix products round differently
+for different numbers of rows, so whoever shares a step changes an image's last bits. With `packing=exact` (a token
+budget of 0) every image therefore steps in a `packed_step` of its own, as `klein_core.pipeline` does, and gives the
+same bytes as there; requests still take turns between steps. With `packing=packed` images share steps up to the
+token budget and differ by that rounding only.
+"""
 
 from __future__ import annotations
 

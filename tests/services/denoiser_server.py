@@ -109,7 +109,16 @@ async def running_denoiser(folder: Path, **changes: Any) -> AsyncIterator[grpc.a
     finally:
         # After the server's drain, which calls on this channel may take part in.
         if channel is not None:
-            await channel.close()
+            await channel.close(grace=10)
+
+
+async def eventually(is_so: Callable[[], bool]) -> None:
+    """Waits until something is so, as long as a busy machine may need."""
+    async with asyncio.timeout(60):
+        while True:
+            if is_so():
+                return
+            await asyncio.sleep(0.01)
 
 
 class Gate:
@@ -117,6 +126,7 @@ class Gate:
 
     def __init__(self) -> None:
         self.steps: list[list[Trajectory]] = []
+        self.arrived = 0
         self._open = threading.Event()
         self._open.set()
         self._allowed = threading.Semaphore(0)
@@ -134,16 +144,17 @@ class Gate:
         self._allowed.release(1000)
 
     async def reached(self, count: int) -> None:
-        """Waits until so many steps have begun."""
-        async with asyncio.timeout(60):
-            while True:
-                if len(self.steps) >= count:
-                    return
-                await asyncio.sleep(0.01)
+        """Waits until so many steps have passed."""
+        await eventually(lambda: len(self.steps) >= count)
+
+    async def blocked(self, count: int) -> None:
+        """Waits until so many steps have passed and the next one stands before the gate."""
+        await eventually(lambda: len(self.steps) == count and self.arrived == count + 1)
 
     def wrap(self, step: Step) -> Step:
         def gated(trajectories: Sequence[Trajectory]) -> None:
-            if not self._open.is_set() and not self._allowed.acquire(timeout=20):
+            self.arrived += 1
+            if not self._open.is_set() and not self._allowed.acquire(timeout=60):
                 raise TimeoutError("a test forgot to open the gate")
             self.steps.append(list(trajectories))
             self.before(trajectories)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import statistics
 import time
 import weakref
 
@@ -23,6 +24,7 @@ from tests.services.denoiser_server import (
     Tensors,
     alone,
     denoise,
+    eventually,
     gated_steps,
     image,
     request,
@@ -54,7 +56,7 @@ async def load_of(channel):
 
 async def until(channel, *, queued=None, running=None):
     """Waits for a load."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while True:
             load = await load_of(channel)
             if queued in (None, load.queued_count) and running in (None, load.running_count):
@@ -88,7 +90,7 @@ async def test_a_deadline_ends_a_running_request_at_the_next_step(folder, gate):
         gate.hold()
         gate.allow(1)
         with pytest.raises(grpc.aio.AioRpcError) as failure:
-            await denoise(channel, request(spec(step_count=500)), seconds=0.5)
+            await denoise(channel, request(spec(step_count=500)), seconds=2)
         assert failure.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         gate.release()
         await until(channel, queued=0, running=0)
@@ -121,7 +123,7 @@ async def test_a_deadline_that_cannot_be_met_is_refused_before_the_tensors_come(
             yield request(spec(step_count=1000, seeds=[1] * 8))[0]
             await asyncio.sleep(60)
 
-        call = DenoiserServiceStub(channel).DenoiseLatents(spec_only(), timeout=0.5)
+        call = DenoiserServiceStub(channel).DenoiseLatents(spec_only(), timeout=4)
         with pytest.raises(grpc.aio.AioRpcError) as failure:
             await call.read()
         details = explain(failure.value)
@@ -139,15 +141,13 @@ async def test_an_urgent_request_pauses_a_long_one_which_then_ends_with_its_own_
         gate.hold()
         gate.allow(2)
         slow = asyncio.create_task(denoise(channel, request(long)))
-        await gate.reached(2)
+        await gate.blocked(2)
         quick = asyncio.create_task(denoise(channel, request(urgent)))
         await until(channel, queued=1)
         gate.release()
         quick_heard, slow_heard = await asyncio.gather(quick, slow)
     whose = [step[0].step_count for step in gate.steps]
-    first = whose.index(3)
-    assert first <= 4
-    assert whose[first : first + 3] == [3, 3, 3]
+    assert whose == [30] * 3 + [3] * 3 + [30] * 27
     assert torch.equal(quick_heard.latents[0], alone(folder, urgent, Tensors(), 3)[0])
     assert torch.equal(slow_heard.latents[0], alone(folder, long, Tensors(), 30)[0])
 
@@ -160,11 +160,7 @@ async def test_waiting_requests_hear_how_they_move_up(folder, gate):
             calls.append(asyncio.create_task(denoise(channel, request(spec()), seconds=None, heard=last)))
             await until(channel, queued=waiting, running=1)
             last = last if waiting == 3 else Heard()
-        async with asyncio.timeout(20):
-            while True:
-                if last.queued:
-                    break
-                await asyncio.sleep(0.01)
+        await eventually(lambda: bool(last.queued))
         for _ in range(16):
             gate.allow()
             await asyncio.sleep(0.05)
@@ -206,22 +202,27 @@ async def test_events_that_nobody_takes_do_not_pile_up():
     assert events[0].step == events[1].step == 49
 
 
-async def test_health_answers_quickly_while_a_long_request_runs(folder):
+async def test_health_answers_while_a_step_runs(folder, gate):
+    """Steps are made to take 0.4 s; benchmarks/health.py measures the 99th percentile of a real load."""
+
+    def compute(trajectories):
+        matrix, end = torch.ones(400, 400), time.monotonic() + 0.4
+        while time.monotonic() < end:
+            matrix = matrix @ matrix
+
+    gate.before = compute
     async with running_denoiser(folder) as channel:
-        wish = spec(width_px=512, height_px=512, step_count=1000)
-        call = DenoiserServiceStub(channel).DenoiseLatents(iter(request(wish)))
-        heard = Heard()
-        while not heard.steps:
-            heard.take(await call.read())
+        call = DenoiserServiceStub(channel).DenoiseLatents(iter(request(spec(step_count=1000))))
+        await gate.reached(1)
         health, seconds = health_pb2_grpc.HealthStub(channel), []
-        for _ in range(100):
+        for _ in range(60):
             begun = time.perf_counter()
             answer = await health.Check(health_pb2.HealthCheckRequest(service=SERVICE_NAME))
             seconds.append(time.perf_counter() - begun)
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
         assert (await load_of(channel)).running_count == 1
         call.cancel()
-    assert sorted(seconds)[89] <= 0.05  # benchmarks/health.py measures the 99th, from another process
+    assert statistics.median(seconds) <= 0.05
 
 
 async def test_a_drain_lets_running_work_finish(folder, gate):
