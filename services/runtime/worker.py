@@ -103,6 +103,9 @@ class Worker:
         self._enqueue(job)
         try:
             return await job.future
+        except DeadlinePassed:
+            metrics.DEADLINE_MISSED.labels(self.name).inc()
+            raise
         except asyncio.CancelledError:
             self._abandon(job)
             raise
@@ -161,7 +164,6 @@ class Worker:
         error: BaseException | None
         if job.deadline is not None and started_at > job.deadline:
             error = DeadlinePassed()
-            metrics.DEADLINE_MISSED.labels(self.name).inc()
         else:
             value, error = _outcome(job)
         compute_seconds = time.monotonic() - started_at
@@ -201,6 +203,8 @@ def _outcome(job: _Job) -> tuple[Any, BaseException | None]:
         return job.context.run(_traced, job), None
     except Exception as error:
         return None, as_device_fault(error)
+    except BaseException as error:  # SystemExit from a library: it must not end the only thread that computes
+        return None, RuntimeError(f"a function ended with {error!r}")
 
 
 def _traced(job: _Job) -> Any:

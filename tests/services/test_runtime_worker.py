@@ -123,6 +123,26 @@ async def test_what_expires_in_the_queue_is_not_computed(worker, busy):
     assert sample("klein_deadline_missed_total") == before + 1
 
 
+async def test_what_expires_and_is_cancelled_at_the_same_time_is_counted_once(worker, busy):
+    before = sample("klein_deadline_missed_total")
+    late = asyncio.create_task(worker.run(lambda: None, deadline=time.monotonic() + 0.02))
+    await asyncio.sleep(0.05)
+    busy[0].may_end.set()
+    time.sleep(0.2)  # noqa: ASYNC251 # the worker finds it expired while the event loop cannot be told
+    late.cancel()
+    await asyncio.gather(late, return_exceptions=True)
+    assert sample("klein_deadline_missed_total") == before + 1
+
+
+async def test_a_function_that_wants_to_end_the_process_does_not_end_the_thread(worker):
+    def leave():
+        raise SystemExit(3)
+
+    with pytest.raises(RuntimeError, match="SystemExit"):
+        await worker.run(leave)
+    assert (await worker.run(lambda: "alive")).value == "alive"
+
+
 async def test_context_variables_reach_the_function(worker):
     marker.set("request 7")
     assert (await worker.run(marker.get)).value == "request 7"
