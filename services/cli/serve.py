@@ -52,6 +52,7 @@ def run_serve(stage: str, overrides: dict[str, str], *, check_config: bool) -> i
     """
     try:
         loaded = load_settings(settings_class(stage), os.environ, overrides)
+        loaded.settings.check()
     except SettingsError as error:
         hint = f"`klein serve {stage} --help` shows every setting."
         raise CliError(f"{error}.", hint, MISUSED) from error

@@ -10,11 +10,13 @@ from klein_api.v1.image_pb2 import ImageFormat, Priority
 from klein_api.v1.image_service_pb2 import ImageSpec
 
 from klein_core.errors import InvalidInput, Violation
-from klein_core.params import GenerationParams, Limits
+from klein_core.params import DEFAULT_LIMITS, GenerationParams, Limits
 from services.orchestrator.routing import Route
 from services.orchestrator.stages import RouteFacts
 
 LOSSY_FORMATS = (ImageFormat.IMAGE_FORMAT_JPEG, ImageFormat.IMAGE_FORMAT_WEBP)
+_OTHER_FIELDS_BYTES = 1 << 20
+"""Room for everything but the references; prompts take most of it."""
 _RANDOM_SEED_LIMIT = 2**32
 """Random seeds stay below this, so that people can copy them."""
 
@@ -23,9 +25,14 @@ _RANDOM_SEED_LIMIT = 2**32
 class RequestLimits:
     """What the operator allows a request, besides the size, which is the model's."""
 
-    reference_count: int = 4
+    reference_count: int = DEFAULT_LIMITS.reference_count
     reference_bytes: int = 20 * 1024 * 1024
-    image_count: int = 8
+    image_count: int = DEFAULT_LIMITS.image_count
+
+    @property
+    def request_bytes(self) -> int:
+        """Most bytes of a request's message: one reference too many may still come and be named."""
+        return (self.reference_count + 1) * self.reference_bytes + _OTHER_FIELDS_BYTES
 
     def of(self, route: Route) -> Limits:
         """Returns the limits of requests for `route`'s model."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from klein_core.params import DEFAULT_LIMITS
 from services.orchestrator.request import RequestLimits
 from services.orchestrator.routing import RoutingTable, read_routing_table, single_route_table
 from services.runtime.settings import ServerSettings, setting
@@ -15,6 +16,9 @@ class OrchestratorSettings(ServerSettings):
     """Routing, limits and cache; without a table one model is served, of the same name at every stage."""
 
     port: int = setting(50050, help="Port of the gRPC server; 0 takes a free one", minimum=0, maximum=65535)
+    queue_limit: int = setting(
+        256, help="Requests in progress before more are refused", minimum=1, maximum=100000
+    )
     routing_table: str = setting(
         "", help="Path of a TOML file of models and their stages; empty means one model"
     )
@@ -26,13 +30,20 @@ class OrchestratorSettings(ServerSettings):
         1024, help="Width and height in pixels of a request that gives none and has no reference", minimum=64
     )
     maximum_pixel_count: int = setting(
-        4194304, help="Most pixels of one image", minimum=4096, maximum=4194304
+        DEFAULT_LIMITS.pixel_count,
+        help="Most pixels of one image",
+        minimum=4096,
+        maximum=DEFAULT_LIMITS.pixel_count,
     )
-    maximum_reference_count: int = setting(4, help="Most references of one request", minimum=0, maximum=10)
+    maximum_reference_count: int = setting(
+        DEFAULT_LIMITS.reference_count, help="Most references of one request", minimum=0, maximum=10
+    )
     maximum_reference_bytes: int = setting(
         20 * 1024 * 1024, help="Most bytes of one reference's file", minimum=1024, maximum=64 * 1024 * 1024
     )
-    maximum_image_count: int = setting(8, help="Most images of one request", minimum=1, maximum=64)
+    maximum_image_count: int = setting(
+        DEFAULT_LIMITS.image_count, help="Most images of one request", minimum=1, maximum=64
+    )
     maximum_request_seconds: float = setting(
         3600.0, help="Longest time that a request may take, deadline or not", minimum=1, maximum=86400
     )
@@ -47,6 +58,9 @@ class OrchestratorSettings(ServerSettings):
     image_metadata: bool = setting(
         True, help="Whether the seed, model and steps are stored in the image files"
     )
+
+    def check(self) -> None:
+        self.table()
 
     def table(self) -> RoutingTable:
         """Reads the routing table.

@@ -13,6 +13,7 @@ import grpc
 from google.protobuf.message import Message
 
 from services.runtime.metrics import Method
+from services.runtime.stages import SERVICE_NAME as STAGE_SERVICE
 from services.runtime.wire_frames import frame_deserializer
 
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -31,8 +32,8 @@ class Call:
 
     @property
     def is_housekeeping(self) -> bool:
-        """Whether it is of a standard service: health, reflection, channelz."""
-        return self.method.service.startswith("grpc.")
+        """Whether it is a probe: of health, reflection, channelz or what a stage is."""
+        return self.method.service.startswith("grpc.") or self.method.service == STAGE_SERVICE
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor, ABC):

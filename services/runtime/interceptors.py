@@ -94,7 +94,7 @@ class MetricsInterceptor(CallInterceptor):
 
 
 class AccessLogInterceptor(CallInterceptor):
-    """Writes a line for each call; standard services only at debug level, as probes would drown the rest."""
+    """Writes a line for each call; of probes only at debug level, as they would drown the rest."""
 
     @asynccontextmanager
     async def around(self, call: Call) -> AsyncIterator[None]:

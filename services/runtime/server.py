@@ -43,10 +43,11 @@ def start(
     """
     try:
         settings = load_settings(settings_class, environment, overrides).settings
+        application = make_application(settings)
     except SettingsError as error:
         sys.stderr.write(f"{error}\n")
         return 2
-    return run(settings, make_application(settings))
+    return run(settings, application)
 
 
 def run(settings: ServerSettings, application: Application) -> int:

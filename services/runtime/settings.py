@@ -77,6 +77,13 @@ class ServerSettings:
     )
     otlp_endpoint: str = setting("", help="OTLP gRPC endpoint for traces, http://host:4317; empty is off")
 
+    def check(self) -> None:
+        """Checks what the settings name outside of themselves, for `--check-config`.
+
+        Raises:
+            SettingsError: a file cannot be used.
+        """
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageSettings(ServerSettings):
@@ -175,7 +182,12 @@ def describe(loaded: LoadedSettings[Any]) -> str:
 def _shown(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
-    return f"{value:g}" if isinstance(value, float) else str(value) or '""'
+    return _number(value) if isinstance(value, float) else str(value) or '""'
+
+
+def _number(value: float) -> str:
+    """Returns a number as a person would write it: no exponent, no `.0`."""
+    return f"{value:.6f}".rstrip("0").rstrip(".")
 
 
 def _help_of(field: dataclasses.Field[Any]) -> str:
@@ -187,7 +199,7 @@ def _limits_of(field: dataclasses.Field[Any]) -> str:
     if field.metadata.get("choices"):
         return "one of " + ", ".join(field.metadata["choices"])
     bounds = [
-        f"{word} {field.metadata[key]:g}"
+        f"{word} {_number(field.metadata[key])}"
         for word, key in (("at least", "minimum"), ("at most", "maximum"))
         if field.metadata.get(key) is not None
     ]

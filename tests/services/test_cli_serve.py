@@ -1,5 +1,7 @@
 """`klein serve STAGE`: settings as flags, shown and refused by name."""
 
+from pathlib import Path
+
 import pytest
 
 from services.cli.main import main
@@ -41,6 +43,18 @@ def test_a_bad_variable_is_one_sentence_with_its_name(
     err = capsys.readouterr().err
     assert "KLEIN_METRICS_PORT" in err
     assert "many" in err
+
+
+def test_check_config_reads_the_routing_table_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = tmp_path / "routing.toml"
+    table.write_text('[models.a]\ntext_encoder = "t:1"\ndenoiser = 7\n')
+    monkeypatch.setenv("KLEIN_ROUTING_TABLE", str(table))
+    assert klein("serve", "orchestrator", "--check-config") == 2
+    err = " ".join(capsys.readouterr().err.split())
+    assert "models.a.denoiser is 7" in err
+    assert "models.a.vae_decoder is missing" in err
 
 
 def test_model_is_short_for_model_path(capsys: pytest.CaptureFixture[str]) -> None:

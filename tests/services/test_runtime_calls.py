@@ -8,6 +8,7 @@ import struct
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from klein_api.v1 import stage_service_pb2, stage_service_pb2_grpc
 from prometheus_client import REGISTRY
 
 from services.runtime.load_report import LoadReport
@@ -125,6 +126,8 @@ async def test_each_call_is_one_line_of_the_access_log_and_probes_are_none(toy_c
     caplog.set_level(logging.INFO)
     await call(toy_channel, "unary_stream")
     await health_pb2_grpc.HealthStub(toy_channel).Check(health_pb2.HealthCheckRequest())
+    stage = stage_service_pb2_grpc.StageServiceStub(toy_channel)
+    await stage.DescribeStage(stage_service_pb2.DescribeStageRequest())
     await until(lambda: access_records(caplog))
     (record,) = access_records(caplog)
     assert (record.method, record.code) == ("toy.Toy/unary_stream", "OK")

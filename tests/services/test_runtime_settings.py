@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from services.orchestrator.settings import OrchestratorSettings
 from services.runtime.settings import (
     ServerSettings,
     SettingsError,
@@ -70,6 +71,13 @@ def test_the_table_has_every_setting_with_its_value_source_and_help():
     assert line.count("KLEIN_RATIO") == 2
     assert "A ratio (at least 0 and at most 1)" in line
     assert len(table) == 12
+
+
+def test_the_table_writes_large_numbers_out():
+    table = describe(load_settings(OrchestratorSettings, {"KLEIN_MAXIMUM_REQUEST_SECONDS": "12345.5"}))
+    for number in ("20971520", "67108864", "268435456", "12345.5", "86400"):
+        assert f" {number}" in table
+    assert "e+" not in table
 
 
 def test_the_model_is_named_after_its_folder_unless_it_is_named():
