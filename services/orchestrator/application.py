@@ -14,6 +14,7 @@ from services.orchestrator.settings import OrchestratorSettings
 from services.orchestrator.stages import StageDirectory
 from services.runtime.application import Application
 from services.runtime.channels import IMAGE_MESSAGE_BYTES
+from services.runtime.places import Places
 
 SERVICE_NAME = "klein_api.v1.ImageService"
 
@@ -23,9 +24,10 @@ class Orchestrator(Application):
 
     name = "orchestrator"
     service_names = (SERVICE_NAME,)
-    message_bytes = IMAGE_MESSAGE_BYTES
+    response_bytes = IMAGE_MESSAGE_BYTES
 
     def __init__(self, settings: OrchestratorSettings, table: RoutingTable) -> None:
+        self.request_bytes = settings.limits().request_bytes
         self._channels = Channels()
         self.generation = Generation(
             table=table,
@@ -33,6 +35,7 @@ class Orchestrator(Application):
             directory=StageDirectory(self._channels, settings.describe_ttl_seconds),
             cache=TensorCache(settings.cache_bytes),
             limits=settings.limits(),
+            places=Places(settings.queue_limit),
             maximum_seconds=settings.maximum_request_seconds,
             image_metadata=settings.image_metadata,
         )

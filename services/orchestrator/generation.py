@@ -22,6 +22,7 @@ from services.orchestrator.stages import StageDirectory
 from services.runtime.errors import StageUnavailable
 from services.runtime.logs import request_metadata
 from services.runtime.metrics import IMAGES, PIXELS, REQUEST_SECONDS
+from services.runtime.places import Places
 
 _log = logging.getLogger("klein.orchestrator")
 
@@ -35,6 +36,8 @@ class Generation:
     directory: StageDirectory
     cache: TensorCache
     limits: RequestLimits = field(default_factory=RequestLimits)
+    places: Places = field(default_factory=lambda: Places(256))
+    """Requests that may be in progress."""
     maximum_seconds: float = 3600.0
     """Longest time that a request may take, also one without a deadline."""
     image_metadata: bool = True

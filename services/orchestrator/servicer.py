@@ -35,13 +35,14 @@ class ImageApi(ImageServiceServicer):
         summary = GenerationSummary()
         remaining = context.time_remaining()
         events = self._generation.events(request.spec, remaining_seconds=remaining, tells_progress=False)
-        async with aclosing(events):
-            async for event in events:
-                if isinstance(event, ImageEvent):
-                    images.append(event)
-                elif event.HasField("summary"):
-                    summary = event.summary
-        return collected(images, summary)
+        with self._generation.places.one():
+            async with aclosing(events):
+                async for event in events:
+                    if isinstance(event, ImageEvent):
+                        images.append(event)
+                    elif event.HasField("summary"):
+                        summary = event.summary
+            return collected(images, summary)
 
     async def StreamGenerateImage(
         self, request: StreamGenerateImageRequest, context: _Context
@@ -52,9 +53,10 @@ class ImageApi(ImageServiceServicer):
             remaining_seconds=context.time_remaining(),
             preview_interval_steps=request.preview_interval_steps,
         )
-        async with aclosing(events):
-            async for event in events:
-                yield event.streamed() if isinstance(event, ImageEvent) else event
+        with self._generation.places.one():
+            async with aclosing(events):
+                async for event in events:
+                    yield event.streamed() if isinstance(event, ImageEvent) else event
 
     async def ListModels(self, request: ListModelsRequest, context: _Context) -> ListModelsResponse:
         """Asks every stage anew."""

@@ -22,8 +22,10 @@ class Application(Protocol):
     operations: Sequence[str] = ()
     """What `Worker.run` is called with, so that its metrics exist from the start."""
 
-    message_bytes: int = STAGE_MESSAGE_BYTES
-    """Largest message that the server takes and sends."""
+    request_bytes: int = STAGE_MESSAGE_BYTES
+    """Largest message that the server takes."""
+    response_bytes: int = STAGE_MESSAGE_BYTES
+    """Largest message that the server sends."""
 
     def register(self, server: grpc.aio.Server) -> None:
         """Adds the services to a server that has not started yet."""

@@ -64,6 +64,8 @@ def _options(message_bytes: int, health_service: str) -> list[tuple[str, Any]]:
         ("grpc.service_config", service_config(health_service)),
         ("grpc.service_config_disable_resolution", 1),
         ("grpc.enable_retries", 1),
+        # A proxy for the way out of a network, set for other programs, does not know the way inside it.
+        ("grpc.enable_http_proxy", 0),
         ("grpc.max_receive_message_length", message_bytes),
         ("grpc.max_send_message_length", message_bytes),
         ("grpc.http2.max_frame_size", HTTP2_FRAME_BYTES),

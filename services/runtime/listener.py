@@ -26,7 +26,8 @@ _STANDARD_NAMES = (
     "grpc.reflection.v1alpha.ServerReflection",
     "grpc.channelz.v1.Channelz",
 )
-_MINUTE_MILLISECONDS = 60_000
+_LONGEST_CALL_MILLISECONDS = 24 * 3600 * 1000
+"""What a call may still take on a connection that is too old for new ones; as long as any setting allows."""
 
 
 class BindError(Exception):
@@ -55,7 +56,7 @@ class Listener:
         self._metrics: tuple[WSGIServer, threading.Thread] | None = None
         self._server = grpc.aio.server(
             interceptors=interceptors(readiness, _load_report(application), on_device_fault),
-            options=_options(settings, application.message_bytes),
+            options=_options(settings, application),
         )
         application.register(self._server)
         health_pb2_grpc.add_HealthServicer_to_server(readiness.servicer, self._server)
@@ -138,19 +139,20 @@ def _load_report(application: Application) -> LoadReport | None:
     return LoadReport(lambda: application.utilization() or 0.0)
 
 
-def _options(settings: ServerSettings, message_bytes: int) -> list[tuple[str, int]]:
+def _options(settings: ServerSettings, application: Application) -> list[tuple[str, int]]:
     options = [
         # Two processes on one port would share its calls at random, silently.
         ("grpc.so_reuseport", 0),
-        ("grpc.max_receive_message_length", message_bytes),
-        ("grpc.max_send_message_length", message_bytes),
+        ("grpc.max_receive_message_length", application.request_bytes),
+        ("grpc.max_send_message_length", application.response_bytes),
         ("grpc.http2.max_frame_size", HTTP2_FRAME_BYTES),
+        # A caller whose machine vanished without a word would keep its request alive for two hours.
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ]
     if settings.max_connection_age_seconds:
-        age_milliseconds = int(settings.max_connection_age_seconds * 1000)
-        grace_milliseconds = int(settings.grace_seconds * 1000) + _MINUTE_MILLISECONDS
-        options.append(("grpc.max_connection_age_ms", age_milliseconds))
-        options.append(("grpc.max_connection_age_grace_ms", grace_milliseconds))
+        options.append(("grpc.max_connection_age_ms", int(settings.max_connection_age_seconds * 1000)))
+        options.append(("grpc.max_connection_age_grace_ms", _LONGEST_CALL_MILLISECONDS))
     return options

@@ -11,13 +11,12 @@ from klein_core.vae_decoder.references import ReferenceLimits
 from klein_core.vae_decoder.stage import VaeDecoder
 from services.runtime.devices import report_memory, resolve_device, resolve_dtype, set_threads
 from services.runtime.errors import StageUnavailable
+from services.runtime.places import Places
 from services.runtime.stage_application import Loaded, StageApplication
 from services.runtime.tensors import dtype_name
 from services.runtime.worker import Worker
 from services.vae_decoder.servicer import DECODE, ENCODE_REFERENCE, VaeDecoderServicer, Workers
 from services.vae_decoder.settings import VaeDecoderSettings
-
-FILES_QUEUE_FACTOR = 16
 
 
 class VaeDecoderApplication(StageApplication):
@@ -30,8 +29,10 @@ class VaeDecoderApplication(StageApplication):
     def __init__(self, settings: VaeDecoderSettings) -> None:
         super().__init__(settings)
         self._settings = settings
-        # What has been decoded must not be refused for want of a place, so this queue is never the shorter one.
-        self._files = Worker(f"{self.name}-files", FILES_QUEUE_FACTOR * settings.queue_limit)
+        # Requests that are received, computed or answered; each may hold a file or an image.
+        self._places = Places(2 * settings.queue_limit)
+        # What has been decoded must not be refused for want of a place, so this queue has one for all of them.
+        self._files = Worker(f"{self.name}-files", self._places.limit)
         self._decoder: VaeDecoder | None = None
 
     @property
@@ -48,7 +49,7 @@ class VaeDecoderApplication(StageApplication):
     def register(self, server: grpc.aio.Server) -> None:
         super().register(server)
         workers = Workers(device=self.worker, files=self._files)
-        servicer = VaeDecoderServicer(workers, self._settings, lambda: self.decoder)
+        servicer = VaeDecoderServicer(workers, self._places, self._settings, lambda: self.decoder)
         vae_decoder_service_pb2_grpc.add_VaeDecoderServiceServicer_to_server(servicer, server)
 
     def load_model(self) -> Loaded:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,11 +49,13 @@ class ReferenceRequest:
     Args:
         model_name: the only model that is served.
         limit_bytes: most bytes of the file; more are refused when they arrive.
+        admit: called when the spec is good, before any byte is kept; may raise.
     """
 
-    def __init__(self, model_name: str, limit_bytes: int) -> None:
+    def __init__(self, model_name: str, limit_bytes: int, admit: Callable[[], None]) -> None:
         self._model_name = model_name
         self._limit_bytes = limit_bytes
+        self._admit = admit
         self._chunks: list[bytes] = []
         self._received = 0
         self.field = ""
@@ -91,6 +93,7 @@ class ReferenceRequest:
                 f"has {len(spec.field_name)} characters; at most {MAX_FIELD_NAME_CHARACTERS} are allowed",
             )
         require_model(spec.model, self._model_name)
+        self._admit()
         self.field = spec.field_name or "reference"
 
     def _append(self, chunk: bytes) -> None:
@@ -111,10 +114,12 @@ class DecodeRequest:
         model_name: the only model that is served.
         channels: latent channels of the model.
         limits: bounds of the image's size.
+        admit: called when the spec is good, before any byte is kept; may raise.
     """
 
-    def __init__(self, model_name: str, channels: int, limits: Limits) -> None:
+    def __init__(self, model_name: str, channels: int, limits: Limits, admit: Callable[[], None]) -> None:
         self._model_name = model_name
+        self._admit = admit
         self._channels = channels
         self._limits = limits
         self._encoding: Encoding | None = None
@@ -170,6 +175,7 @@ class DecodeRequest:
         violations = list(format_violations(name, quality))
         if violations:
             raise InvalidInput(violations)
+        self._admit()
         self._encoding = Encoding(name, quality, dict(spec.metadata))
 
     def _check_size(self, shape: Sequence[int]) -> None:

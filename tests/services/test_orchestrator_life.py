@@ -139,3 +139,30 @@ async def test_a_caller_that_does_not_read_does_not_fill_memory(suite):
     call.cancel()
     await until(lambda: suite.denoiser.cancelled + suite.denoiser.finished == 1)
     await nothing_left_running()
+
+
+async def test_requests_beyond_the_limit_are_refused_at_once_and_places_come_back():
+    async with FakeSuite(settings={"queue_limit": 1}).running() as suite:
+        suite.denoiser.step_gate = asyncio.Event()
+        unary = asyncio.create_task(generate(suite, prompt="fox", seed=1))
+        await until(lambda: suite.denoiser.calls == 1)
+        details = await refusal(suite)
+        assert (details.code, details.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+        assert details.retry_after_seconds
+        suite.denoiser.step_gate.set()
+        assert (await unary).images[0].data == suite.expected_image("fox", 1)
+        suite.denoiser.step_gate.clear()
+        streamed = suite.images.StreamGenerateImage(StreamGenerateImageRequest(spec=ImageSpec()))
+        await until(lambda: suite.denoiser.calls == 2)
+        assert (await refusal(suite)).reason == "QUEUE_FULL"
+        streamed.cancel()
+        await nothing_left_running()
+        suite.denoiser.step_gate.set()
+        assert (await generate(suite, seed=1)).images[0].data == suite.expected_image("", 1)
+
+
+async def test_a_message_larger_than_any_good_request_is_not_taken():
+    async with FakeSuite(settings={"maximum_reference_bytes": 1024}).running() as suite:
+        details = await refusal(suite, references=[bytes(2 << 20)])
+        assert details.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "larger than max" in details.message

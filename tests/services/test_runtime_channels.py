@@ -14,7 +14,7 @@ from services.runtime.channels import open_channel, service_config
 from services.runtime.errors import StageUnavailable
 from services.runtime.server import Server, running_server
 from services.runtime.settings import ServerSettings
-from tests.services.runtime_toy import ENCODE_PROMPT, TEXT_ENCODER, Toy, failure
+from tests.services.runtime_toy import ENCODE_PROMPT, TEXT_ENCODER, Toy, call, failure
 
 
 def failing_first(toy, count, error):
@@ -96,3 +96,11 @@ async def test_a_message_over_the_limit_is_refused(toy, toy_address):
         error = await failure(channel.unary_unary("/toy.Toy/unary_unary")(b"x" * 2000))
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert toy.calls == 0
+
+
+async def test_a_proxy_for_other_programs_is_not_used(toy_address, monkeypatch):
+    for name in ("no_grpc_proxy", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    async with open_channel(toy_address) as channel:
+        assert await call(channel, "unary_unary", timeout=10) == b"x"
