@@ -1,0 +1,58 @@
+"""What only a CUDA device can show: the same pictures there, and packing that changes nothing but rounding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from klein_core.denoiser.span import Span
+from klein_core.denoiser.transformer import FlowTransformer
+from klein_core.pipeline import Pipeline
+from tests.tiny.checkpoint import save_tiny_checkpoint
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_tiny_checkpoint(folder)
+    return folder
+
+
+def test_pictures_are_those_of_the_cpu(checkpoint: Path) -> None:
+    arguments = {"width_px": 96, "height_px": 128, "seeds": [3], "step_count": 3}
+    on_cpu, on_cuda = (
+        next(Pipeline.from_folder(checkpoint, device=device).generate("a red circle", **arguments)).int()
+        for device in ("cpu", "cuda")
+    )
+    # Convolutions may round to TF32 there.
+    assert (on_cpu - on_cuda).abs().float().mean() < 1
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_a_packed_step_equals_each_span_alone(
+    checkpoint: Path, dtype: torch.dtype, tolerance: float
+) -> None:
+    model = FlowTransformer.from_folder(checkpoint, device="cuda", dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to("cuda", dtype)
+
+    channels, joint = model.config.in_channels, model.config.joint_attention_dim
+    spans = [
+        Span(draw(64, joint), draw(8, 6, channels), (), 1.0),
+        Span(draw(64, joint), draw(4, 4, channels), (draw(6, 4, channels),), 0.7),
+        Span(draw(64, joint), draw(8, 6, channels), (draw(3, 5, channels), draw(2, 2, channels)), 0.4),
+    ]
+    with torch.no_grad():
+        together = model(spans)
+        alone = [model([span])[0] for span in spans]
+    for one, other in zip(together, alone, strict=True):
+        assert float((one - other).float().norm() / other.float().norm()) <= tolerance
