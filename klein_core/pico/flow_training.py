@@ -45,6 +45,8 @@ _LEARNING_RATE = 2e-3
 _RATE_SHARES = ((2.25, 0.45), (1.0, 0.5))
 """Learning rates of Muon and of AdamW, each for the transformer and for the text encoder, as shares of the whole."""
 _READING_WEIGHT = 0.05
+_ENCODER_RESTS_AT = 0.35
+"""From this moment (0…1) on the text encoder stays as it is, which saves time."""
 _TOKENS_PER_STEP = 3600
 _WARM_UP_STEPS = 30
 
@@ -114,12 +116,20 @@ def noise_levels(count: int, target_tokens: int) -> Tensor:
     return torch.where(draw < 0.4, torch.ones(count), torch.where(draw < 0.75, node, spread))
 
 
-def batch_losses(model: Model, batch: Batch, length: int) -> tuple[Tensor, Tensor, float]:
-    """Returns the weighted velocity error, the reading loss, and the share of prompts that are read right."""
+def embedded(model: Model, batch: Batch, length: int) -> Tensor:
+    """Encodes the prompts of a batch, padded to `length`: (B, length, joint attention channels)."""
     ids, mask = padded(batch.prompts, length)
-    embedding = tapped_embedding(model.encoder, ids, mask, TAPPED_LAYERS)
+    return tapped_embedding(model.encoder, ids, mask, TAPPED_LAYERS)
+
+
+def reading_loss(model: Model, batch: Batch, embedding: Tensor) -> tuple[Tensor, float]:
+    """Returns the loss of the read-outs, and the share of prompts that are read right."""
     lengths = torch.tensor([prompt.token_count for prompt in batch.prompts])
-    reading, share = examined(model.read_outs, embedding, lengths, batch.tasks)
+    return examined(model.read_outs, embedding, lengths, batch.tasks)
+
+
+def velocity_loss(model: Model, batch: Batch, embedding: Tensor) -> Tensor:
+    """Returns the mean squared velocity error at random noise levels, weighted by token."""
     noise = torch.randn_like(batch.targets)
     sigma = noise_levels(len(batch.tasks), batch.targets.shape[1] * batch.targets.shape[2])
     level = sigma[:, None, None, None]
@@ -130,7 +140,7 @@ def batch_losses(model: Model, batch: Batch, length: int) -> tuple[Tensor, Tenso
     ]
     velocity = torch.stack(model.transformer(spans))
     error = (velocity - (noise - batch.targets)).square().mean(-1)
-    return (error * batch.weights).mean(), reading, share
+    return (error * batch.weights).mean()
 
 
 class Average:
@@ -207,9 +217,15 @@ class Training:
             batch = self.supply.draw(family, self.progress, round(share * _TOKENS_PER_STEP))
             longest = max(prompt.token_count for prompt in batch.prompts)
             length = text_length(longest, SEQUENCE_LENGTH, self.progress, self._rng)
-            velocity, reading, right = batch_losses(self.model, batch, length)
-            (share * (velocity + _READING_WEIGHT * reading)).backward()  # type: ignore[no-untyped-call]
-            self._note(batch, velocity.item(), right)
+            with torch.set_grad_enabled(self.progress < _ENCODER_RESTS_AT):
+                embedding = embedded(self.model, batch, length)
+            loss = velocity = velocity_loss(self.model, batch, embedding)
+            if embedding.requires_grad:
+                reading, right = reading_loss(self.model, batch, embedding)
+                loss = velocity + _READING_WEIGHT * reading
+                self._note("reading", right)
+            (share * loss).backward()  # type: ignore[no-untyped-call]
+            self._note(_label(batch), velocity.item())
         self._share_gradients(self.model.parameters())
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimiser in self.optimisers:
@@ -235,13 +251,10 @@ class Training:
         distributed.broadcast(clock, 0)
         return float(clock)
 
-    def _note(self, batch: Batch, velocity: float, right: float) -> None:
-        width, height = batch.setting.target
-        size = f"{width}" if width == height and width in (64, 128) else "other"
-        for name, value in ((f"{batch.family} {size}", velocity), ("reading", right)):
-            total = self._sums.setdefault(name, [0.0, 0.0])
-            total[0] += value
-            total[1] += 1
+    def _note(self, name: str, value: float) -> None:
+        total = self._sums.setdefault(name, [0.0, 0.0])
+        total[0] += value
+        total[1] += 1
 
     def _report(self) -> None:
         means = "  ".join(
@@ -272,3 +285,9 @@ class Training:
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
         self.step, self.elapsed = int(state["step"]), float(state["elapsed"])
+
+
+def _label(batch: Batch) -> str:
+    width, height = batch.setting.target
+    size = str(width) if width == height and width in (64, 128) else "other"
+    return f"{batch.family} {size}"

@@ -62,16 +62,16 @@ def family_shares(progress: float) -> dict[str, float]:
         return dict(zip(FAMILIES, (0.62, 0.24, 0.14), strict=True))
     if progress < 0.5:
         return dict(zip(FAMILIES, (0.45, 0.31, 0.24), strict=True))
-    return dict(zip(FAMILIES, (0.36, 0.34, 0.3), strict=True))
+    return dict(zip(FAMILIES, (0.31, 0.36, 0.33), strict=True))
 
 
 def size_shares(progress: float) -> tuple[float, float, float]:
     """Returns the shares of 64², 128² and all other sizes at a moment of training (0…1)."""
     if progress < 0.22:
         return 0.85, 0.13, 0.02
-    if progress < 0.5:
-        return 0.35, 0.55, 0.1
-    return 0.18, 0.52, 0.3
+    if progress < 0.75:
+        return 0.15, 0.72, 0.13
+    return 0.1, 0.62, 0.28
 
 
 def any_setting(family: str, progress: float, rng: random.Random) -> Setting:
@@ -98,8 +98,11 @@ def any_size(rng: random.Random) -> Pixels:
 
 
 def text_length(longest: int, full_length: int, progress: float, rng: random.Random) -> int:
-    """Returns to how many tokens a batch's prompts are padded; the full length more often towards the end."""
-    full_share = 0.15 if progress < 0.5 else 0.35 if progress < 0.85 else 0.7
+    """Returns to how many tokens a batch's prompts are padded.
+
+    Seldom the full length: a model that has seen both is no worse at the full length than at the short one.
+    """
+    full_share = 0.1 if progress < 0.9 else 0.5
     if rng.random() < full_share:
         return full_length
     return min(full_length, -(-longest // 4) * 4)
