@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -102,9 +103,17 @@ async def _write_all(
     if inspect.isasyncgen(responses):
         async with aclosing(responses):
             async for response in responses:
-                await context.write(response)
+                await _write(response, context)
     else:
         await responses  # type: ignore[misc]
+
+
+async def _write(response: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    try:
+        await context.write(response)
+    except grpc.aio.InternalError:
+        # The caller has gone. gRPC cancels this task for it, but the write may fail a moment earlier.
+        raise asyncio.CancelledError from None
 
 
 _SHAPES: dict[tuple[bool, bool], tuple[str, Callable[..., Any]]] = {

@@ -11,6 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from klein_api.v1 import stage_service_pb2, stage_service_pb2_grpc
 from prometheus_client import REGISTRY
 
+from services.runtime.channels import open_channel
 from services.runtime.load_report import LoadReport
 from services.runtime.logs import ConsoleFormatter, JsonFormatter, request_id
 from tests.services.runtime_toy import SHAPES, call, failure, until
@@ -108,6 +109,22 @@ async def test_a_client_that_goes_while_it_is_sent_to_cancels_the_handler_at_onc
     started.cancel()
     await until(lambda: toy.ended == ["ended"])
     await until(lambda: handled("unary_stream", "CANCELLED") == before + 1)
+
+
+async def test_clients_that_go_while_they_are_sent_to_are_no_faults_of_ours(toy, toy_address, caplog):
+    async def behave(request, context):
+        while True:
+            yield b"x" * 1_000_000
+
+    toy.behaviour = behave
+    before = handled("unary_stream", "CANCELLED")
+    for index in range(20):
+        async with open_channel(toy_address) as channel:
+            started = channel.unary_stream("/toy.Toy/unary_stream")(b"x")
+            await started.read()
+            await asyncio.sleep(0.003 * (index % 5))
+    await until(lambda: handled("unary_stream", "CANCELLED") == before + 20)
+    assert "internal error" not in caplog.text
 
 
 async def test_a_call_whose_deadline_passes_is_counted_as_that(toy, toy_channel):
