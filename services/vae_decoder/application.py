@@ -30,9 +30,9 @@ class VaeDecoderApplication(StageApplication):
         super().__init__(settings)
         self._settings = settings
         # Requests that are received, computed or answered; each may hold a file or an image.
-        self._places = Places(2 * settings.queue_limit)
+        self.places = Places(2 * settings.queue_limit)
         # What has been decoded must not be refused for want of a place, so this queue has one for all of them.
-        self._files = Worker(f"{self.name}-files", self._places.limit)
+        self._files = Worker(f"{self.name}-files", self.places.limit)
         self._decoder: VaeDecoder | None = None
 
     @property
@@ -49,7 +49,7 @@ class VaeDecoderApplication(StageApplication):
     def register(self, server: grpc.aio.Server) -> None:
         super().register(server)
         workers = Workers(device=self.worker, files=self._files)
-        servicer = VaeDecoderServicer(workers, self._places, self._settings, lambda: self.decoder)
+        servicer = VaeDecoderServicer(workers, self.places, self._settings, lambda: self.decoder)
         vae_decoder_service_pb2_grpc.add_VaeDecoderServiceServicer_to_server(servicer, server)
 
     def load_model(self) -> Loaded:
