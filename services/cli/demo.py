@@ -18,7 +18,7 @@ from rich.text import Text
 
 from services.cli.child import inherited_environment
 from services.cli.client import Generation, connect, generate
-from services.cli.errors import INTERRUPTED, CliError, call_error
+from services.cli.errors import FAILED, INTERRUPTED, CliError, call_error
 from services.cli.loading import wait_with_progress
 from services.cli.progress import GenerationProgress
 from services.cli.suite import Suite, SuiteOptions
@@ -71,6 +71,9 @@ def main() -> int:
     except CliError as error:
         error.show(console)
         return error.exit_code
+    except OSError as error:
+        CliError(f"{error.filename or 'A file'} cannot be written: {error.strerror}.").show(console)
+        return FAILED
     except KeyboardInterrupt:
         console.print("Cancelled.")
         return INTERRUPTED
@@ -132,7 +135,8 @@ def draw_sheet(folder: Path) -> None:
     command = [sys.executable, "-m", "klein_core.pico.contact_sheet", str(folder / SHEET), *pairs]
     done = subprocess.run(command, env=inherited_environment(), capture_output=True, text=True, check=False)
     if done.returncode:
-        raise CliError(f"The contact sheet could not be drawn: {done.stderr.strip().splitlines()[-1]}.")
+        reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        raise CliError(f"The contact sheet could not be drawn: {reason}.")
 
 
 def times_table(made: Mapping[str, Generation]) -> Table:

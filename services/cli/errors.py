@@ -57,13 +57,11 @@ def call_error(error: grpc.aio.AioRpcError, target: str) -> CliError:
         case grpc.StatusCode.INVALID_ARGUMENT:
             return CliError(_violation_sentence(details), exit_code=MISUSED)
         case grpc.StatusCode.NOT_FOUND:
-            return CliError(
-                _sentence(details), f"`klein status --target {target}` lists the models.", MISUSED
-            )
+            return _not_found(details, target)
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
             return _exhausted(details)
         case grpc.StatusCode.DEADLINE_EXCEEDED:
-            return CliError("The time given with --timeout passed.", "Give it more, or ask for fewer steps.")
+            return CliError("The time for it passed.", "Give it more with --timeout, or ask for less.")
         case grpc.StatusCode.UNIMPLEMENTED:
             return CliError(
                 f"What listens at {target} is not a klein orchestrator.",

@@ -47,7 +47,7 @@ class GenerateOptions:
         """The request. Limits are the server's to check, as only it knows them.
 
         Raises:
-            CliError: a reference cannot be read, a size cannot be understood, a number fits no request.
+            CliError: a reference cannot be read, a size cannot be understood, a number or a text fits no request.
         """
         width_px, height_px = parse_size(self.size) if self.size else (None, None)
         try:
@@ -66,6 +66,8 @@ class GenerateOptions:
                 quality=self.quality,
                 priority=image_pb2.PRIORITY_INTERACTIVE,
             )
+        except UnicodeEncodeError as error:
+            raise CliError("The words given are not valid UTF-8.", exit_code=MISUSED) from error
         except ValueError as error:
             raise CliError(f"A number is far outside its limits: {error}.", exit_code=MISUSED) from error
 

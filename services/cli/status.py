@@ -55,10 +55,11 @@ def status_table(answer: api.ListModelsResponse) -> Table:
 
 
 def problems(answer: api.ListModelsResponse) -> list[str]:
-    """A line for each stage that cannot be used."""
-    return [
+    """A line for each problem; several stages may have the same one, that they do not fit each other."""
+    lines = (
         f"{model.name}: {stage.problem}" for model in answer.models for stage in model.stages if stage.problem
-    ]
+    )
+    return list(dict.fromkeys(lines))
 
 
 def _stage_cells(position: int, stage: api.RoutedStage) -> list[str | Text]:

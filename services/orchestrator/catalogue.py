@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 
 from klein_api.v1.image_service_pb2 import ListModelsResponse, ModelLimits, RoutedModel, RoutedStage
 
@@ -13,18 +14,28 @@ from services.orchestrator.stages import StageDirectory, misfit
 
 
 async def list_models(
-    table: RoutingTable, directory: StageDirectory, limits: RequestLimits
+    table: RoutingTable,
+    directory: StageDirectory,
+    limits: RequestLimits,
+    remaining_seconds: float | None = None,
 ) -> ListModelsResponse:
-    """Asks every stage of the table once and tells what can be requested."""
+    """Asks every stage of the table once and tells what can be requested.
+
+    `remaining_seconds` is how long the caller waits: half of it is for the stages, so that one that does not
+    answer is told as such instead of costing the caller the whole answer.
+    """
+    timeout = math.inf if remaining_seconds is None else remaining_seconds / 2
     addresses = list(dict.fromkeys(address for route in table.routes.values() for address in route.stages))
-    answers = await asyncio.gather(*(_routed_stage(directory, address) for address in addresses))
+    answers = await asyncio.gather(*(_routed_stage(directory, address, timeout) for address in addresses))
     stages = dict(zip(addresses, answers, strict=True))
     models = [_routed_model(route, stages, limits) for route in table.routes.values()]
     return ListModelsResponse(models=models, default_model=table.default_model)
 
 
-async def _routed_stage(directory: StageDirectory, address: StageAddress) -> RoutedStage:
-    description, problem = await directory.survey(address)
+async def _routed_stage(
+    directory: StageDirectory, address: StageAddress, timeout_seconds: float
+) -> RoutedStage:
+    description, problem = await directory.survey(address, timeout_seconds)
     return RoutedStage(target=address.target, description=description, problem=problem)
 
 

@@ -61,4 +61,6 @@ class ImageApi(ImageServiceServicer):
     async def ListModels(self, request: ListModelsRequest, context: _Context) -> ListModelsResponse:
         """Asks every stage anew."""
         generation = self._generation
-        return await list_models(generation.table, generation.directory, generation.limits)
+        return await list_models(
+            generation.table, generation.directory, generation.limits, context.time_remaining()
+        )

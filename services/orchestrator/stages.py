@@ -74,9 +74,11 @@ class StageDirectory:
         for address in route.stages:
             self._known.pop(address, None)
 
-    async def survey(self, address: StageAddress) -> tuple[DescribeStageResponse | None, str]:
+    async def survey(
+        self, address: StageAddress, timeout_seconds: float
+    ) -> tuple[DescribeStageResponse | None, str]:
         """Asks a stage now and returns what it says, if anything, and what is wrong with it, if anything."""
-        return await self._describe(address, _DESCRIBE_TIMEOUT_SECONDS)
+        return await self._describe(address, min(timeout_seconds, _DESCRIBE_TIMEOUT_SECONDS))
 
     def _fresh(self, address: StageAddress) -> DescribeStageResponse | None:
         known = self._known.get(address)

@@ -3,82 +3,23 @@
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
-import grpc
 import pytest
 from klein_api.v1 import image_pb2
 from klein_api.v1 import image_service_pb2 as api
 from klein_api.v1 import stage_service_pb2 as stage_api
-from klein_api.v1.image_service_pb2_grpc import ImageServiceServicer, add_ImageServiceServicer_to_server
 
 from klein_core.errors import InvalidInput, Violation
 from services.cli.child import inherited_environment
 from services.cli.main import main
 from services.cli.ports import free_ports
 from services.runtime.errors import QueueFull, StageUnavailable, UnknownModel
-from services.runtime.status import status_of
+from tests.services.answering_orchestrator import Orchestrator, serving
 
 Result = tuple[int, str, str]
 Klein = Callable[..., Result]
-
-
-class Orchestrator(ImageServiceServicer):
-    """Remembers what it was asked; answers with what the test put in."""
-
-    def __init__(self) -> None:
-        self.specs: list[api.ImageSpec] = []
-        self.error: Exception | None = None
-        self.blocks = False
-        self.called = threading.Event()
-        self.cancelled = threading.Event()
-        self.models = api.ListModelsResponse()
-
-    def GenerateImage(self, request, context):
-        raise NotImplementedError
-
-    def StreamGenerateImage(self, request, context):
-        self.specs.append(request.spec)
-        self.called.set()
-        if self.blocks:
-            context.add_callback(self.cancelled.set)
-            self.cancelled.wait(30)
-            return
-        if self.error is not None:
-            status = status_of(self.error)
-            context.set_trailing_metadata(status.trailing_metadata())
-            context.abort(status.code, status.message)
-        yield api.StreamGenerateImageResponse(queued=api.GenerationQueued(position=2))
-        yield api.StreamGenerateImageResponse(step=api.GenerationStep(step=1, step_count=1))
-        for index in range(request.spec.image_count or 1):
-            image = api.GeneratedImage(
-                index=index, seed=41 + index, width_px=64, height_px=96, data=b"picture %d" % index
-            )
-            yield api.StreamGenerateImageResponse(image=image)
-        summary = api.GenerationSummary(model="fake", prompt_truncated=request.spec.prompt == "long")
-        timing = summary.stage_timings.add(stage="denoiser", operation="denoise", call_count=1)
-        timing.call_duration.FromMilliseconds(123)
-        summary.total_duration.FromMilliseconds(1500)
-        yield api.StreamGenerateImageResponse(summary=summary)
-
-    def ListModels(self, request, context):
-        return self.models
-
-
-@contextmanager
-def serving(servicer: ImageServiceServicer) -> Iterator[str]:
-    server = grpc.server(ThreadPoolExecutor(4))
-    add_ImageServiceServicer_to_server(servicer, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    try:
-        yield f"127.0.0.1:{port}"
-    finally:
-        server.stop(0).wait()
 
 
 @pytest.fixture
@@ -200,7 +141,7 @@ def test_nothing_running_is_one_sentence_and_a_hint(klein: Klein, tmp_path: Path
             2,
             ["2 values", "--size (width_px) is 70; no\n", "--reference[1] (references[1]) is no image"],
         ),
-        (UnknownModel("model", "nono", ["pico"]), 2, ["nono", "pico", "klein status"]),
+        (UnknownModel("model", "nono", ["pico"]), 2, ["There is no model 'nono'", "pico", "klein status"]),
         (QueueFull(3, 4.0), 1, ["full", "4 s"]),
         (StageUnavailable("the denoiser is loading"), 1, ["The denoiser is loading.", "klein status"]),
         (ZeroDivisionError("secret"), 1, ["INTERNAL", "log"]),

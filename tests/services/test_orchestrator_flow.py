@@ -236,6 +236,15 @@ async def test_without_a_cache_everything_is_encoded_anew():
         assert suite.text_encoder.prompts == ["fox", "fox"]
 
 
+async def test_list_models_tells_which_stage_is_silent_before_the_caller_gives_up(suite):
+    suite.denoiser.describe_gate = asyncio.Event()
+    response = await suite.images.ListModels(ListModelsRequest(), timeout=4)
+    problems = [stage.problem for stage in response.models[0].stages]
+    assert "does not answer" in problems[1]
+    assert (problems[0], problems[2]) == ("", "")
+    assert not response.models[0].serving
+
+
 async def test_list_models_tells_limits_defaults_and_stages(suite):
     suite.vae_decoder.serving = False
     response = await suite.images.ListModels(ListModelsRequest())
