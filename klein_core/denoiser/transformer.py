@@ -92,13 +92,14 @@ class FlowTransformer(nn.Module):
         """Where the weights are; spans are moved there."""
         return self.x_embedder.weight.device
 
-    def compile_blocks(self) -> None:
-        """Compiles the two block functions in place; all blocks of a kind share one compiled function.
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compiles the block functions in place; all blocks of a kind share one program.
 
-        The first steps of a new kind of mix are slow. Lengths and batch sizes do not compile anew.
+        The first step of each kind of mix (one span, equal spans, others) is slow; lengths and numbers of spans
+        do not compile anew. `backend` is torch.compile's.
         """
         for block in (*self.transformer_blocks, *self.single_transformer_blocks):
-            block.compile(dynamic=True)
+            block.compile(dynamic=True, backend=backend)
 
     def forward(self, spans: Sequence[Span]) -> list[Tensor]:
         """Returns one velocity (rows, columns, channels) a span, in the spans' order.

@@ -84,6 +84,16 @@ def test_equal_spans_share_one_attention_call(monkeypatch: pytest.MonkeyPatch):
     assert sorted(calls) == [1] * layers + [3] * layers
 
 
+def test_compiled_blocks_give_the_same():
+    compiled = twin(tiny_oracle())
+    compiled.compile_blocks(backend="eager")
+    one, other = random_span([(3, 4)]), random_span([(2, 2), (2, 3)], seed=2)
+    with torch.no_grad():
+        for mix in ([one], [one, other], [random_span([(5, 7)], seed=3)]):
+            for velocity, expected in zip(compiled(mix), OURS(mix), strict=True):
+                assert relative_error(velocity, expected) < TOLERANCE
+
+
 @settings(deadline=None, max_examples=15)
 @given(mix=st.lists(spans, min_size=1, max_size=4))
 def test_joining_and_splitting_are_inverse(mix: list[Span]):
