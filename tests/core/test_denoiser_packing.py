@@ -84,14 +84,14 @@ def test_equal_spans_share_one_attention_call(monkeypatch: pytest.MonkeyPatch):
     assert sorted(calls) == [1] * layers + [3] * layers
 
 
+@pytest.mark.timeout(600)
 def test_compiled_blocks_give_the_same():
-    compiled = twin(tiny_oracle())
+    oracle = tiny_oracle(num_layers=1, num_single_layers=2)
+    plain, compiled = twin(oracle), twin(oracle)
     compiled.compile_blocks(backend="eager")
-    one, other = random_span([(3, 4)]), random_span([(2, 2), (2, 3)], seed=2)
     with torch.no_grad():
-        for mix in ([one], [one, other], [random_span([(5, 7)], seed=3)]):
-            for velocity, expected in zip(compiled(mix), OURS(mix), strict=True):
-                assert relative_error(velocity, expected) < TOLERANCE
+        for span in (random_span([(3, 4)]), random_span([(5, 7), (2, 2)], text_length=5)):
+            assert relative_error(compiled([span])[0], plain([span])[0]) < TOLERANCE
 
 
 @settings(deadline=None, max_examples=15)
