@@ -88,8 +88,6 @@ class Packing:
         """
         return attention(query, key, value) if self.is_batch else self._attend_each(query, key, value)
 
-    # Lengths are Python numbers here: compiled, each new mix would be a new program.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _interleave(self, text: Tensor, image: Tensor) -> Tensor:
         texts, images = (
             torch.split(text, list(self.text_lengths), dim=1),
@@ -97,13 +95,11 @@ class Packing:
         )
         return torch.cat([part for pair in zip(texts, images, strict=True) for part in pair], dim=1)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _separate(self, joint: Tensor) -> tuple[Tensor, Tensor]:
         lengths = [n for pair in zip(self.text_lengths, self.image_lengths, strict=True) for n in pair]
         parts = torch.split(joint, lengths, dim=1)
         return torch.cat(parts[::2], dim=1), torch.cat(parts[1::2], dim=1)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _attend_each(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         is_joint = query.shape[1] == key.shape[1]
         query_lengths = self.joint_lengths if is_joint else self.target_lengths
@@ -113,6 +109,18 @@ class Packing:
             strict=True,
         )
         return torch.cat([attention(*trio).flatten(0, 1) for trio in pieces])[None]
+
+
+def keep_from_compiler() -> None:
+    """Lets compiled blocks call what depends on a mix's lengths instead of compiling it.
+
+    Lengths are Python numbers there: each new mix would be a new program. Not a decorator, because that imports the
+    compiler, which takes seconds that only compiled blocks are worth.
+    """
+    for name in ("_interleave", "_separate", "_attend_each"):
+        method = getattr(Packing, name)
+        if not getattr(method, "_torchdynamo_disable", False):
+            setattr(Packing, name, torch.compiler.disable(method))  # type: ignore[no-untyped-call]
 
 
 def _runs(tokens: Tensor, lengths: Sequence[int], others: Sequence[int]) -> list[Tensor]:

@@ -26,7 +26,7 @@ from klein_core.denoiser.conditioning import (
     modulations,
 )
 from klein_core.denoiser.linear import Linear
-from klein_core.denoiser.packing import Packing
+from klein_core.denoiser.packing import Packing, keep_from_compiler
 from klein_core.denoiser.positions import span_rotations
 from klein_core.denoiser.scratch import Scratch
 from klein_core.denoiser.span import Span
@@ -98,6 +98,7 @@ class FlowTransformer(nn.Module):
         The first step of each kind of mix (one span, equal spans, others) is slow; lengths and numbers of spans
         do not compile anew. `backend` is torch.compile's.
         """
+        keep_from_compiler()
         for block in (*self.transformer_blocks, *self.single_transformer_blocks):
             block.compile(dynamic=True, backend=backend)
 
