@@ -27,11 +27,11 @@ from pathlib import Path
 import grpc
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from klein_api.v1 import denoiser_service_pb2 as api
-from klein_api.v1.denoiser_service_pb2_grpc import DenoiserServiceStub
 from safetensors.torch import save_file
 
 from benchmarks.measure import Bar, command, describe_machine, finish
+from klein_api.v1 import denoiser_service_pb2 as api
+from klein_api.v1.denoiser_service_pb2_grpc import DenoiserServiceStub
 from klein_core.denoiser.checkpoint import checkpoint_names
 from klein_core.denoiser.transformer import FlowTransformer
 from klein_core.variants import TransformerConfig

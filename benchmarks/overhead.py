@@ -26,6 +26,8 @@ from typing import Any
 
 import grpc
 import psutil
+
+from benchmarks.measure import Bar, command, describe_machine, finish
 from klein_api.v1 import denoiser_service_pb2 as denoiser_pb2
 from klein_api.v1 import (
     denoiser_service_pb2_grpc,
@@ -39,8 +41,6 @@ from klein_api.v1 import vae_decoder_service_pb2 as vae_pb2
 from klein_api.v1.image_pb2 import IMAGE_FORMAT_PNG
 from klein_api.v1.image_service_pb2_grpc import ImageServiceStub
 from klein_api.v1.tensor_pb2 import DATA_TYPE_BF16
-
-from benchmarks.measure import Bar, command, describe_machine, finish
 from services.runtime.allocator import keep_large_blocks
 from services.runtime.application import Application
 from services.runtime.channels import IMAGE_MESSAGE_BYTES

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from klein_api.v1 import image_service_pb2 as api
 
+from klein_api.v1 import image_service_pb2 as api
 from services.cli.client import Generation, connect, generate
 from services.cli.errors import CliError
 from services.cli.suite import PICO, STAGES, Suite, SuiteOptions

@@ -27,9 +27,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import grpc
+
 from klein_api.v1 import tensor_pb2, text_encoder_service_pb2_grpc
 from klein_api.v1 import text_encoder_service_pb2 as pb
-
 from services.orchestrator.relay import TensorRelay
 from services.runtime.allocator import keep_large_blocks
 from services.runtime.application import Application

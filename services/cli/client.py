@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from klein_api.v1 import image_service_pb2 as api
 from klein_api.v1.image_service_pb2_grpc import ImageServiceStub
-
 from services.runtime.channels import IMAGE_MESSAGE_BYTES, open_channel
 
 if TYPE_CHECKING:

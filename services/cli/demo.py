@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
-from klein_api.v1 import image_pb2
-from klein_api.v1 import image_service_pb2 as api
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from klein_api.v1 import image_pb2
+from klein_api.v1 import image_service_pb2 as api
 from services.cli.child import inherited_environment
 from services.cli.client import Generation, connect, generate
 from services.cli.errors import FAILED, INTERRUPTED, CliError, call_error

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
-from klein_api.v1 import image_pb2
-from klein_api.v1 import image_service_pb2 as api
 from rich.console import Console
 
+from klein_api.v1 import image_pb2
+from klein_api.v1 import image_service_pb2 as api
 from services.cli.client import Generation, connect, generate
 from services.cli.errors import MISUSED, CliError, call_error
 from services.cli.progress import GenerationProgress

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from types import TracebackType
 
-from klein_api.v1 import image_service_pb2 as api
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from klein_api.v1 import image_service_pb2 as api
 
 
 class GenerationProgress:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 
 import grpc
-from klein_api.v1 import image_service_pb2 as api
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from klein_api.v1 import image_service_pb2 as api
 from services.cli.client import connect
 from services.cli.errors import FAILED, call_error
 

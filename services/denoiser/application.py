@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 
 import grpc
-from klein_api.v1 import denoiser_service_pb2_grpc, stage_service_pb2
 
+from klein_api.v1 import denoiser_service_pb2_grpc, stage_service_pb2
 from klein_core.variants import default_guidance_scale, default_step_count
 from services.denoiser.loading import load_denoiser
 from services.denoiser.servicer import SERVICE_NAME, Denoiser, DenoiserServicer

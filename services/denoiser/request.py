@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from klein_api.v1 import denoiser_service_pb2, image_pb2, tensor_pb2
 from torch import Tensor
 
+from klein_api.v1 import denoiser_service_pb2, image_pb2, tensor_pb2
 from klein_core.errors import InvalidInput, Violation
 from klein_core.params import GenerationParams, Limits
 from klein_core.variants import default_step_count

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from klein_api.v1 import denoiser_service_pb2 as api
 from torch import Tensor
 
+from klein_api.v1 import denoiser_service_pb2 as api
 from services.denoiser.outbox import Checkpoint, Event, Finished, Preview, Queued, Started, StepDone
 from services.runtime.frames import FrameEnvelope
 from services.runtime.stages import duration

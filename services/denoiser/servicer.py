@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import grpc
+
 from klein_api.v1 import denoiser_service_pb2 as api
 from klein_api.v1 import denoiser_service_pb2_grpc
-
 from services.denoiser.engine import Engine
 from services.denoiser.job import Job
 from services.denoiser.outbox import Finished, Outbox

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from klein_api.v1 import tensor_pb2
 from torch import Tensor
 
+from klein_api.v1 import tensor_pb2
 from klein_core.errors import InvalidInput, Violation
 from services.runtime.frames import FrameReader
 from services.runtime.tensors import check_spec, frames_tensor

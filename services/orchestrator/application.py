@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import grpc
-from klein_api.v1.image_service_pb2_grpc import add_ImageServiceServicer_to_server
 
+from klein_api.v1.image_service_pb2_grpc import add_ImageServiceServicer_to_server
 from services.orchestrator.cache import TensorCache
 from services.orchestrator.calls import Channels
 from services.orchestrator.generation import Generation

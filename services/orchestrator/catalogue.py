@@ -6,7 +6,6 @@ import asyncio
 import math
 
 from klein_api.v1.image_service_pb2 import ListModelsResponse, ModelLimits, RoutedModel, RoutedStage
-
 from klein_core.params import Limits
 from services.orchestrator.request import RequestLimits
 from services.orchestrator.routing import Route, RoutingTable, StageAddress

@@ -14,7 +14,6 @@ from klein_api.v1.vae_decoder_service_pb2 import (
     ReferenceSpec,
     ReferenceSummary,
 )
-
 from klein_core.errors import InvalidInput, Violation
 from services.orchestrator.cache import PROMPT_EMBEDDING, REFERENCE_LATENTS, CacheKey, TensorCache
 from services.orchestrator.calls import ENCODE_PROMPT, ENCODE_REFERENCE, StageAnswer, StageCall, StageCalls

@@ -11,7 +11,6 @@ from klein_api.v1.vae_decoder_service_pb2 import (
     DecodeSpec,
     DecodeSummary,
 )
-
 from services.orchestrator.calls import DECODE_LATENTS, StageCall, StageCalls
 from services.orchestrator.failures import StageDisagreement
 from services.orchestrator.relay import Hop

@@ -12,7 +12,6 @@ from klein_api.v1.image_service_pb2 import (
     GenerationSummary,
     StreamGenerateImageResponse,
 )
-
 from services.orchestrator.wire import enclosed
 
 _EVENTS_AT_ONCE = 4

@@ -18,7 +18,6 @@ from klein_api.v1.image_service_pb2 import (
     StreamGenerateImageResponse,
 )
 from klein_api.v1.vae_decoder_service_pb2 import DecodeSpec
-
 from klein_core.params import GenerationParams
 from services.orchestrator.cache import TensorCache
 from services.orchestrator.calls import DENOISE_LATENTS, StageCalls

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from klein_api.v1.image_service_pb2 import GenerationSummary, ImageSpec, StreamGenerateImageResponse
-
 from services.orchestrator.cache import TensorCache
 from services.orchestrator.calls import Channels, StageCalls
 from services.orchestrator.deadline import Deadline

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 from klein_api.v1.image_pb2 import ImageFormat, Priority
 from klein_api.v1.image_service_pb2 import ImageSpec
-
 from klein_core.errors import InvalidInput, Violation
 from klein_core.params import DEFAULT_LIMITS, GenerationParams, Limits
 from services.orchestrator.routing import Route

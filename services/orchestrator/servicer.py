@@ -7,6 +7,7 @@ from contextlib import aclosing
 from typing import Any
 
 import grpc
+
 from klein_api.v1.image_service_pb2 import (
     GenerateImageRequest,
     GenerationSummary,
@@ -15,7 +16,6 @@ from klein_api.v1.image_service_pb2 import (
     StreamGenerateImageRequest,
 )
 from klein_api.v1.image_service_pb2_grpc import ImageServiceServicer
-
 from services.orchestrator.catalogue import list_models
 from services.orchestrator.events import ImageEvent, collected
 from services.orchestrator.generation import Generation

@@ -7,9 +7,9 @@ import time
 from dataclasses import dataclass
 
 import grpc
+
 from klein_api.v1.stage_service_pb2 import DescribeStageRequest, DescribeStageResponse
 from klein_api.v1.stage_service_pb2_grpc import StageServiceStub
-
 from services.orchestrator.calls import Channels
 from services.orchestrator.routing import Route, StageAddress
 from services.runtime.errors import StageUnavailable

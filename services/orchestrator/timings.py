@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from google.protobuf.duration_pb2 import Duration
-from klein_api.v1.image_service_pb2 import StageTiming
 
+from klein_api.v1.image_service_pb2 import StageTiming
 from services.runtime.metrics import STAGE_CALL_SECONDS
 from services.runtime.stages import duration
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import xxhash
-from klein_api.v1 import denoiser_service_pb2, tensor_pb2
 
+from klein_api.v1 import denoiser_service_pb2, tensor_pb2
 from klein_core.errors import InvalidInput
 from services.runtime.wire_frames import WireFrame
 

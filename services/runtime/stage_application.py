@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
-from klein_api.v1 import stage_service_pb2
 
+from klein_api.v1 import stage_service_pb2
 from services.runtime.application import Application
 from services.runtime.settings import StageSettings
 from services.runtime.stages import SERVICE_NAME, Facts, StageServicer, worker_load

@@ -7,8 +7,8 @@ from importlib import metadata
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
-from klein_api.v1 import stage_service_pb2, stage_service_pb2_grpc
 
+from klein_api.v1 import stage_service_pb2, stage_service_pb2_grpc
 from services.runtime import metrics
 from services.runtime.errors import UnknownModel
 from services.runtime.worker import Worker

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy
 import torch
-from klein_api.v1 import tensor_pb2
 
+from klein_api.v1 import tensor_pb2
 from klein_core.errors import InvalidInput
 from services.runtime.frames import FrameEnvelope, FrameReader, TensorSpec, serialised_frames, split_frames
 

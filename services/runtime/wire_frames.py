@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from google.protobuf.message import DecodeError, Message
+
 from klein_api.v1 import tensor_pb2
 
 _FRAME = tensor_pb2.TensorFrame

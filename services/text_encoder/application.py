@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import grpc
-from klein_api.v1 import stage_service_pb2, text_encoder_service_pb2_grpc
 
+from klein_api.v1 import stage_service_pb2, text_encoder_service_pb2_grpc
 from services.runtime.devices import report_memory, resolve_device, resolve_dtype, set_threads
 from services.runtime.errors import StageUnavailable
 from services.runtime.stage_application import Loaded, StageApplication

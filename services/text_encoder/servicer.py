@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import grpc
+
 from klein_api.v1 import text_encoder_service_pb2 as pb
 from klein_api.v1 import text_encoder_service_pb2_grpc
-
 from klein_core.errors import InvalidInput
 from klein_core.params import prompt_violations
 from services.runtime.frames import FrameEnvelope

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import grpc
 import torch
-from klein_api.v1 import stage_service_pb2, vae_decoder_service_pb2_grpc
 
+from klein_api.v1 import stage_service_pb2, vae_decoder_service_pb2_grpc
 from klein_core.params import SIZE_MULTIPLE_PX
 from klein_core.vae_decoder.references import ReferenceLimits
 from klein_core.vae_decoder.stage import VaeDecoder

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+
 from klein_api.v1 import image_pb2
 from klein_api.v1 import vae_decoder_service_pb2 as pb
-
 from klein_core.errors import InvalidInput
 from klein_core.params import SIZE_MULTIPLE_PX, Limits, size_violations
 from klein_core.vae_decoder.image import format_violations

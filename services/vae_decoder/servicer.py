@@ -9,9 +9,9 @@ from typing import Any
 
 import grpc
 import torch
+
 from klein_api.v1 import vae_decoder_service_pb2 as pb
 from klein_api.v1 import vae_decoder_service_pb2_grpc
-
 from klein_core.params import Limits
 from klein_core.vae_decoder.image import encode_image
 from klein_core.vae_decoder.references import prepare_reference

@@ -71,7 +71,9 @@ def test_ten_references_are_allowed_by_setting():
 
 
 def test_a_message_says_the_value_and_the_limit():
-    with pytest.raises(InvalidInput, match=r"width_px: is 100; must be a multiple of 16, for example 96 or 112"):
+    with pytest.raises(
+        InvalidInput, match=r"width_px: is 100; must be a multiple of 16, for example 96 or 112"
+    ):
         GenerationParams(width_px=100, height_px=64, is_distilled=True)
 
 

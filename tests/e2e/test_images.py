@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from klein_api.v1 import image_pb2
-from klein_api.v1 import image_service_pb2 as api
 from PIL import Image
 
+from klein_api.v1 import image_pb2
+from klein_api.v1 import image_service_pb2 as api
 from klein_core.pico.location import WEIGHTS
 from klein_core.pipeline import Pipeline
 from services.cli.client import Generation, connect, generate

@@ -36,9 +36,7 @@ def test_pictures_are_those_of_the_cpu(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-def test_a_packed_step_equals_each_span_alone(
-    checkpoint: Path, dtype: torch.dtype, tolerance: float
-) -> None:
+def test_a_packed_step_equals_each_span_alone(checkpoint: Path, dtype: torch.dtype, tolerance: float) -> None:
     model = FlowTransformer.from_folder(checkpoint, device="cuda", dtype=dtype)
     generator = torch.Generator().manual_seed(0)
 

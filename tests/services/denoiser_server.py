@@ -15,11 +15,11 @@ from typing import Any
 import grpc
 import pytest
 import torch
-from klein_api.v1 import denoiser_service_pb2 as api
-from klein_api.v1.denoiser_service_pb2_grpc import DenoiserServiceStub
 from safetensors.torch import save_file
 from torch import Tensor
 
+from klein_api.v1 import denoiser_service_pb2 as api
+from klein_api.v1.denoiser_service_pb2_grpc import DenoiserServiceStub
 from klein_core.denoiser.checkpoint import checkpoint_names
 from klein_core.denoiser.sampler import Trajectory, packed_step
 from klein_core.denoiser.transformer import FlowTransformer

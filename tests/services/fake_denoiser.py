@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 from klein_api.v1 import denoiser_service_pb2 as denoiser_pb2
 from klein_api.v1 import denoiser_service_pb2_grpc
-
 from klein_core.errors import InvalidInput
 from services.runtime.errors import StageUnavailable
 from services.runtime.frames import FrameReader

@@ -13,7 +13,6 @@ from klein_api.v1 import text_encoder_service_pb2_grpc, vae_decoder_service_pb2_
 from klein_api.v1 import vae_decoder_service_pb2 as vae_pb2
 from klein_api.v1.stage_service_pb2_grpc import StageServiceServicer, add_StageServiceServicer_to_server
 from klein_api.v1.tensor_pb2 import TensorFrame
-
 from klein_core.errors import InvalidInput
 from services.runtime.application import Application
 from services.runtime.errors import UnknownModel

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 
 from klein_api.v1.tensor_pb2 import DATA_TYPE_F32, TensorFrame
-
 from services.runtime.frames import TensorSpec, split_frames
 
 TEXT_CHANNELS = 8

@@ -8,9 +8,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
 import grpc
+
 from klein_api.v1.image_service_pb2 import GenerateImageRequest, ImageSpec
 from klein_api.v1.image_service_pb2_grpc import ImageServiceStub
-
 from services.orchestrator.application import Orchestrator
 from services.orchestrator.settings import OrchestratorSettings
 from services.runtime.server import running_server

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 
 import grpc
-from klein_api.v1 import stage_service_pb2, text_encoder_service_pb2, text_encoder_service_pb2_grpc
 
+from klein_api.v1 import stage_service_pb2, text_encoder_service_pb2, text_encoder_service_pb2_grpc
 from services.runtime.application import Application
 from services.runtime.stages import SERVICE_NAME, StageServicer, worker_load
 from services.runtime.worker import Worker

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from klein_api.v1 import image_pb2
 from klein_api.v1 import image_service_pb2 as api
 from klein_api.v1 import stage_service_pb2 as stage_api
-
 from klein_core.errors import InvalidInput, Violation
 from services.cli.child import inherited_environment
 from services.cli.main import main

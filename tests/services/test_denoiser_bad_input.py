@@ -7,11 +7,11 @@ import asyncio
 import grpc
 import pytest
 import torch
+
 from klein_api.v1 import denoiser_service_pb2 as api
 from klein_api.v1 import stage_service_pb2, tensor_pb2
 from klein_api.v1.denoiser_service_pb2_grpc import DenoiserServiceStub
 from klein_api.v1.stage_service_pb2_grpc import StageServiceStub
-
 from services.runtime.status import explain
 from services.runtime.tensors import tensor_frames
 from tests.services.denoiser_server import (

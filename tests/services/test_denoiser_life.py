@@ -11,10 +11,10 @@ import grpc
 import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+
 from klein_api.v1 import image_pb2, stage_service_pb2
 from klein_api.v1.denoiser_service_pb2_grpc import DenoiserServiceStub
 from klein_api.v1.stage_service_pb2_grpc import StageServiceStub
-
 from services.denoiser.outbox import Finished, Outbox, Preview, StepDone
 from services.denoiser.servicer import SERVICE_NAME
 from services.runtime import metrics

@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 import torch
+
 from klein_api.v1 import image_pb2, stage_service_pb2
 from klein_api.v1.stage_service_pb2_grpc import StageServiceStub
-
 from tests.services.denoiser_server import (
     Tensors,
     alone,

@@ -9,15 +9,15 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+from opentelemetry.instrumentation.grpc import aio_client_interceptors
+from opentelemetry.sdk.trace import TracerProvider
+from prometheus_client import REGISTRY
+
 from klein_api.v1.image_service_pb2 import (
     ImageSpec,
     ListModelsRequest,
     StreamGenerateImageRequest,
 )
-from opentelemetry.instrumentation.grpc import aio_client_interceptors
-from opentelemetry.sdk.trace import TracerProvider
-from prometheus_client import REGISTRY
-
 from klein_core.errors import DeviceFault
 from services.runtime.errors import DeadlineUnreachable, QueueFull, ReceiveTimeout, StageUnavailable
 from services.runtime.server import running_server

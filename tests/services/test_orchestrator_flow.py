@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from prometheus_client import REGISTRY
+
 from klein_api.v1 import image_pb2
 from klein_api.v1.image_service_pb2 import (
     GenerateImageRequest,
@@ -12,8 +14,6 @@ from klein_api.v1.image_service_pb2 import (
     ListModelsRequest,
     StreamGenerateImageRequest,
 )
-from prometheus_client import REGISTRY
-
 from services.runtime.errors import StageUnavailable
 from tests.services.fake_tensors import reference_file
 from tests.services.orchestrator_suite import FakeSuite, generate

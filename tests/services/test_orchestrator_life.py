@@ -6,9 +6,9 @@ import asyncio
 
 import grpc
 import pytest
-from klein_api.v1.image_service_pb2 import ImageSpec, StreamGenerateImageRequest
 from prometheus_client import REGISTRY
 
+from klein_api.v1.image_service_pb2 import ImageSpec, StreamGenerateImageRequest
 from klein_core.errors import InvalidInput
 from tests.services.fake_stages import FakeTextEncoder
 from tests.services.fake_tensors import reference_file

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import grpc
 import pytest
-from klein_api.v1.image_service_pb2 import GenerateImageRequest, ImageSpec, StreamGenerateImageRequest
 
+from klein_api.v1.image_service_pb2 import GenerateImageRequest, ImageSpec, StreamGenerateImageRequest
 from services.runtime.status import explain
 from tests.services.fake_tensors import reference_file
 from tests.services.orchestrator_suite import FakeSuite, refusal

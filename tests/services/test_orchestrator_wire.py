@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
+
 from klein_api.v1 import denoiser_service_pb2 as denoiser_pb2
 from klein_api.v1 import text_encoder_service_pb2 as text_pb2
 from klein_api.v1 import vae_decoder_service_pb2 as vae_pb2
 from klein_api.v1.tensor_pb2 import TensorFrame, TensorSpec
-
 from services.orchestrator import wire
 
 specs = st.builds(

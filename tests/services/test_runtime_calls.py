@@ -8,9 +8,9 @@ import struct
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from klein_api.v1 import stage_service_pb2, stage_service_pb2_grpc
 from prometheus_client import REGISTRY
 
+from klein_api.v1 import stage_service_pb2, stage_service_pb2_grpc
 from services.runtime.channels import open_channel
 from services.runtime.load_report import LoadReport
 from services.runtime.logs import ConsoleFormatter, JsonFormatter, request_id

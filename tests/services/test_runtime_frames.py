@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from klein_api.v1 import denoiser_service_pb2, tensor_pb2, text_encoder_service_pb2
 
+from klein_api.v1 import denoiser_service_pb2, tensor_pb2, text_encoder_service_pb2
 from klein_core.errors import InvalidInput
 from services.runtime.frames import (
     MAX_FRAME_BYTES,

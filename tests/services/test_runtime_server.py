@@ -9,9 +9,9 @@ import pytest
 from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from klein_api.v1 import stage_service_pb2, stage_service_pb2_grpc
 from prometheus_client import REGISTRY
 
+from klein_api.v1 import stage_service_pb2, stage_service_pb2_grpc
 from klein_core.errors import CheckpointError
 from services.runtime.channels import open_channel
 from services.runtime.server import Server, running_server, serve

@@ -4,9 +4,9 @@ import pytest
 from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
+
 from klein_api.v1 import denoiser_service_pb2 as denoiser
 from klein_api.v1 import tensor_pb2, text_encoder_service_pb2, vae_decoder_service_pb2
-
 from services.runtime.wire_frames import FrameMessage, frame_deserializer
 
 CLASSES = [

@@ -7,9 +7,9 @@ import grpc
 import pytest
 import pytest_asyncio
 import torch
+
 from klein_api.v1 import stage_service_pb2, stage_service_pb2_grpc, text_encoder_service_pb2_grpc
 from klein_api.v1 import text_encoder_service_pb2 as pb
-
 from klein_core.text_encoder.encoder import TextEncoder
 from services.runtime.channels import open_channel
 from services.runtime.frames import FrameReader

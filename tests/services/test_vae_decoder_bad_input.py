@@ -6,9 +6,9 @@ import math
 import grpc
 import pytest
 import pytest_asyncio
+
 from klein_api.v1 import image_pb2, tensor_pb2, vae_decoder_service_pb2_grpc
 from klein_api.v1 import vae_decoder_service_pb2 as pb
-
 from services.runtime.channels import open_channel
 from services.runtime.frames import MAX_FRAME_BYTES
 from services.runtime.server import running_server

@@ -5,13 +5,13 @@ import asyncio
 import pytest
 import pytest_asyncio
 import torch
+
 from klein_api.v1 import (
     image_pb2,
     stage_service_pb2,
     stage_service_pb2_grpc,
     vae_decoder_service_pb2_grpc,
 )
-
 from klein_core.vae_decoder.stage import VaeDecoder
 from services.runtime.channels import open_channel
 from services.runtime.frames import MAX_FRAME_BYTES

@@ -3,9 +3,9 @@
 import io
 
 import torch
-from klein_api.v1 import vae_decoder_service_pb2 as pb
 from PIL import Image
 
+from klein_api.v1 import vae_decoder_service_pb2 as pb
 from services.runtime.frames import MAX_FRAME_BYTES, FrameReader
 from services.runtime.status import explain
 from services.runtime.tensors import frames_tensor, tensor_frames
