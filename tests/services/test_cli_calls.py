@@ -191,7 +191,13 @@ def test_control_c_cancels_the_call(target: str, orchestrator: Orchestrator, tmp
         "p.png",
     ]
     with subprocess.Popen(
-        command, cwd=tmp_path, env=inherited_environment(), stderr=subprocess.PIPE, text=True
+        command,
+        cwd=tmp_path,
+        env=inherited_environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        # Background jobs of a shell ignore it, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert orchestrator.called.wait(20)
         process.send_signal(signal.SIGINT)
