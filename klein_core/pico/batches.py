@@ -45,16 +45,19 @@ def encoded(autoencoder: Autoencoder, scenes: Sequence[Scene], width_px: int, he
     return autoencoder.encode(images).permute(0, 2, 3, 1).contiguous()
 
 
-def token_weights(scenes: Sequence[Scene], width_px: int, height_px: int) -> Tensor:
-    """Returns the weight of each token of each scene, (B, rows, columns)."""
+def token_weights(tasks: Sequence[Task], width_px: int, height_px: int) -> Tensor:
+    """Returns the weight of each token of each target, (B, rows, columns).
+
+    What was in the first reference counts as much as what shall be there: it is wrong to leave it.
+    """
     rows, columns = height_px // TOKEN_PX, width_px // TOKEN_PX
-    weights = np.ones((len(scenes), rows, columns), np.float32)
-    for weight, scene in zip(weights, scenes, strict=True):
-        for item in scene.items:
-            touched = (
-                coverage(item, width_px, height_px).reshape(rows, TOKEN_PX, columns, TOKEN_PX).max((1, 3)) > 0
-            )
-            weight += _ITEM_WEIGHT * touched
+    weights = np.ones((len(tasks), rows, columns), np.float32)
+    for weight, task in zip(weights, tasks, strict=True):
+        touched = np.zeros((rows, columns), np.bool_)
+        for item in {item for scene in (task.target, *task.references[:1]) for item in scene.items}:
+            covered = coverage(item, width_px, height_px).reshape(rows, TOKEN_PX, columns, TOKEN_PX)
+            touched |= covered.max((1, 3)) > 0
+        weight += _ITEM_WEIGHT * touched
     return torch.from_numpy(weights / weights.mean())
 
 
@@ -110,7 +113,7 @@ class Supply:
                 encoded(self._autoencoder, [task.references[i] for task in tasks], *size)
                 for i, size in enumerate(setting.references)
             ),
-            token_weights(targets, *setting.target),
+            token_weights(tasks, *setting.target),
         )
 
     def _take(self, family: str, count: int) -> list[Pair]:

@@ -206,7 +206,12 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="checkpoint folder")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    parser.add_argument("--brief", action="store_true", help="leave out sizes, controls and paraphrases")
+    parser.add_argument(
+        "--part",
+        choices=("all", "tasks", "rest"),
+        default="all",
+        help="rest: paraphrases, sizes and controls",
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(min(2, torch.get_num_threads()))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
@@ -214,10 +219,11 @@ def main() -> None:
     header = "  ".join(f"{column:>10}" for column in COLUMNS)
     sys.stdout.write(f"{'4 steps, ' + arguments.dtype:36} {'n':>5}  {header}\n")
     evaluation = Evaluation(Painter(arguments.weights, dtype), _print_row)
-    evaluation.text_to_image(count)
-    evaluation.kinds("edits, all kinds", EDIT_KINDS, edit, count)
-    evaluation.kinds("two references, all kinds", TWO_REFERENCE_KINDS, two_references, count)
-    if not arguments.brief:
+    if arguments.part != "rest":
+        evaluation.text_to_image(count)
+        evaluation.kinds("edits, all kinds", EDIT_KINDS, edit, count)
+        evaluation.kinds("two references, all kinds", TWO_REFERENCE_KINDS, two_references, count)
+    if arguments.part != "tasks":
         evaluation.paraphrases(max(1, count // 58))
         evaluation.other_references(count // 2)
         evaluation.sizes(count)

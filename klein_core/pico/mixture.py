@@ -14,14 +14,8 @@ Pixels = tuple[int, int]
 FAMILIES = ("text to image", "edit", "two references")
 REFERENCE_COUNT = {"text to image": 0, "edit": 1, "two references": 2}
 _EDIT_WEIGHTS = {
-    "colour": 1.0,
-    "shape": 1.5,
-    "background": 1.0,
-    "move": 1.5,
-    "size": 1.2,
-    "add": 1.6,
-    "remove": 0.9,
-}
+    "colour": 1.3, "shape": 2.4, "background": 0.8, "move": 0.7, "size": 1.9, "add": 0.5, "remove": 2.2
+}  # fmt: skip
 _TWO_WEIGHTS = {"onto background": 1.0, "colour from second": 1.0, "side by side": 1.6, "stacked": 1.2}
 _SIDES_PX = tuple(range(64, 257, TOKEN_PX))
 _OTHER_REFERENCE_SIZE = 0.12
@@ -62,7 +56,9 @@ def family_shares(progress: float) -> dict[str, float]:
         return dict(zip(FAMILIES, (0.62, 0.24, 0.14), strict=True))
     if progress < 0.5:
         return dict(zip(FAMILIES, (0.45, 0.31, 0.24), strict=True))
-    return dict(zip(FAMILIES, (0.31, 0.36, 0.33), strict=True))
+    if progress < 0.73:
+        return dict(zip(FAMILIES, (0.31, 0.36, 0.33), strict=True))
+    return dict(zip(FAMILIES, (0.14, 0.5, 0.36), strict=True))
 
 
 def size_shares(progress: float) -> tuple[float, float, float]:
@@ -71,7 +67,7 @@ def size_shares(progress: float) -> tuple[float, float, float]:
         return 0.85, 0.13, 0.02
     if progress < 0.75:
         return 0.15, 0.72, 0.13
-    return 0.1, 0.62, 0.28
+    return 0.06, 0.84, 0.1
 
 
 def any_setting(family: str, progress: float, rng: random.Random) -> Setting:

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from klein_core.denoiser.sampler import Trajectory, packed_step
 from klein_core.denoiser.transformer import FlowTransformer
-from klein_core.pico.batches import encoded
-from klein_core.pico.world import TOKEN_PX, Scene
+from klein_core.pico.world import TOKEN_PX, Scene, render
 from klein_core.text_encoder.encoder import TextEncoder
 from klein_core.vae_decoder.stage import VaeDecoder
 
@@ -61,8 +60,7 @@ class Painter:
 
     def round_trip(self, picture: Picture) -> Picture:
         """Encodes and decodes one picture (H, W, 3)."""
-        image = torch.from_numpy(picture).float() / 127.5 - 1
-        return self._decode(self._vae.encode(image))
+        return self._decode(self._vae.encode(_image(picture)))
 
     def _paint(self, orders: Sequence[Order], step_count: int) -> list[Picture]:
         prompts = self._text_encoder.encode([order.prompt for order in orders])
@@ -83,9 +81,8 @@ class Painter:
         return [self._decode(trajectory.latents) for trajectory in trajectories]
 
     def _references(self, order: Order) -> tuple[Tensor, ...]:
-        autoencoder = self._vae.autoencoder
         return tuple(
-            encoded(autoencoder, [scene], *size)[0]
+            self._vae.encode(_image(render(scene, *size)))
             for scene, size in zip(order.references, order.reference_sizes, strict=True)
         )
 
@@ -95,3 +92,8 @@ class Painter:
 
 def _shape(order: Order) -> tuple[int, int, tuple[tuple[int, int], ...]]:
     return order.width_px, order.height_px, order.reference_sizes
+
+
+def _image(picture: Picture) -> Tensor:
+    """Returns (H, W, 3) in -1…1."""
+    return torch.from_numpy(picture).float() / 127.5 - 1

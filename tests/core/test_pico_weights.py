@@ -111,7 +111,7 @@ def test_stock_diffusers_paints_the_same_picture(pipeline: Pipeline) -> None:
     stock.set_progress_bar_config(disable=True)
     prompt = "a small yellow star in the top left corner on a black background"
     theirs = stock(
-        prompt,
+        prompt=prompt,
         width=SIDE,
         height=SIDE,
         num_inference_steps=4,
