@@ -224,7 +224,7 @@ def main() -> None:
         evaluation.kinds("edits, all kinds", EDIT_KINDS, edit, count)
         evaluation.kinds("two references, all kinds", TWO_REFERENCE_KINDS, two_references, count)
     if arguments.part != "tasks":
-        evaluation.paraphrases(max(1, count // 58))
+        evaluation.paraphrases(max(1, count // 55))
         evaluation.other_references(count // 2)
         evaluation.sizes(count)
         evaluation.controls(count)

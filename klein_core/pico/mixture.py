@@ -58,7 +58,7 @@ def family_shares(progress: float) -> dict[str, float]:
         return dict(zip(FAMILIES, (0.45, 0.31, 0.24), strict=True))
     if progress < 0.73:
         return dict(zip(FAMILIES, (0.31, 0.36, 0.33), strict=True))
-    return dict(zip(FAMILIES, (0.14, 0.5, 0.36), strict=True))
+    return dict(zip(FAMILIES, (0.2, 0.44, 0.36), strict=True))
 
 
 def size_shares(progress: float) -> tuple[float, float, float]:
@@ -67,7 +67,7 @@ def size_shares(progress: float) -> tuple[float, float, float]:
         return 0.85, 0.13, 0.02
     if progress < 0.75:
         return 0.15, 0.72, 0.13
-    return 0.06, 0.84, 0.1
+    return 0.1, 0.5, 0.4
 
 
 def any_setting(family: str, progress: float, rng: random.Random) -> Setting:
