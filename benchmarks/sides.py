@@ -114,7 +114,9 @@ def oracle_step_run(module: nn.Module, inputs: StepInputs) -> Run:
 
 def cut_text_encoder(shape: Shape, place: Place) -> nn.Module:
     """Builds our text encoder."""
-    module = random_module(lambda: build_cut_qwen3(shape.text_encoder), place)
+    # It builds itself on `meta` but for its rotary, which has no values to move from there.
+    built = build_cut_qwen3(shape.text_encoder)
+    module = random_module(lambda: built, place)
     return _with_rotary(module, module, place)
 
 
