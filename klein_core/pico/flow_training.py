@@ -171,8 +171,8 @@ class Plan:
 
 
 def learning_rate(progress: float, step: int) -> float:
-    """Warms up, holds for 40 % of the time, then falls in a straight line to 3 %."""
-    falling = 1.0 if progress < 0.4 else max(0.03, 1 - (progress - 0.4) / 0.6)
+    """Warms up, holds for half the time, then falls in a straight line to 3 %."""
+    falling = 1.0 if progress < 0.5 else max(0.03, 2 * (1 - progress))
     return _LEARNING_RATE * min(1.0, (step + 1) / _WARM_UP_STEPS) * falling
 
 

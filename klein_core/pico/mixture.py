@@ -18,7 +18,7 @@ _EDIT_WEIGHTS = {
 }  # fmt: skip
 _TWO_WEIGHTS = {"onto background": 1.0, "colour from second": 1.0, "side by side": 1.6, "stacked": 1.2}
 _SIDES_PX = tuple(range(64, 257, TOKEN_PX))
-_OTHER_REFERENCE_SIZE = 0.12
+_OTHER_REFERENCE_SIZE = 0.25
 
 
 @dataclass(frozen=True)
@@ -54,20 +54,18 @@ def family_shares(progress: float) -> dict[str, float]:
     """Returns each family's share of tokens and loss at a moment of training (0…1): first learn to draw."""
     if progress < 0.22:
         return dict(zip(FAMILIES, (0.62, 0.24, 0.14), strict=True))
-    if progress < 0.5:
+    if progress < 0.42:
         return dict(zip(FAMILIES, (0.45, 0.31, 0.24), strict=True))
-    if progress < 0.73:
-        return dict(zip(FAMILIES, (0.31, 0.36, 0.33), strict=True))
-    return dict(zip(FAMILIES, (0.2, 0.44, 0.36), strict=True))
+    return dict(zip(FAMILIES, (0.2, 0.48, 0.32), strict=True))
 
 
 def size_shares(progress: float) -> tuple[float, float, float]:
     """Returns the shares of 64², 128² and all other sizes at a moment of training (0…1)."""
     if progress < 0.22:
         return 0.85, 0.13, 0.02
-    if progress < 0.75:
+    if progress < 0.42:
         return 0.15, 0.72, 0.13
-    return 0.1, 0.5, 0.4
+    return 0.08, 0.52, 0.4
 
 
 def any_setting(family: str, progress: float, rng: random.Random) -> Setting:

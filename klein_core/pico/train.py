@@ -50,7 +50,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--vae-minutes", type=float, default=20)
     parser.add_argument("--reading-minutes", type=float, default=12)
-    parser.add_argument("--flow-minutes", type=float, default=180)
+    parser.add_argument("--flow-minutes", type=float, default=200)
     parser.add_argument("--decoder-minutes", type=float, default=15)
     return parser.parse_args()
 
