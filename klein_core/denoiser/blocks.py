@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from klein_core.denoiser.conditioning import Modulation
-from klein_core.denoiser.linear import Linear, project
+from klein_core.denoiser.linear import Linear
 from klein_core.denoiser.packing import Packing
 from klein_core.denoiser.positions import rotate
 from klein_core.denoiser.scratch import Scratch
@@ -178,11 +178,12 @@ class ParallelAttention(nn.Module):
 
     def of_targets(self, tokens: Tensor, targets: Tensor, target_rotations: Tensor, step: Step) -> Tensor:
         """Returns the update (batch, target tokens, hidden) of `targets`, which attend to all of `tokens`."""
-        channels = self.widths[0] // 3
-        weights = torch.split(self.to_qkv_mlp_proj.weight, [channels, 2 * channels, self.widths[1]])
-        query = torch.unflatten(project(targets, weights[0]), -1, (-1, self.head_dim))
-        key, value = torch.unflatten(project(tokens, weights[1]), -1, (2, -1, self.head_dim)).unbind(2)
-        feed_forward = project(targets, weights[2])
+        queries_end, attention_end, end = self.widths[0] // 3, self.widths[0], sum(self.widths)
+        projection = self.to_qkv_mlp_proj
+        query = torch.unflatten(projection.rows(targets, 0, queries_end), -1, (-1, self.head_dim))
+        key_value = projection.rows(tokens, queries_end, attention_end)
+        key, value = torch.unflatten(key_value, -1, (2, -1, self.head_dim)).unbind(2)
+        feed_forward = projection.rows(targets, attention_end, end)
         query = normalised_heads(query, self.norm_q.weight, self.eps, step.scratch)
         key = normalised_heads(key, self.norm_k.weight, self.eps, step.scratch)
         query = rotate(query, target_rotations, step.scratch).to(tokens.dtype)

@@ -21,6 +21,10 @@ class Linear(nn.Linear):
         """Returns tokens · weightᵀ, in `out` if that is given."""
         return project(tokens, self.weight, out)
 
+    def rows(self, tokens: Tensor, start: int, stop: int) -> Tensor:
+        """Returns output channels start … stop of `forward`, at the cost of those alone."""
+        return project(tokens, self.weight[start:stop])
+
 
 def project(tokens: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """Returns tokens · weightᵀ in the tokens' dtype; `out` is contiguous."""

@@ -1,0 +1,20 @@
+"""The matrix product: row ranges of it are the same numbers as the whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from klein_core.denoiser.linear import Linear
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_range_is_a_product_with_those_rows(dtype: torch.dtype):
+    generator = torch.Generator().manual_seed(0)
+    linear = Linear(8, 12).to(dtype)
+    tokens = torch.randn(2, 5, 8, generator=generator).to(dtype)
+    part = Linear(8, 4).to(dtype)
+    with torch.no_grad():
+        part.weight.copy_(linear.weight[3:7])
+        assert torch.equal(linear.rows(tokens, 3, 7), part(tokens))
+        assert torch.equal(linear.rows(tokens, 0, 12), linear(tokens))
