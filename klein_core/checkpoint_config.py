@@ -6,6 +6,7 @@ Torch-free. A value that would change the picture and is not supported is an err
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ VAE_FOLDER = "vae"
 SCHEDULER_FOLDER = "scheduler"
 
 _PIPELINE = "Flux2KleinPipeline"
+_REFERENCE_CACHE_PIPELINE = "Flux2KleinKVPipeline"
+_PIPELINES = (_PIPELINE, _REFERENCE_CACHE_PIPELINE)
 _CLASSES: dict[str, tuple[str, ...]] = {
     TEXT_ENCODER_FOLDER: ("Qwen3ForCausalLM", "Qwen3Model"),
     TOKENIZER_FOLDER: ("Qwen2Tokenizer", "Qwen2TokenizerFast"),
@@ -58,6 +61,29 @@ _SCHEDULER_ONLY: dict[str, Any] = {
 }
 
 
+@dataclass(frozen=True)
+class PipelineIndex:
+    """What `model_index.json` says about sampling; the shapes are each component's own."""
+
+    is_distilled: bool
+    uses_reference_cache: bool
+
+
+def read_pipeline_index(folder: Path | str) -> PipelineIndex:
+    """Reads `model_index.json`.
+
+    Raises:
+        CheckpointError: it is missing or malformed, or names a class that is not supported.
+    """
+    path = Path(folder) / "model_index.json"
+    index = read_json(path)
+    _check_index(path, index)
+    uses_reference_cache = index["_class_name"] == _REFERENCE_CACHE_PIPELINE
+    # Each pipeline class has its own default for a key that is not there.
+    is_distilled = _flag(path, index, "is_distilled", uses_reference_cache)
+    return PipelineIndex(is_distilled, uses_reference_cache)
+
+
 def read_variant(folder: Path | str) -> Variant:
     """Reads a whole checkpoint's configuration.
 
@@ -66,13 +92,13 @@ def read_variant(folder: Path | str) -> Variant:
             components do not fit each other.
     """
     folder = Path(folder)
-    index = read_json(folder / "model_index.json")
-    _check_index(folder / "model_index.json", index)
+    index = read_pipeline_index(folder)
     variant = Variant(
         text_encoder=read_text_encoder_config(folder),
         transformer=read_transformer_config(folder),
         vae=read_vae_config(folder),
-        is_distilled=_flag(folder / "model_index.json", index, "is_distilled", False),
+        is_distilled=index.is_distilled,
+        uses_reference_cache=index.uses_reference_cache,
         scheduler=read_scheduler_config(folder),
     )
     _check_fit(folder, variant)
@@ -186,9 +212,9 @@ def read_scheduler_config(folder: Path | str) -> SchedulerConfig:
 
 
 def _check_index(path: Path, index: Mapping[str, Any]) -> None:
-    if index.get("_class_name") != _PIPELINE:
+    if index.get("_class_name") not in _PIPELINES:
         raise CheckpointError(
-            f"{path}: _class_name is {index.get('_class_name')!r}; only {_PIPELINE} is supported"
+            f"{path}: _class_name is {index.get('_class_name')!r}; only {' or '.join(_PIPELINES)} is supported"
         )
     for component in _CLASSES:
         entry = index.get(component)

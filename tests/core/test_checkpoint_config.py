@@ -68,6 +68,15 @@ def test_absent_keys_mean_kleins_values(folder):
     assert variant.transformer.rope_theta == 2000
 
 
+def test_the_pipelines_class_says_whether_references_are_kept(folder):
+    assert not read_variant(folder).uses_reference_cache
+    change(folder / "model_index.json", _class_name="Flux2KleinKVPipeline")
+    assert read_variant(folder).uses_reference_cache
+    # Without the key, each class means its own default: base without a cache, distilled with one.
+    change(folder / "model_index.json", is_distilled=...)
+    assert read_variant(folder).is_distilled
+
+
 @pytest.mark.parametrize(
     ("file", "key", "value"),
     [
