@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from klein_core.quantization.stored_weight import StoredWeight
+
 
 class Linear(nn.Linear):
-    """A linear layer without bias: (…, inputs) → (…, outputs)."""
+    """A linear layer without bias: (…, inputs) → (…, outputs). Its weight may be a `StoredWeight`."""
 
     __call__: Callable[..., Tensor]
 
@@ -19,11 +21,28 @@ class Linear(nn.Linear):
 
     def forward(self, tokens: Tensor, out: Tensor | None = None) -> Tensor:
         """Returns tokens · weightᵀ, in `out` if that is given."""
-        return project(tokens, self.weight, out)
+        weight: Tensor | StoredWeight = self.weight
+        if isinstance(weight, StoredWeight):
+            return project_stored(tokens, weight, 0, self.out_features, out)
+        return project(tokens, weight, out)
 
     def rows(self, tokens: Tensor, start: int, stop: int) -> Tensor:
         """Returns output channels start … stop of `forward`, at the cost of those alone."""
-        return project(tokens, self.weight[start:stop])
+        weight: Tensor | StoredWeight = self.weight
+        if isinstance(weight, StoredWeight):
+            return project_stored(tokens, weight, start, stop)
+        return project(tokens, weight[start:stop])
+
+
+def project_stored(
+    tokens: Tensor, weight: StoredWeight, start: int, stop: int, out: Tensor | None = None
+) -> Tensor:
+    """Returns tokens · rows start … stop transposed of a quantised weight; `out` is contiguous."""
+    if not weight.multiplies(tokens, start, stop):
+        return project(tokens, weight.dense(tokens.dtype, start, stop), out)
+    rows = tokens.flatten(0, -2)
+    product = weight.product(rows, start, stop, None if out is None else out.view(len(rows), -1))
+    return product.view(*tokens.shape[:-1], -1)
 
 
 def project(tokens: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
