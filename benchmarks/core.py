@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 
+from benchmarks.floor import products_alone
 from benchmarks.measure import Bar, alternate, command, describe_machine, finish, paired_ratio
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.sides import (
@@ -69,6 +70,9 @@ def _options() -> argparse.Namespace:
         "--compile", action="store_true", help="measure our step with compiled blocks as well"
     )
     parser.add_argument(
+        "--floor", action="store_true", help="also time diffusers' products and attention alone"
+    )
+    parser.add_argument(
         "--no-memory", action="store_true", help="leave out the peak memory of fresh processes"
     )
     parser.add_argument("--check", action="store_true", help="exit 1 when a bar is missed")
@@ -89,7 +93,19 @@ def _step(options: argparse.Namespace, dtype: str) -> list[Bar]:
             runs = {"ours": step_run(ours, inputs), "diffusers": oracle_step_run(oracle, inputs)}
             name = f"{'compiled ' if compiled else ''}step, {dtype}, {options.size}², {count} references"
             bars.append(_speed_up_bar(name, runs, COMPILED_STEP_BAR if compiled else STEP_BAR, options))
+            if options.floor and not compiled:
+                _print_floor(runs["diffusers"], options)
     return bars
+
+
+def _print_floor(run: Run, options: argparse.Namespace) -> None:
+    """Prints how much faster than `run` anything can be that computes the same products with the same libraries."""
+    with torch.no_grad():
+        sides = {"whole": run, "floor": products_alone(run)}
+        timed = {side: _synchronised(each, options.device) for side, each in sides.items()}
+        seconds = alternate(timed, options.repeats)
+    ratio = paired_ratio(seconds["whole"], seconds["floor"])
+    print(f"  products and attention alone {min(seconds['floor']):.4f} s: at most {ratio:.2f}×", flush=True)
 
 
 def _encode(options: argparse.Namespace, dtype: str) -> list[Bar]:
