@@ -62,7 +62,7 @@ class StubStage(Application):
             ),
             "vae-decoder": stage_pb2.VaeDecoderFacts(latent_channels=128),
         }
-        self._description.loaded(device="none", dtype="bf16", facts=facts[self.name])
+        self._description.loaded(device="none", dtype="bf16", weights_digest="stub", facts=facts[self.name])
 
     async def drain(self) -> None:
         self._description.draining()

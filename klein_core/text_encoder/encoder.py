@@ -17,6 +17,7 @@ from klein_core.errors import CheckpointError
 from klein_core.text_encoder.tokenizer import PromptTokenizer, TokenizedPrompt
 from klein_core.variants import TextEncoderConfig
 from klein_core.weights import load_weights
+from klein_core.weights_digest import weights_digest
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,11 @@ class TextEncoder:
             EncodedPrompt(embedding, tokens.token_count, tokens.truncated)
             for embedding, tokens in zip(embeddings, tokenized, strict=True)
         ]
+
+    def digest(self) -> str:
+        """Returns what tells this encoder's weights and tokenizer from others; see `weights_digest`."""
+        taps = f"{self.config.tapped_layers} {self.config.sequence_length}"
+        return weights_digest(self.model, self.tokenizer.digest, taps)
 
     @torch.no_grad()
     def embed(self, tokenized: Sequence[TokenizedPrompt]) -> Tensor:

@@ -6,6 +6,7 @@ tokens, as in diffusers.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,12 @@ class PromptTokenizer:
         self._pad_token_id = _pad_token_id(tokenizer)
         # The wrapper sets truncation and padding on its backend for every call, and threads would meet there:
         # "Already borrowed", or another call's length. A backend of its own that never changes has no such state.
-        self._backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        serialised = tokenizer.backend_tokenizer.to_str()
+        self.digest = hashlib.blake2b(
+            f"{serialised}{tokenizer.chat_template}".encode(), digest_size=16
+        ).hexdigest()
+        """Tells this vocabulary and chat template from others."""
+        self._backend = tokenizers.Tokenizer.from_str(serialised)
         self._backend.no_truncation()
         self._backend.no_padding()
 

@@ -54,7 +54,12 @@ class DenoiserApplication(Application):
             embedding_channels=model.embedding_channels,
             latent_channels=model.latent_channels,
         )
-        self._stage.loaded(device=str(denoiser.workload.device), dtype=dtype_name(model.dtype), facts=facts)
+        self._stage.loaded(
+            device=str(denoiser.workload.device),
+            dtype=dtype_name(model.dtype),
+            weights_digest=model.weights_digest,
+            facts=facts,
+        )
 
     async def drain(self) -> None:
         self._stage.draining()

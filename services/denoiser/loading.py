@@ -11,6 +11,7 @@ from klein_core.denoiser.sampler import Trajectory, packed_step
 from klein_core.denoiser.transformer import FlowTransformer
 from klein_core.pico.location import WEIGHTS
 from klein_core.variants import TextEncoderConfig, read_json
+from klein_core.weights_digest import weights_digest
 from services.denoiser.engine import Engine, Step
 from services.denoiser.request import Model, RequestLimits
 from services.denoiser.scheduler import Scheduler, SchedulerLimits
@@ -109,6 +110,7 @@ def _model(settings: DenoiserSettings, folder: Path, transformer: FlowTransforme
         embedding_channels=transformer.config.joint_attention_dim,
         latent_channels=transformer.config.in_channels,
         dtype=transformer.dtype,
+        weights_digest=weights_digest(transformer),
     )
 
 

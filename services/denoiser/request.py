@@ -35,6 +35,8 @@ class Model:
     embedding_channels: int
     latent_channels: int
     dtype: torch.dtype
+    weights_digest: str = ""
+    """See `klein_core.weights_digest`."""
 
 
 @dataclass(frozen=True, kw_only=True)

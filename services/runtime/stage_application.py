@@ -24,6 +24,8 @@ class Loaded:
     """Where it computes, for example `cuda:0`."""
     dtype: str
     """Element type of its weights and of the tensors that it sends: bf16, f16 or f32."""
+    weights_digest: str
+    """See `klein_core.weights_digest`."""
     facts: Facts
 
 
@@ -52,7 +54,9 @@ class StageApplication(Application, ABC):
 
     async def load(self) -> None:
         loaded = (await self.worker.run(self.load_model)).value
-        self.description.loaded(device=loaded.device, dtype=loaded.dtype, facts=loaded.facts)
+        self.description.loaded(
+            device=loaded.device, dtype=loaded.dtype, weights_digest=loaded.weights_digest, facts=loaded.facts
+        )
 
     async def drain(self) -> None:
         self.description.draining()

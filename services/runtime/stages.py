@@ -48,10 +48,11 @@ class StageServicer(stage_service_pb2_grpc.StageServiceServicer):
         """Adds the service to a server."""
         stage_service_pb2_grpc.add_StageServiceServicer_to_server(self, server)
 
-    def loaded(self, *, device: str, dtype: str, facts: Facts) -> None:
+    def loaded(self, *, device: str, dtype: str, weights_digest: str, facts: Facts) -> None:
         """Takes what is known once the model is loaded; the stage counts as serving from here on."""
         description = self._description
         description.device, description.dtype, description.serving = device, dtype, True
+        description.weights_digest = weights_digest
         match facts:
             case stage_service_pb2.TextEncoderFacts():
                 description.text_encoder.CopyFrom(facts)

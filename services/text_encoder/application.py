@@ -61,4 +61,9 @@ class TextEncoderApplication(StageApplication):
             sequence_length=encoder.config.sequence_length,
             embedding_channels=encoder.config.embedding_channels,
         )
-        return Loaded(device=str(device), dtype=dtype_name(warm.embedding.dtype), facts=facts)
+        return Loaded(
+            device=str(device),
+            dtype=dtype_name(warm.embedding.dtype),
+            weights_digest=encoder.digest(),
+            facts=facts,
+        )

@@ -9,6 +9,7 @@ from klein_api.v1 import stage_service_pb2, vae_decoder_service_pb2_grpc
 from klein_core.params import SIZE_MULTIPLE_PX
 from klein_core.vae_decoder.references import ReferenceLimits
 from klein_core.vae_decoder.stage import VaeDecoder
+from klein_core.weights_digest import weights_digest
 from services.runtime.devices import report_memory, resolve_device, resolve_dtype, set_threads
 from services.runtime.errors import StageUnavailable
 from services.runtime.places import Places
@@ -65,7 +66,12 @@ class VaeDecoderApplication(StageApplication):
         _warm_up(decoder, self._settings.warm_up_size_px)
         self._decoder = decoder
         facts = stage_service_pb2.VaeDecoderFacts(latent_channels=decoder.config.packed_channels)
-        return Loaded(device=str(device), dtype=dtype_name(decoder.dtype), facts=facts)
+        return Loaded(
+            device=str(device),
+            dtype=dtype_name(decoder.dtype),
+            weights_digest=weights_digest(decoder.autoencoder),
+            facts=facts,
+        )
 
     async def close(self) -> None:
         await super().close()

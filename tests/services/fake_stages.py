@@ -37,6 +37,7 @@ class FakeStage(Application, StageServiceServicer):
     stage: str = ""
     model: str = MODEL
     dtype: str = "f32"
+    weights_digest: str = "first"
     serving: bool = True
     error: BaseException | None = None
     """Raised by the next calls instead of an answer."""
@@ -76,7 +77,12 @@ class FakeStage(Application, StageServiceServicer):
         if self.describe_gate is not None:
             await self.describe_gate.wait()
         description = stage_pb2.DescribeStageResponse(
-            stage=self.stage, model=self.model, serving=self.serving, version="1", dtype=self.dtype
+            stage=self.stage,
+            model=self.model,
+            serving=self.serving,
+            version="1",
+            dtype=self.dtype,
+            weights_digest=self.weights_digest,
         )
         if self.serving:
             self.describe_facts(description)

@@ -50,7 +50,7 @@ class Toy(Application, text_encoder_service_pb2_grpc.TextEncoderServiceServicer)
         if self.load_error:
             raise self.load_error
         facts = stage_service_pb2.TextEncoderFacts(sequence_length=7)
-        self.description.loaded(device="cpu", dtype="f32", facts=facts)
+        self.description.loaded(device="cpu", dtype="f32", weights_digest="toy", facts=facts)
 
     async def drain(self):
         self.description.draining()

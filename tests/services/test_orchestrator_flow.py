@@ -228,6 +228,17 @@ async def test_equal_content_is_encoded_once(suite):
     assert cached == {"encode-prompt": 0, "encode-reference": 0, "denoise": 1, "decode": 1}
 
 
+async def test_what_other_weights_made_is_not_used_again():
+    async with FakeSuite(settings={"describe_ttl_seconds": 0.0}).running() as suite:
+        references = [reference_file(96, 80, "x")]
+        for digests in (("first", "first"), ("second", "first"), ("second", "second"), ("first", "first")):
+            suite.text_encoder.weights_digest, suite.vae_decoder.weights_digest = digests
+            await generate(suite, prompt="fox", seed=1, references=references)
+        # Each stage was asked once for each set of its weights; what the first ones made is still good at the end.
+        assert suite.text_encoder.prompts == ["fox"] * 2
+        assert suite.vae_decoder.references == references * 2
+
+
 async def test_without_a_cache_everything_is_encoded_anew():
     async with FakeSuite(settings={"cache_bytes": 0}).running() as suite:
         for _ in range(2):

@@ -85,6 +85,7 @@ async def test_the_stage_describes_its_model(channel, oracle):
     facts = description.text_encoder
     assert facts.sequence_length == oracle.config.sequence_length
     assert facts.embedding_channels == oracle.config.embedding_channels
+    assert description.weights_digest == oracle.digest()
 
 
 async def test_its_model_may_be_named_and_no_other(stub):

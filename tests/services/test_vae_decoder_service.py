@@ -120,3 +120,4 @@ async def test_the_stage_describes_its_model(channel):
     description = await stage.DescribeStage(stage_service_pb2.DescribeStageRequest())
     assert (description.stage, description.model, description.dtype) == ("vae-decoder", "tiny", "f32")
     assert description.vae_decoder.latent_channels == 16
+    assert len(description.weights_digest) == 32

@@ -46,6 +46,7 @@ class DescribeStageResponse(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    WEIGHTS_DIGEST_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     TEXT_ENCODER_FIELD_NUMBER: _builtins.int
     DENOISER_FIELD_NUMBER: _builtins.int
@@ -62,6 +63,10 @@ class DescribeStageResponse(_message.Message):
     """Element type of its weights and of the tensors that it sends."""
     version: _builtins.str
     """Version of the software."""
+    weights_digest: _builtins.str
+    """Tells its weights from others, in whatever precision they are held; equal on all replicas of a checkpoint. What
+    a caller keeps of a stage's answers is good for one digest. Empty until the model is loaded.
+    """
     @_builtins.property
     def load(self) -> Global___StageLoad:
         """How busy it is."""
@@ -87,6 +92,7 @@ class DescribeStageResponse(_message.Message):
         device: _builtins.str = ...,
         dtype: _builtins.str = ...,
         version: _builtins.str = ...,
+        weights_digest: _builtins.str = ...,
         load: Global___StageLoad | None = ...,
         text_encoder: Global___TextEncoderFacts | None = ...,
         denoiser: Global___DenoiserFacts | None = ...,
@@ -94,7 +100,7 @@ class DescribeStageResponse(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["denoiser", b"denoiser", "facts", b"facts", "load", b"load", "text_encoder", b"text_encoder", "vae_decoder", b"vae_decoder"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["denoiser", b"denoiser", "device", b"device", "dtype", b"dtype", "facts", b"facts", "load", b"load", "model", b"model", "serving", b"serving", "stage", b"stage", "text_encoder", b"text_encoder", "vae_decoder", b"vae_decoder", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["denoiser", b"denoiser", "device", b"device", "dtype", b"dtype", "facts", b"facts", "load", b"load", "model", b"model", "serving", b"serving", "stage", b"stage", "text_encoder", b"text_encoder", "vae_decoder", b"vae_decoder", "version", b"version", "weights_digest", b"weights_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_facts: _TypeAlias = _typing.Literal["text_encoder", "denoiser", "vae_decoder"]  # noqa: Y015
     _WhichOneofArgType_facts: _TypeAlias = _typing.Literal["facts", b"facts"]  # noqa: Y015

@@ -1,0 +1,53 @@
+"""Whoever keeps a model's answers has to notice when the model behind a name is another one."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from klein_core.quantization.int8 import Int8Weight
+from klein_core.quantization.layers import place
+from klein_core.weights_digest import SAMPLES, weights_digest
+
+
+@pytest.fixture
+def module() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 96, bias=False), nn.BatchNorm1d(96))
+
+
+def test_equal_weights_have_equal_digests_whatever_their_strides(module):
+    twin = copy.deepcopy(module)
+    twin[0].weight.data = twin[0].weight.data.t().contiguous().t()
+    assert weights_digest(twin) == weights_digest(module)
+
+
+def test_any_noticeable_change_shows(module):
+    digests = {
+        weights_digest(module),
+        weights_digest(module, "a tokenizer"),
+        weights_digest(module, "a", "b"),
+    }
+    digests.add(weights_digest(module, "ab"))
+    for change in (
+        lambda m: m[0].weight.data.mul_(1.001),
+        lambda m: m[1].running_var.add_(1e-3),
+        lambda m: m.to(torch.bfloat16),
+        lambda m: place(m, "0.weight", Int8Weight.of(m[0].weight.data)),
+    ):
+        changed = copy.deepcopy(module)
+        change(changed)
+        digests.add(weights_digest(changed))
+    assert len(digests) == 8
+
+
+def test_every_part_of_a_large_tensor_counts():
+    large = nn.Linear(1, 50 * SAMPLES, bias=False)
+    before = weights_digest(large)
+    for start in range(0, 50 * SAMPLES, 10 * SAMPLES):
+        changed = copy.deepcopy(large)
+        changed.weight.data[start : start + 100] += 1
+        assert weights_digest(changed) != before
