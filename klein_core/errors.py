@@ -10,6 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
+
+_NAMES_SHOWN = 8
+_NAME_LENGTH_SHOWN = 200
 
 
 class KleinError(Exception):
@@ -45,3 +49,19 @@ class CheckpointError(KleinError):
 
 class DeviceFault(KleinError):
     """The device failed in a way that later work would inherit."""
+
+
+def refuse(place: Path, problems: Iterable[tuple[str, Iterable[str]]]) -> None:
+    """Raises CheckpointError with every non-empty list of names; each comes with what is wrong with them."""
+    found = [f"{what} {listed(names)}" for what, names in problems if names]
+    if found:
+        raise CheckpointError(f"{place}: {'; '.join(found)}")
+
+
+def listed(names: Iterable[str]) -> str:
+    """Returns the first names in order and how many more there are; fit for a terminal whatever a file says."""
+    ordered = sorted(names)
+    rest = len(ordered) - _NAMES_SHOWN
+    shown = (name if name.isprintable() else ascii(name) for name in ordered[:_NAMES_SHOWN])
+    short = (name if len(name) <= _NAME_LENGTH_SHOWN else name[:_NAME_LENGTH_SHOWN] + "…" for name in shown)
+    return ", ".join(short) + (f" and {rest} more" if rest > 0 else "")

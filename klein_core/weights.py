@@ -1,240 +1,227 @@
 """Streams safetensors into a module built on the `meta` device, strictly in both directions.
 
-A component's folder holds one `*.safetensors` file, or shards and their `*.safetensors.index.json`. Nothing
-is read before every name and shape has been compared, and a tensor that is not needed is never read. Pickle
-is not a format of this library.
+Nothing is read before every name, shape and dtype has been compared, and a tensor that is not needed is never
+read. See `klein_core.checkpoint` for the files, the layouts of names and the reading.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from klein_core.errors import CheckpointError
-from klein_core.variants import read_json
+from klein_core.checkpoint.files import Checkpoint, open_checkpoint
+from klein_core.checkpoint.layouts import Layout
+from klein_core.checkpoint.reader import DTYPES, Reader
+from klein_core.checkpoint.sources import NO_SOURCES, Piece, Sources
+from klein_core.errors import listed, refuse
 
-Rename = Mapping[str, tuple[str, ...]]
-"""Parameter name → the checkpoint's names for it; several are concatenated along the first axis."""
-
-_INDEX_SUFFIX = ".safetensors.index.json"
-_DEFAULT_STEMS = ("diffusion_pytorch_model", "model")
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_NO_RENAMES: Rename = MappingProxyType({})
-_NAMES_SHOWN = 8
+PLAIN_DTYPES = ("F32", "F16", "BF16")
+"""Dtypes of weights that are numbers as they stand."""
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """Where each tensor of one component lies."""
+class QuantisedWeights(Protocol):
+    """Takes over the parameters that a checkpoint stores in another form than as plain numbers.
 
-    folder: Path
-    files: Mapping[str, Path]
-    """Tensor name → the safetensors file that holds it."""
-
-
-def open_checkpoint(folder: Path | str) -> Checkpoint:
-    """Finds the component's tensors without reading any.
-
-    Raises:
-        CheckpointError: no safetensors, two sets of them, only pickle files, or a corrupt header or index.
+    The loader asks it for each parameter before anything is read. Pieces name the stored tensors `X.weight` and
+    the rows of them that make the parameter; `sources.companions_of` names what else is stored about each, of
+    which a fused projection has one set for all its rows.
     """
-    folder = Path(folder)
-    source = _weight_source(folder)
-    if source.name.endswith(_INDEX_SUFFIX):
-        return Checkpoint(folder, _read_index(source))
-    with _open(source) as handle:
-        return Checkpoint(folder, dict.fromkeys(handle.keys(), source))
+
+    def is_companion(self, name: str) -> bool:
+        """Whether a stored tensor only describes another one, so that it is no extra."""
+
+    def takes(self, parameter: str, pieces: tuple[Piece, ...], checkpoint: Checkpoint) -> bool:
+        """Whether this parameter is stored quantised. Raises CheckpointError for a form that it cannot read."""
+
+    def needs(self, pieces: tuple[Piece, ...], checkpoint: Checkpoint) -> Collection[str]:
+        """Names every stored tensor that it will read for a parameter; headers only."""
+
+    def load(
+        self, shape: torch.Size, pieces: tuple[Piece, ...], reader: Reader, dtype: torch.dtype
+    ) -> nn.Module:
+        """Reads a parameter of this shape; returns what stands in the network in its place.
+
+        dtype: what the network computes in.
+        """
 
 
 def load_weights(
     module: nn.Module,
-    folder: Path | str,
+    checkpoint: Checkpoint | Path | str,
     *,
     device: torch.device | str,
     dtype: torch.dtype | None = None,
-    rename: Rename = _NO_RENAMES,
+    sources: Sources = NO_SOURCES,
+    layout: Layout | None = None,
     ignorable: Callable[[str], bool] = lambda name: False,
+    quantised: QuantisedWeights | None = None,
 ) -> None:
     """Gives every parameter and persistent buffer of `module` its value from the checkpoint.
 
     Args:
         module: built on `meta`; non-persistent buffers are its own affair and must be real already.
-        folder: one component's folder.
+        checkpoint: one component's tensors, or the folder or file that holds them.
         device: where the tensors go, one at a time.
-        dtype: of every tensor; `None` is the checkpoint's own (that of most of its values).
-        rename: for parameters whose name in the checkpoint differs or that fuse several tensors; a
-            checkpoint that already has the fused tensor under the parameter's name loads as well.
+        dtype: of every tensor; `None` is the checkpoint's own (that of most of its plain values).
+        sources: for parameters whose name in the checkpoint differs or that several pieces make; a checkpoint
+            that has the whole under the parameter's own name loads as well.
+        layout: how the checkpoint prefixes its names, if it does.
         ignorable: tells checkpoint names that are not needed. They are not read, their shards may be absent,
             and a buffer of that name is zero.
+        quantised: takes over what is not stored as plain numbers; without it such a checkpoint is refused.
 
     Raises:
-        CheckpointError: names are missing, extra, half of a fused group, of another shape or type, or a file
-            is corrupt. The message lists the names and the file.
+        CheckpointError: names are missing, extra, half of a fused group, of another shape or dtype, or a file
+            is corrupt. The message lists the names and the file. The module is as it was.
     """
-    checkpoint = open_checkpoint(folder)
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = open_checkpoint(checkpoint)
     targets = module.state_dict()
-    plan = _plan(targets, checkpoint, rename, ignorable)
-    with ExitStack() as stack:
-        reader = _Reader(checkpoint, stack, {name for names in plan.values() for name in names})
-        _check_shapes(plan, targets, reader)
-        dtype = dtype or reader.commonest_dtype()
-        loaded = {name: reader.read(plan[name], targets[name].shape, device, dtype) for name in plan}
+    plan = _plan(targets, checkpoint, sources, layout, ignorable, quantised)
+    taken = {name for name in plan if quantised and quantised.takes(name, plan[name], checkpoint)}
+    plain = {name: pieces for name, pieces in plan.items() if name not in taken}
+    _check_plain(plain, targets, checkpoint)
+    dtype = dtype or commonest_dtype(plain, checkpoint)
+    needed = {piece.name for pieces in plan.values() for piece in pieces}
+    needed |= {
+        name for parameter in taken if quantised for name in quantised.needs(plan[parameter], checkpoint)
+    }
+    with Reader(checkpoint, needed, device) as reader:
+        loaded = {name: _assembled(plain[name], targets[name].shape, reader, dtype) for name in plain}
+        stored = {
+            name: quantised.load(targets[name].shape, plan[name], reader, dtype)
+            for name in taken
+            if quantised is not None
+        }
     for name in targets.keys() - plan.keys():
         loaded[name] = torch.zeros(targets[name].shape, dtype=targets[name].dtype, device=device)
-    module.load_state_dict(loaded, strict=True, assign=True)
-    _check_nothing_on_meta(module)
+    _put(module, loaded, stored)
 
 
-class _Reader:
-    """The needed files of a checkpoint, open for as long as its stack."""
+def commonest_dtype(plan: Sources, checkpoint: Checkpoint) -> torch.dtype:
+    """Returns the dtype that most of the values of `plan` are stored in."""
+    counts: Counter[str] = Counter()
+    for name in {piece.name for pieces in plan.values() for piece in pieces}:
+        entry = checkpoint.entry(name)
+        counts[entry.dtype] += entry.element_count
+    return DTYPES[counts.most_common(1)[0][0]]
 
-    def __init__(self, checkpoint: Checkpoint, stack: ExitStack, needed: set[str]) -> None:
-        self.folder = checkpoint.folder
-        self._files = {name: checkpoint.files[name] for name in needed}
-        self._handles = {path: stack.enter_context(_open(path)) for path in sorted(set(self._files.values()))}
-        for path, handle in self._handles.items():
-            listed = {name for name, file in checkpoint.files.items() if file == path}
-            _refuse(self.folder, [(f"{path.name} and the index disagree on", listed ^ set(handle.keys()))])
-        slices = {name: self._handles[path].get_slice(name) for name, path in self._files.items()}
-        self.shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-        self._dtypes = {name: str(part.get_dtype()) for name, part in slices.items()}
-        foreign = [f"{name} ({kind})" for name, kind in self._dtypes.items() if kind not in _DTYPES]
-        _refuse(self.folder, [(f"not one of {', '.join(_DTYPES)}:", foreign)])
 
-    def commonest_dtype(self) -> torch.dtype:
-        counts: Counter[str] = Counter()
-        for name, kind in self._dtypes.items():
-            counts[kind] += prod(self.shapes[name])
-        return _DTYPES[counts.most_common(1)[0][0]]
-
-    def read(
-        self, names: tuple[str, ...], shape: torch.Size, device: torch.device | str, dtype: torch.dtype
-    ) -> Tensor:
-        """Copies the named tensors, stacked along the first axis, into one new tensor."""
-        target = torch.empty(shape, dtype=dtype, device=device)
-        if len(names) == 1:
-            return target.copy_(self._get(names[0]))
-        row = 0
-        for name in names:
-            row_count = self.shapes[name][0]
-            target[row : row + row_count].copy_(self._get(name))
-            row += row_count
+def _assembled(pieces: tuple[Piece, ...], shape: torch.Size, reader: Reader, dtype: torch.dtype) -> Tensor:
+    """Reads pieces, one below the other, into one new tensor."""
+    target = torch.empty(shape, dtype=dtype, device=reader.device)
+    if not shape:
+        reader.copy(pieces[0], target)
         return target
-
-    def _get(self, name: str) -> Tensor:
-        path = self._files[name]
-        try:
-            tensor: Tensor = self._handles[path].get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: {name} cannot be read: {error}") from None
-        return tensor
+    row = 0
+    for piece in pieces:
+        row_count = len(piece.row_range(reader.checkpoint.entry(piece.name).shape[0]))
+        reader.copy(piece, target[row : row + row_count])
+        row += row_count
+    return target
 
 
-def _weight_source(folder: Path) -> Path:
-    """Picks the folder's index or its only file."""
-    indexes = sorted(folder.glob("*" + _INDEX_SUFFIX))
-    stems = {path.name.removesuffix(_INDEX_SUFFIX) for path in indexes}
-    shards = {name for stem in stems for name in folder.glob(f"{stem}-*-of-*.safetensors")}
-    sources = indexes + sorted(set(folder.glob("*.safetensors")) - shards)
-    default = [path for path in sources if path.name.split(".safetensors")[0] in _DEFAULT_STEMS]
-    candidates = default or sources
-    if len(candidates) == 1:
-        return candidates[0]
-    if candidates:
-        raise CheckpointError(f"{folder} has several sets of weights: {_listed(p.name for p in candidates)}")
-    pickles = [path.name for path in folder.glob("*") if path.suffix in _PICKLE_SUFFIXES]
-    if pickles:
-        raise CheckpointError(f"{folder} has only pickle files, which are never read: {_listed(pickles)}")
-    raise CheckpointError(f"{folder} has no *.safetensors file")
-
-
-def _read_index(path: Path) -> dict[str, Path]:
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError(f"{path} has no weight_map of tensor names to file names")
-    outside = {name for name in weight_map.values() if Path(name).name != name}
-    _refuse(path, [("names files outside its folder:", outside)])
-    return {tensor: path.parent / name for tensor, name in weight_map.items()}
+def _put(module: nn.Module, loaded: Mapping[str, Tensor], stored: Mapping[str, nn.Module]) -> None:
+    """Puts everything in its place; only now does the module change."""
+    for name, weight in stored.items():
+        path, _, attribute = name.rpartition(".")
+        owner = module.get_submodule(path)
+        delattr(owner, attribute)
+        setattr(owner, attribute, weight)
+    left = module.load_state_dict(loaded, strict=False, assign=True)
+    inner = {f"{name}.{buffer}" for name, weight in stored.items() for buffer in weight.state_dict()}
+    if left.unexpected_keys or set(left.missing_keys) - inner:
+        raise RuntimeError(f"not put in their place: {listed(left.unexpected_keys + left.missing_keys)}")
+    on_meta = [name for name, value in (*module.named_parameters(), *module.named_buffers()) if value.is_meta]
+    if on_meta:
+        raise RuntimeError(f"non-persistent tensors must be real before loading: {listed(on_meta)}")
 
 
 def _plan(
-    targets: Iterable[str], checkpoint: Checkpoint, rename: Rename, ignorable: Callable[[str], bool]
-) -> dict[str, tuple[str, ...]]:
-    """Maps each parameter to the checkpoint's names, or refuses with every name that does not fit."""
-    available = {name for name in checkpoint.files if not ignorable(name)}
-    plan: dict[str, tuple[str, ...]] = {}
+    targets: Iterable[str],
+    checkpoint: Checkpoint,
+    sources: Sources,
+    layout: Layout | None,
+    ignorable: Callable[[str], bool],
+    quantised: QuantisedWeights | None,
+) -> dict[str, tuple[Piece, ...]]:
+    """Maps each parameter to its pieces, or refuses with every name that does not fit."""
+    prefix = layout.prefix if layout else ""
+    stored = {name for name in checkpoint.files if layout is None or layout.owns(name)}
+    available = {name for name in stored if not ignorable(name)}
+    plan: dict[str, tuple[Piece, ...]] = {}
     missing: list[str] = []
     half: list[str] = []
     for target in targets:
-        names = rename.get(target, (target,))
+        own = Piece(prefix + target)
+        pieces = sources.get(target, (own,))
+        names = list(dict.fromkeys(piece.name for piece in pieces))
         present = [name for name in names if name in available]
         if len(present) == len(names):
-            plan[target] = names
-        elif not present and target in available:
-            plan[target] = (target,)
+            plan[target] = pieces
+        elif not present and own.name in available:
+            plan[target] = (own,)
         elif present:
             half.append(f"{target} (has {', '.join(present)} of {', '.join(names)})")
         elif not ignorable(target):
             missing.extend(names)
-    used = {name for names in plan.values() for name in names}
-    halves = {name for target in targets for name in rename.get(target, ())} - used if half else set()
-    extra = available - used - halves
+    used = {piece.name for pieces in plan.values() for piece in pieces}
+    halves = {piece.name for target in targets for piece in sources.get(target, ())} if half else set()
+    extra = {
+        name for name in available - used - halves if quantised is None or not quantised.is_companion(name)
+    }
     problems = [("missing:", missing), ("half of a fused group:", half), ("not part of this model:", extra)]
-    _refuse(checkpoint.folder, problems)
+    refuse(checkpoint.place, problems)
     return plan
 
 
-def _check_shapes(plan: Rename, targets: Mapping[str, Tensor], reader: _Reader) -> None:
-    wrong = []
-    for target, names in plan.items():
+def _check_plain(plan: Sources, targets: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
+    """Checks shapes and dtypes by the headers."""
+    wrong, foreign = _half_used(plan, checkpoint), set()
+    for target, pieces in plan.items():
         expected = tuple(targets[target].shape)
-        shapes = [reader.shapes[name] for name in names]
-        if len(names) > 1 and all(shapes):
-            together = (sum(shape[0] for shape in shapes), *expected[1:])
-            fits = together == expected and all(shape[1:] == expected[1:] for shape in shapes)
-        else:
-            fits = shapes == [expected]
-        if not fits:
-            found = ", ".join(f"{name} {shape}" for name, shape in zip(names, shapes, strict=True))
+        if not _fits(pieces, expected, checkpoint):
+            found = ", ".join(f"{piece.name} {checkpoint.entry(piece.name).shape}" for piece in pieces)
             wrong.append(f"{found} instead of {expected}")
-    _refuse(reader.folder, [("of another shape than the configuration says:", wrong)])
+        kinds = {piece.name: checkpoint.entry(piece.name).dtype for piece in pieces}
+        foreign |= {f"{name} ({kind})" for name, kind in kinds.items() if kind not in PLAIN_DTYPES}
+    problems = [
+        ("of another shape than the configuration says:", wrong),
+        (f"not one of {', '.join(PLAIN_DTYPES)}:", foreign),
+    ]
+    refuse(checkpoint.place, problems)
 
 
-def _check_nothing_on_meta(module: nn.Module) -> None:
-    left = [name for name, value in (*module.named_parameters(), *module.named_buffers()) if value.is_meta]
-    if left:
-        raise RuntimeError(f"non-persistent tensors must be real before loading: {_listed(left)}")
+def _half_used(plan: Sources, checkpoint: Checkpoint) -> list[str]:
+    """Returns what is wrong with stored tensors that have rows that no piece takes."""
+    taken: Counter[str] = Counter()
+    for piece in (piece for pieces in plan.values() for piece in pieces):
+        shape = checkpoint.entry(piece.name).shape
+        taken[piece.name] += len(piece.row_range(shape[0])) if shape else 1
+    shapes = {name: checkpoint.entry(name).shape for name in taken}
+    return [
+        f"{name} {shapes[name]} instead of {count} rows"
+        for name, count in taken.items()
+        if shapes[name] and shapes[name][0] != count
+    ]
 
 
-def _open(path: Path) -> Any:
-    """Opens one safetensors file, memory-mapped."""
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is truncated, or not a safetensors file: {error}") from None
+def _fits(pieces: tuple[Piece, ...], expected: tuple[int, ...], checkpoint: Checkpoint) -> bool:
+    shapes = [_shape(piece, checkpoint.entry(piece.name).shape) for piece in pieces]
+    if len(shapes) == 1 or not all(shapes):
+        return shapes == [expected]
+    rows = sum(shape[0] for shape in shapes)
+    return (rows, *expected[1:]) == expected and all(shape[1:] == expected[1:] for shape in shapes)
 
 
-def _refuse(place: Path, problems: Iterable[tuple[str, Iterable[str]]]) -> None:
-    """Raises with every non-empty list of names."""
-    found = [f"{what} {_listed(names)}" for what, names in problems if names]
-    if found:
-        raise CheckpointError(f"{place}: {'; '.join(found)}")
-
-
-def _listed(names: Iterable[str]) -> str:
-    ordered = sorted(names)
-    rest = len(ordered) - _NAMES_SHOWN
-    return ", ".join(ordered[:_NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+def _shape(piece: Piece, stored: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns a piece's shape as its parameter has it."""
+    if piece.is_pointwise and len(stored) == 4 and stored[2:] == (1, 1):
+        stored = stored[:2]
+    whole = piece.start == 0 and piece.stop is None
+    return stored if whole or not stored else (len(piece.row_range(stored[0])), *stored[1:])

@@ -9,6 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from klein_core.checkpoint.files import open_checkpoint
+from klein_core.checkpoint.layouts import TRANSFORMER, find_layout
+from klein_core.checkpoint.transformer import transformer_sources
 from klein_core.checkpoint_config import TRANSFORMER_FOLDER, read_transformer_config
 from klein_core.denoiser.blocks import (
     DoubleStreamBlock,
@@ -17,7 +20,6 @@ from klein_core.denoiser.blocks import (
     Step,
     Targets,
 )
-from klein_core.denoiser.checkpoint import checkpoint_names
 from klein_core.denoiser.conditioning import (
     Modulation,
     ModulationLayer,
@@ -78,8 +80,10 @@ class FlowTransformer(nn.Module):
         config = read_transformer_config(checkpoint_folder)
         with torch.device("meta"):
             transformer = cls(config)
-        folder = Path(checkpoint_folder) / TRANSFORMER_FOLDER
-        load_weights(transformer, folder, device=device, dtype=dtype, rename=checkpoint_names(config))
+        checkpoint = open_checkpoint(Path(checkpoint_folder) / TRANSFORMER_FOLDER, Path(checkpoint_folder))
+        layout = find_layout(TRANSFORMER, checkpoint)
+        sources = layout.prefixed(transformer_sources(config, layout.style))
+        load_weights(transformer, checkpoint, device=device, dtype=dtype, sources=sources, layout=layout)
         return transformer.eval().requires_grad_(False)
 
     @property

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,9 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
+from klein_core.checkpoint.files import open_checkpoint
+from klein_core.checkpoint.layouts import TEXT_ENCODER, find_layout
+from klein_core.checkpoint.text_encoder import is_past, text_encoder_sources
 from klein_core.checkpoint_config import TEXT_ENCODER_FOLDER, TOKENIZER_FOLDER, read_text_encoder_config
 from klein_core.errors import CheckpointError
 from klein_core.text_encoder.tokenizer import PromptTokenizer, TokenizedPrompt
@@ -56,13 +58,16 @@ class TextEncoder:
         config = read_text_encoder_config(folder)
         tokenizer = PromptTokenizer.from_folder(folder / TOKENIZER_FOLDER, config.sequence_length)
         model = build_cut_qwen3(config, device)
+        checkpoint = open_checkpoint(folder / TEXT_ENCODER_FOLDER, folder)
+        layout = find_layout(TEXT_ENCODER, checkpoint)
         load_weights(
             model,
-            folder / TEXT_ENCODER_FOLDER,
+            checkpoint,
             device=device,
             dtype=dtype,
-            rename={name: (f"model.{name}",) for name in model.state_dict()},
-            ignorable=_is_past(max(config.tapped_layers)),
+            sources=layout.prefixed(text_encoder_sources(config)),
+            layout=layout,
+            ignorable=is_past(config),
         )
         model.requires_grad_(False)
         model.train(False)
@@ -134,16 +139,3 @@ def _cut(config: TextEncoderConfig) -> dict[str, object]:
     if isinstance(cut.get("layer_types"), list):
         cut["layer_types"] = cut["layer_types"][:layer_count]
     return cut
-
-
-def _is_past(layer_count: int) -> Callable[[str], bool]:
-    """Returns a test for checkpoint names of what comes after the last tapped layer."""
-    layer = re.compile(r"(?:model\.)?layers\.(\d+)\.")
-
-    def is_past(name: str) -> bool:
-        match = layer.match(name)
-        if match:
-            return int(match[1]) >= layer_count or name.endswith(".rotary_emb.inv_freq")
-        return name in ("lm_head.weight", "model.norm.weight", "norm.weight")
-
-    return is_past

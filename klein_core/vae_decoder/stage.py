@@ -11,6 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from klein_core.checkpoint.files import open_checkpoint
+from klein_core.checkpoint.layouts import VAE, find_layout
+from klein_core.checkpoint.vae import is_unneeded, vae_sources
 from klein_core.checkpoint_config import VAE_FOLDER, read_vae_config
 from klein_core.errors import InvalidInput
 from klein_core.vae_decoder.autoencoder import Autoencoder
@@ -60,12 +63,16 @@ class VaeDecoder:
         config = read_vae_config(checkpoint_folder)
         with torch.device("meta"):
             autoencoder = Autoencoder(config)
+        checkpoint = open_checkpoint(Path(checkpoint_folder) / VAE_FOLDER, Path(checkpoint_folder))
+        layout = find_layout(VAE, checkpoint)
         load_weights(
             autoencoder,
-            Path(checkpoint_folder) / VAE_FOLDER,
+            checkpoint,
             device=device,
             dtype=dtype,
-            ignorable=lambda name: name == "bn.num_batches_tracked",
+            sources=layout.prefixed(vae_sources(config, layout.style)),
+            layout=layout,
+            ignorable=is_unneeded,
         )
         autoencoder.requires_grad_(False).eval()
         # Convolutions take channels last without reordering them: a tenth to a fifth faster on a CPU.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from klein_core.denoiser import blocks, conditioning, positions, transformer
+from klein_core.denoiser.checkpoint import checkpoint_names
 from klein_core.denoiser.packing import Packing
 from klein_core.denoiser.span import Span
 from klein_core.denoiser.transformer import FlowTransformer
@@ -185,7 +186,7 @@ def test_gradients_equal_diffusers():
         ours([span])[0].square().mean().backward()
         oracle_velocity(oracle, span, gradients=True).square().mean().backward()
     theirs = dict(oracle.named_parameters())
-    fused = transformer.checkpoint_names(ours.config)
+    fused = checkpoint_names(ours.config)
     for name, parameter in ours.named_parameters():
         expected = torch.cat([theirs[part].grad for part in fused.get(name, (name,))])
         assert relative_error(parameter.grad, expected) < 1e-4, name

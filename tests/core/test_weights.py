@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from klein_core.checkpoint.files import open_checkpoint
+from klein_core.checkpoint.sources import Piece
 from klein_core.errors import CheckpointError
-from klein_core.weights import load_weights, open_checkpoint
+from klein_core.weights import load_weights
 
-FUSED = {"fused.weight": ("q.weight", "k.weight", "v.weight")}
+FUSED = {"fused.weight": (Piece("q.weight"), Piece("k.weight"), Piece("v.weight"))}
 TENSORS = {
     "q.weight": torch.full((2, 4), 1.0),
     "k.weight": torch.full((3, 4), 2.0),
@@ -50,7 +52,7 @@ def write_shards(folder, tensors):
 
 def load(folder, **arguments) -> Small:
     module = on_meta()
-    load_weights(module, folder, device="cpu", rename=FUSED, **arguments)
+    load_weights(module, folder, device="cpu", sources=FUSED, **arguments)
     return module
 
 
@@ -222,4 +224,4 @@ def test_a_real_module_with_buffers_left_on_meta_is_a_mistake_of_ours(tmp_path):
     module = on_meta()
     module.register_buffer("frequencies", torch.empty(2, device="meta"), persistent=False)
     with pytest.raises(RuntimeError, match="frequencies"):
-        load_weights(module, write(tmp_path, TENSORS), device="cpu", rename=FUSED)
+        load_weights(module, write(tmp_path, TENSORS), device="cpu", sources=FUSED)
