@@ -185,6 +185,7 @@ def read_vae_config(folder: Path | str) -> VaeConfig:
         mid_block_add_attention=_flag(
             path, config, "mid_block_add_attention", default.mid_block_add_attention
         ),
+        sample_size=_integer(path, config, "sample_size", default.sample_size),
     )
     for key, widths in (
         ("block_out_channels", read.block_out_channels),

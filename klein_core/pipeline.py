@@ -17,6 +17,7 @@ from klein_core.params import DEFAULT_LIMITS, GenerationParams, Limits
 from klein_core.text_encoder.encoder import TextEncoder
 from klein_core.vae_decoder.image import encode_image
 from klein_core.vae_decoder.stage import EncodedReference, VaeDecoder
+from klein_core.vae_decoder.tiling import AUTOMATIC_TILING, TilingPolicy
 
 DEFAULT_SIDE_PX = 1024
 """Width and height when neither they nor a reference are given."""
@@ -36,7 +37,12 @@ class Pipeline:
 
     @classmethod
     def from_folder(
-        cls, folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+        cls,
+        folder: Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        tiling: TilingPolicy = AUTOMATIC_TILING,
     ) -> Pipeline:
         """Loads a checkpoint in diffusers' folder layout.
 
@@ -44,6 +50,7 @@ class Pipeline:
             folder: holds `model_index.json` and a folder for each part.
             device: where weights go and all is computed.
             dtype: `None` keeps each part's own.
+            tiling: when the autoencoder makes large images in tiles.
 
         Raises:
             CheckpointError: a file is missing or does not fit its configuration.
@@ -52,7 +59,7 @@ class Pipeline:
         return cls(
             TextEncoder.from_folder(folder, device=device, dtype=dtype),
             FlowTransformer.from_folder(folder, device=device, dtype=dtype),
-            VaeDecoder.from_folder(folder, device=device, dtype=dtype),
+            VaeDecoder.from_folder(folder, device=device, dtype=dtype, tiling=tiling),
             variant.is_distilled,
         )
 

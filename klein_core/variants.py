@@ -78,6 +78,7 @@ class VaeConfig:
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
     sample_size: int = 1024
+    """Side of a tile in pixels, where an image is made in tiles."""
 
     @property
     def packed_channels(self) -> int:

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from klein_core.vae_decoder import latents as layout
 from klein_core.vae_decoder.blocks import Downsampler, MiddleBlock, ResidualBlock, Upsampler, group_norm
+from klein_core.vae_decoder.tiling import decoder_tiles, encoder_tiles
 from klein_core.variants import VaeConfig
 
 
@@ -115,14 +116,16 @@ class Autoencoder(nn.Module):
         scale: int = 2 ** (len(self.config.block_out_channels) - 1)
         return scale * self.config.patch_size[0], scale * self.config.patch_size[1]
 
-    def posterior(self, image: Tensor) -> tuple[Tensor, Tensor]:
+    def posterior(self, image: Tensor, *, tiled: bool = False) -> tuple[Tensor, Tensor]:
         """Returns mean and log-variance of the latents, each (B, latent, h, w), unpacked.
 
-        image: (B, 3, H, W) in -1…1, sides multiples of `pixels_per_token`.
+        Args:
+            image: (B, 3, H, W) in -1…1, sides multiples of `pixels_per_token`.
+            tiled: in tiles if the image is larger than one.
         """
-        moments = self.encoder(image)
-        if self.quant_conv is not None:
-            moments = self.quant_conv(moments)
+        tiles = encoder_tiles(self.config)
+        in_tiles = tiled and tiles.needed_for(image)
+        moments = tiles.run(image, self._moments) if in_tiles else self._moments(image)
         mean, log_variance = moments.chunk(2, dim=1)
         return mean, log_variance
 
@@ -142,20 +145,29 @@ class Autoencoder(nn.Module):
         """Undoes `normalise`."""
         return layout.denormalise(packed, self.bn)
 
-    def encode(self, image: Tensor) -> Tensor:
+    def encode(self, image: Tensor, *, tiled: bool = False) -> Tensor:
         """Encodes images (B, 3, H, W) in -1…1 to the posterior's mean, packed and normalised (B, C, r, c)."""
-        return self.normalise(self.pack(self.posterior(image)[0]))
+        return self.normalise(self.pack(self.posterior(image, tiled=tiled)[0]))
 
-    def decode_unpacked(self, latents: Tensor) -> Tensor:
+    def decode_unpacked(self, latents: Tensor, *, tiled: bool = False) -> Tensor:
         """Decodes the autoencoder's own latents (B, latent, h, w) to images (B, 3, H, W), about -1…1."""
-        if self.post_quant_conv is not None:
-            latents = self.post_quant_conv(latents)
-        image: Tensor = self.decoder(latents)
-        return image
+        tiles = decoder_tiles(self.config)
+        in_tiles = tiled and tiles.needed_for(latents)
+        return tiles.run(latents, self._image) if in_tiles else self._image(latents)
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, *, tiled: bool = False) -> Tensor:
         """Decodes packed, normalised latents (B, C, r, c) to images (B, 3, H, W), about -1…1."""
-        return self.decode_unpacked(self.unpack(self.denormalise(latents)))
+        return self.decode_unpacked(self.unpack(self.denormalise(latents)), tiled=tiled)
+
+    def _moments(self, image: Tensor) -> Tensor:
+        moments: Tensor = self.encoder(image)
+        return moments if self.quant_conv is None else self.quant_conv(moments)
+
+    def _image(self, latents: Tensor) -> Tensor:
+        image: Tensor = self.decoder(
+            latents if self.post_quant_conv is None else self.post_quant_conv(latents)
+        )
+        return image
 
 
 def _middle_block(channels: int, config: VaeConfig) -> MiddleBlock:

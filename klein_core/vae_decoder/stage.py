@@ -15,7 +15,10 @@ from klein_core.checkpoint.files import open_checkpoint
 from klein_core.checkpoint.layouts import VAE, find_layout
 from klein_core.checkpoint.vae import is_unneeded, vae_sources
 from klein_core.checkpoint_config import VAE_FOLDER, read_vae_config
+from klein_core.device_memory import free_bytes
 from klein_core.errors import InvalidInput
+from klein_core.memory.autoencoder import decode_bytes, encode_bytes
+from klein_core.params import SIZE_MULTIPLE_PX
 from klein_core.vae_decoder.autoencoder import Autoencoder
 from klein_core.vae_decoder.image import encode_image, to_rgb_bytes
 from klein_core.vae_decoder.references import (
@@ -23,6 +26,7 @@ from klein_core.vae_decoder.references import (
     ReferenceLimits,
     prepare_reference,
 )
+from klein_core.vae_decoder.tiling import AUTOMATIC_TILING, TilingPolicy
 from klein_core.variants import VaeConfig
 from klein_core.weights import load_weights
 
@@ -42,10 +46,14 @@ class VaeDecoder:
     """The autoencoder of one checkpoint on one device."""
 
     def __init__(
-        self, autoencoder: Autoencoder, reference_limits: ReferenceLimits = DEFAULT_REFERENCE_LIMITS
+        self,
+        autoencoder: Autoencoder,
+        reference_limits: ReferenceLimits = DEFAULT_REFERENCE_LIMITS,
+        tiling: TilingPolicy = AUTOMATIC_TILING,
     ) -> None:
         self.autoencoder = autoencoder
         self.reference_limits = reference_limits
+        self.tiling = tiling
 
     @classmethod
     def from_folder(
@@ -54,6 +62,7 @@ class VaeDecoder:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         reference_limits: ReferenceLimits = DEFAULT_REFERENCE_LIMITS,
+        tiling: TilingPolicy = AUTOMATIC_TILING,
     ) -> VaeDecoder:
         """Loads `vae/`; `dtype` `None` is the checkpoint's own.
 
@@ -79,7 +88,7 @@ class VaeDecoder:
         for parameter in autoencoder.parameters():
             if parameter.ndim == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-        return cls(autoencoder, reference_limits)
+        return cls(autoencoder, reference_limits, tiling)
 
     @property
     def config(self) -> VaeConfig:
@@ -108,7 +117,10 @@ class VaeDecoder:
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
         """Encodes one image (H, W, 3) in −1…1 to latents (rows, columns, packed_channels)."""
-        latents = self.autoencoder.encode(image.to(self.device, self.dtype).unsqueeze(0).permute(0, 3, 1, 2))
+        height_px, width_px, _ = image.shape
+        tiled = self._tiles(encode_bytes(self.config, width_px, height_px, self.dtype.itemsize))
+        pixels = image.to(self.device, self.dtype).unsqueeze(0).permute(0, 3, 1, 2)
+        latents = self.autoencoder.encode(pixels, tiled=tiled)
         return latents[0].permute(1, 2, 0).contiguous()
 
     @torch.no_grad()
@@ -120,7 +132,9 @@ class VaeDecoder:
         """
         self._check(latents)
         packed = latents.to(self.device, self.dtype).permute(2, 0, 1).unsqueeze(0).contiguous()
-        image = self.autoencoder.decode(packed)[0]
+        height_px, width_px = (extent * SIZE_MULTIPLE_PX for extent in latents.shape[:2])
+        tiled = self._tiles(decode_bytes(self.config, width_px, height_px, self.dtype.itemsize))
+        image = self.autoencoder.decode(packed, tiled=tiled)[0]
         if not bool(image.isfinite().all()):
             raise InvalidInput.of(
                 "latents", "decode to NaN or infinity; their values must be finite and small"
@@ -140,6 +154,9 @@ class VaeDecoder:
             InvalidInput: as `decode` and `encode_image`.
         """
         return encode_image(self.decode(latents), image_format, quality, metadata)
+
+    def _tiles(self, needed_bytes: int) -> bool:
+        return self.tiling.applies(needed_bytes, lambda: free_bytes(self.device))
 
     def _check(self, latents: Tensor) -> None:
         channels = self.config.packed_channels

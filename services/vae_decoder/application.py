@@ -9,6 +9,7 @@ from klein_api.v1 import stage_service_pb2, vae_decoder_service_pb2_grpc
 from klein_core.params import SIZE_MULTIPLE_PX
 from klein_core.vae_decoder.references import ReferenceLimits
 from klein_core.vae_decoder.stage import VaeDecoder
+from klein_core.vae_decoder.tiling import TilingPolicy
 from klein_core.weights_digest import weights_digest
 from services.runtime.devices import report_memory, resolve_device, resolve_dtype, set_threads
 from services.runtime.errors import StageUnavailable
@@ -62,6 +63,7 @@ class VaeDecoderApplication(StageApplication):
             device,
             resolve_dtype(self._settings.dtype),
             ReferenceLimits(byte_count=self._settings.reference_bytes),
+            TilingPolicy(self._settings.tiling, (self._settings.tiling_limit_mib << 20) or None),
         )
         _warm_up(decoder, self._settings.warm_up_size_px)
         self._decoder = decoder

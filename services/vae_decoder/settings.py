@@ -25,3 +25,15 @@ class VaeDecoderSettings(StageSettings):
         minimum=64,
         maximum=2048,
     )
+    tiling: str = setting(
+        "auto",
+        help="Whether images larger than a tile are made in tiles, in less memory and not quite the same; auto is "
+        "where one piece would not fit",
+        choices=("auto", "on", "off"),
+    )
+    tiling_limit_mib: int = setting(
+        0,
+        help="MiB that one image may take before auto tiles it; 0 is what the device has free at that moment",
+        minimum=0,
+        maximum=10**7,
+    )

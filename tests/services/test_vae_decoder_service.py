@@ -13,6 +13,7 @@ from klein_api.v1 import (
     vae_decoder_service_pb2_grpc,
 )
 from klein_core.vae_decoder.stage import VaeDecoder
+from klein_core.vae_decoder.tiling import TilingPolicy
 from services.runtime.channels import open_channel
 from services.runtime.frames import MAX_FRAME_BYTES
 from services.runtime.server import running_server
@@ -121,3 +122,19 @@ async def test_the_stage_describes_its_model(channel):
     assert (description.stage, description.model, description.dtype) == ("vae-decoder", "tiny", "f32")
     assert description.vae_decoder.latent_channels == 16
     assert len(description.weights_digest) == 32
+
+
+@pytest.mark.parametrize(
+    ("told", "policy"),
+    [
+        ({}, TilingPolicy("auto", None)),
+        ({"tiling": "on"}, TilingPolicy("on", None)),
+        ({"tiling_limit_mib": 3}, TilingPolicy("auto", 3 << 20)),
+    ],
+    ids=["default", "on", "limit"],
+)
+async def test_settings_decide_when_images_are_tiled(tiny_checkpoint, told, policy):
+    application = tiny_application(tiny_checkpoint, **told)
+    await application.load()
+    assert application.decoder.tiling == policy
+    await application.close()

@@ -1,0 +1,72 @@
+"""What the autoencoder's activations take, from the tensors that are alive at each of its layers.
+
+Torch-free. Everything is counted in values first: the precision is the caller's.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from klein_core.variants import VaeConfig
+
+
+def decode_bytes(config: VaeConfig, width_px: int, height_px: int, value_bytes: int) -> int:
+    """Returns the most that decoding one image takes beside the weights, its pixels included."""
+    return _decoder_values(config, width_px * height_px) * value_bytes
+
+
+def encode_bytes(config: VaeConfig, width_px: int, height_px: int, value_bytes: int) -> int:
+    """Returns the most that encoding one image takes beside the weights, its pixels included."""
+    return _encoder_values(config, width_px * height_px) * value_bytes
+
+
+def tiled_size_px(config: VaeConfig, width_px: int, height_px: int) -> tuple[int, int]:
+    """Returns the size of the largest tile of an image."""
+    return min(width_px, config.sample_size), min(height_px, config.sample_size)
+
+
+def _decoder_values(config: VaeConfig, pixels: int) -> int:
+    widths = tuple(reversed(config.decoder_block_out_channels or config.block_out_channels))
+    area: int = pixels // 4 ** (len(widths) - 1)
+    peak = _middle_values(widths[0], area, config)
+    for level, (before, width) in enumerate(pairwise((widths[0], *widths))):
+        blocks = [(before, width)] + [(width, width)] * config.layers_per_block
+        peak = max(peak, _level_values(blocks, area))
+        if level + 1 < len(widths):
+            # The level's own input, the features, their double and what the convolution makes of that.
+            peak = max(peak, (before + width) * area + 2 * width * 4 * area)
+            area *= 4
+    head = 3 * widths[-1] * area
+    return max(peak, head) + config.out_channels * area
+
+
+def _encoder_values(config: VaeConfig, pixels: int) -> int:
+    widths, area = config.block_out_channels, pixels
+    peak = widths[0] * area
+    for level, (before, width) in enumerate(pairwise((widths[0], *widths))):
+        blocks = [(before, width)] + [(width, width)] * (config.layers_per_block - 1)
+        peak = max(peak, _level_values(blocks, area))
+        if level + 1 < len(widths):
+            # The level's own input, the features, their padded copy and half as many rows and columns.
+            peak = max(peak, (before + 2 * width) * area + width * area // 4)
+            area //= 4
+    peak = max(peak, _middle_values(widths[-1], area, config))
+    return peak + config.in_channels * pixels
+
+
+def _level_values(blocks: list[tuple[int, int]], area: int) -> int:
+    """Returns the most values of a level's residual blocks; its own input lives as long as they run."""
+    first, *others = blocks
+    kept = first[0]
+    return area * max([_residual_width(*first)] + [kept + _residual_width(*block) for block in others])
+
+
+def _residual_width(before: int, width: int) -> int:
+    """Returns channels alive at most: the input with its norm and activation, or the block's second half."""
+    return max(3 * before, 2 * before + width, before + 3 * width)
+
+
+def _middle_values(width: int, area: int, config: VaeConfig) -> int:
+    """Attention keeps the input, the normalised pixels, query, key, value and the output."""
+    attention = 7 if config.mid_block_add_attention else 0
+    return width * area * max(4, attention)
