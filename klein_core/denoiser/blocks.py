@@ -17,17 +17,28 @@ from klein_core.denoiser.conditioning import Modulation
 from klein_core.denoiser.linear import Linear
 from klein_core.denoiser.packing import Packing
 from klein_core.denoiser.positions import rotate
+from klein_core.denoiser.reference_cache import CachedLayer
 from klein_core.denoiser.scratch import Scratch
 from klein_core.variants import TransformerConfig
 
 
 class Step(NamedTuple):
-    """What all blocks of a step share."""
+    """What all blocks of a step share, and what one layer's attention reads or leaves of references."""
 
     packing: Packing
     rotations: Tensor
     """(1 or batch, joint tokens, head_dim / 2, 2)."""
     scratch: Scratch
+    cached: CachedLayer | None = None
+    record: Tensor | None = None
+    """(key or value, tokens, heads, head_dim): where this layer's keys and values go; only without a batch."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Does `Packing.attend`."""
+        if self.record is not None:
+            self.record[0].copy_(key[0])
+            self.record[1].copy_(value[0])
+        return self.packing.attend(query, key, value, self.cached)
 
 
 class Targets(NamedTuple):
@@ -118,7 +129,7 @@ class JointAttention(nn.Module):
         )
         query, key = rotate(query_key, step.rotations, step.scratch).to(image.dtype).unbind(2)
         value = step.packing.join(text_qkv[:, :, 2], image_qkv[:, :, 2])
-        attended = step.packing.attend(query, key, value)
+        attended = step.attend(query, key, value)
         text_attended, image_attended = step.packing.split(attended, text.shape[1])
         return self.to_add_out(text_attended), self.to_out[0](image_attended)
 
@@ -192,7 +203,7 @@ class ParallelAttention(nn.Module):
 
     def merge(self, query: Tensor, key: Tensor, value: Tensor, feed_forward: Tensor, step: Step) -> Tensor:
         """Attends, activates the feed-forward, and projects both back to (batch, query's tokens, hidden)."""
-        attended = step.packing.attend(query, key, value)
+        attended = step.attend(query, key, value)
         merged = step.scratch.take("merged", feed_forward, self.to_out.in_features)
         if merged is None:
             return self.to_out(torch.cat([attended, swiglu(feed_forward, step.scratch)], dim=-1))

@@ -48,6 +48,8 @@ def project_stored(
 def project(tokens: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """Returns tokens · weightᵀ in the tokens' dtype; `out` is contiguous."""
     rows = tokens.flatten(0, -2)
+    if len(rows) == 0:
+        return tokens.new_empty(*tokens.shape[:-1], len(weight))
     if _is_emulated(rows):
         product = F.linear(rows.float(), weight.float())
         product = product.to(tokens.dtype) if out is None else out.view(product.shape).copy_(product)

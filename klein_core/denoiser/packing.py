@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from klein_core.denoiser.reference_cache import CachedLayer
 from klein_core.denoiser.span import Span
+
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -28,16 +32,25 @@ class Packing:
     """Target and reference tokens."""
     joint_lengths: tuple[int, ...]
     """Text and image tokens."""
+    cached_lengths: tuple[int, ...]
+    """Reference tokens that are attended to though they are not laid, because their keys and values are cached."""
     is_batch: bool
     """Whether all spans have the same lengths."""
 
     @classmethod
     def of(cls, spans: Sequence[Span]) -> Packing:
         """Lays spans in the order given; equal ones should be neighbours, to share attention calls."""
-        lengths = [(span.text_length, span.target_length, span.image_length) for span in spans]
-        text, target, image = zip(*lengths, strict=True)
+        lengths = [
+            (span.text_length, span.target_length, span.image_length, span.cached_length) for span in spans
+        ]
+        text, target, image, cached = zip(*lengths, strict=True)
         joint = tuple(t + i for t, i in zip(text, image, strict=True))
-        return cls(text, target, image, joint, is_batch=len(set(lengths)) == 1)
+        return cls(text, target, image, joint, cached, is_batch=len(set(lengths)) == 1)
+
+    @classmethod
+    def of_references(cls, token_count: int) -> Packing:
+        """Lays the references of one image alone: no text, and no target that would need the last layer."""
+        return cls((0,), (0,), (token_count,), (token_count,), (0,), is_batch=True)
 
     def pack(self, parts: Sequence[Tensor]) -> Tensor:
         """Lays (tokens_i, …) tensors, one a span, into (batch, tokens, …)."""
@@ -76,17 +89,20 @@ class Packing:
         )
         return torch.cat([tokens[text : text + target] for tokens, text, target in spans])[None]
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, cached: CachedLayer | None = None) -> Tensor:
         """Full attention inside each span.
 
         Args:
             query: (batch, tokens, heads, head_dim): joint tokens, or the targets only.
             key, value: (batch, joint tokens, heads, head_dim).
+            cached: further keys and values of each span; attention does not care where they stand.
 
         Returns:
             (batch, query's tokens, heads · head_dim).
         """
-        return attention(query, key, value) if self.is_batch else self._attend_each(query, key, value)
+        if self.is_batch and cached is None:
+            return attention(query, key, value)
+        return self._attend_each(query, key, value, cached)
 
     def _interleave(self, text: Tensor, image: Tensor) -> Tensor:
         texts, images = (
@@ -100,15 +116,22 @@ class Packing:
         parts = torch.split(joint, lengths, dim=1)
         return torch.cat(parts[::2], dim=1), torch.cat(parts[1::2], dim=1)
 
-    def _attend_each(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _attend_each(self, query: Tensor, key: Tensor, value: Tensor, cached: CachedLayer | None) -> Tensor:
+        parts = [None] * len(self.joint_lengths) if cached is None else list(cached.parts)
+        if self.is_batch:
+            return attention(query, *_with_cached(key, value, parts))
         is_joint = query.shape[1] == key.shape[1]
         query_lengths = self.joint_lengths if is_joint else self.target_lengths
+        counts = _run_counts(query_lengths, self.joint_lengths, self.cached_lengths)
         pieces = zip(
-            _runs(query, query_lengths, self.joint_lengths),
-            *(_runs(tensor, self.joint_lengths, query_lengths) for tensor in (key, value)),
+            _runs(query, query_lengths, counts),
+            *(_runs(tensor, self.joint_lengths, counts) for tensor in (key, value)),
+            _taken(parts, counts),
             strict=True,
         )
-        return torch.cat([attention(*trio).flatten(0, 1) for trio in pieces])[None]
+        return torch.cat([attention(q, *_with_cached(k, v, of)).flatten(0, 1) for q, k, v, of in pieces])[
+            None
+        ]
 
 
 def keep_from_compiler() -> None:
@@ -123,14 +146,43 @@ def keep_from_compiler() -> None:
             setattr(Packing, name, torch.compiler.disable(method))  # type: ignore[no-untyped-call]
 
 
-def _runs(tokens: Tensor, lengths: Sequence[int], others: Sequence[int]) -> list[Tensor]:
-    """Cuts (1, tokens, …) into batches of neighbours that agree in both lengths: (spans, tokens, …) each."""
-    runs = [(pair[0], len(list(run))) for pair, run in groupby(zip(lengths, others, strict=True))]
-    pieces = torch.split(tokens[0], [length * count for length, count in runs])
+def _run_counts(*lengths: Sequence[int]) -> list[int]:
+    """Counts neighbouring spans that agree in all lengths, run by run."""
+    return [len(list(run)) for _, run in groupby(zip(*lengths, strict=True))]
+
+
+def _runs(tokens: Tensor, lengths: Sequence[int], counts: Sequence[int]) -> list[Tensor]:
+    """Cuts (1, tokens, …) into a batch for each run of equal spans: (spans, tokens, …) each."""
+    run_lengths = [run[0] for run in _taken(lengths, counts)]
+    sizes = [length * count for length, count in zip(run_lengths, counts, strict=True)]
     return [
         torch.unflatten(piece, 0, (count, length))
-        for piece, (length, count) in zip(pieces, runs, strict=True)
+        for piece, length, count in zip(torch.split(tokens[0], sizes), run_lengths, counts, strict=True)
     ]
+
+
+def _taken(items: Sequence[_Item], counts: Sequence[int]) -> list[list[_Item]]:
+    """Cuts a sequence into lists of so many items."""
+    left = iter(items)
+    return [list(islice(left, count)) for count in counts]
+
+
+def _with_cached(key: Tensor, value: Tensor, parts: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+    """Appends to each span's keys and values, (spans, tokens, heads, head_dim), the cached ones."""
+    cached = [part for part in parts if part is not None]
+    if not cached:
+        return key, value
+    return _appended(key, [part[0] for part in cached]), _appended(value, [part[1] for part in cached])
+
+
+def _appended(tokens: Tensor, further: Sequence[Tensor]) -> Tensor:
+    """Appends (further tokens, …) to each span's (tokens, …), moving every value once."""
+    spans, length = tokens.shape[:2]
+    whole = tokens.new_empty(spans, length + further[0].shape[0], *tokens.shape[2:])
+    whole[:, :length] = tokens
+    for span, more in enumerate(further):
+        whole[span, length:] = more
+    return whole
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -143,5 +195,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     Returns:
         (batch, query tokens, heads · head_dim).
     """
+    if query.shape[1] == 0:
+        return query.flatten(2)
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)

@@ -35,8 +35,13 @@ def image_ids(time: int, rows: int, columns: int) -> Tensor:
 
 def span_ids(text_length: int, grids: tuple[tuple[int, int], ...]) -> Tensor:
     """Returns (tokens, 4) ids of a span: text, target, references (`grids` lists target first)."""
-    images = [image_ids(REFERENCE_TIME_STEP * i, *grid) for i, grid in enumerate(grids)]
-    return torch.cat([text_ids(text_length), *images])
+    return torch.cat([text_ids(text_length), images_ids(grids)])
+
+
+def images_ids(grids: tuple[tuple[int, int], ...], first_time: int = 0) -> Tensor:
+    """Returns (tokens, 4) ids of images one after another; the first one's time is `first_time`."""
+    times = range(first_time, first_time + REFERENCE_TIME_STEP * len(grids), REFERENCE_TIME_STEP)
+    return torch.cat([image_ids(time, *grid) for time, grid in zip(times, grids, strict=True)])
 
 
 def rotations(ids: Tensor, axes_dims: tuple[int, ...], theta: float) -> Tensor:
@@ -64,6 +69,14 @@ def span_rotations(
     """Returns `rotations` of a whole span on `device`; the last 32 different ones are kept."""
     with torch.inference_mode(False):
         return rotations(span_ids(text_length, grids), axes_dims, theta).to(device)
+
+
+def reference_rotations(
+    grids: tuple[tuple[int, int], ...], axes_dims: tuple[int, ...], theta: float, device: torch.device
+) -> Tensor:
+    """Returns `rotations` of references alone, where they stand in a span."""
+    with torch.inference_mode(False):
+        return rotations(images_ids(grids, REFERENCE_TIME_STEP), axes_dims, theta).to(device)
 
 
 def rotate(heads: Tensor, table: Tensor, scratch: Scratch) -> Tensor:

@@ -29,9 +29,10 @@ from klein_core.denoiser.conditioning import (
 )
 from klein_core.denoiser.linear import Linear
 from klein_core.denoiser.packing import Packing, keep_from_compiler
-from klein_core.denoiser.positions import span_rotations
+from klein_core.denoiser.positions import reference_rotations, span_rotations
+from klein_core.denoiser.reference_cache import REFERENCE_SIGMA, ReferenceCache, layers_of
 from klein_core.denoiser.scratch import Scratch
-from klein_core.denoiser.span import Span
+from klein_core.denoiser.span import Span, check_references
 from klein_core.variants import TransformerConfig
 from klein_core.weights import load_weights
 
@@ -117,34 +118,72 @@ class FlowTransformer(nn.Module):
         for span in spans:
             span.check(self.config)
         # Equal lengths side by side share one attention call.
-        order = sorted(range(len(spans)), key=lambda i: (spans[i].text_length, *spans[i].grids))
+        keys = [(span.text_length, span.cached_length, *span.grids) for span in spans]
+        order = sorted(range(len(spans)), key=keys.__getitem__)
         velocities = self._velocities([spans[i] for i in order]) if spans else []
         by_position = dict(zip(order, velocities, strict=True))
         return [by_position[i] for i in range(len(spans))]
 
+    @torch.no_grad()
+    def reference_cache(self, references: Sequence[Tensor]) -> ReferenceCache:
+        """Returns what spans need of `references`, (rows, columns, channels) each, in the order that prompts count.
+
+        References see each other and nothing else, at timestep 0: what models of the reference-cache kind were
+        trained for. Source: `Flux2KleinKVPipeline` in diffusers.
+
+        Raises:
+            InvalidInput: there are none, or one does not fit this model.
+        """
+        check_references(references, self.config)
+        grids = tuple((reference.shape[0], reference.shape[1]) for reference in references)
+        tokens = torch.cat([self._on_device(reference).flatten(0, 1) for reference in references])
+        packing = Packing.of_references(len(tokens))
+        axes, theta = self.config.axes_dims_rope, self.config.rope_theta
+        step = Step(packing, reference_rotations(grids, axes, theta, self.device)[None], Scratch())
+        cache = ReferenceCache.empty(self.config, len(tokens), self.dtype, self.device)
+        image = self.x_embedder(tokens[None])
+        conditioning = self._conditioning([REFERENCE_SIGMA], packing)
+        self._target_tokens(
+            image[:, :0], image, conditioning, [step._replace(record=layer) for layer in cache.keys_values]
+        )
+        return cache
+
     def _velocities(self, spans: list[Span]) -> list[Tensor]:
         packing, scratch = Packing.of(spans), Scratch()
-        conditioning = self._conditioning(spans, packing)
+        conditioning = self._conditioning([span.sigma for span in spans], packing)
         step = Step(packing, self._rotations(spans, packing), scratch)
+        layers = layers_of([span.reference_cache for span in spans], self.config)
         text = self.context_embedder(self._on_device(packing.pack([s.prompt_embedding for s in spans])))
         image = self.x_embedder(self._on_device(packing.pack([_image_tokens(s) for s in spans])))
-        for block in self.transformer_blocks:
-            text, image = block(text, image, conditioning.text, conditioning.image, step)
-        joint = packing.join(text, image)
-        *blocks, final_block = self.single_transformer_blocks
-        for block in blocks:
-            joint = block(joint, conditioning.joint, step)
-        targets = _targets(joint, conditioning.joint, step)
-        tokens = final_block(joint, targets, conditioning.joint, step)
+        tokens = self._target_tokens(
+            text, image, conditioning, [step._replace(cached=layer) for layer in layers]
+        )
         tokens = self.proj_out(modulated_norm(tokens, *conditioning.head, self.config.eps, scratch))
         velocities = packing.unpack(tokens, packing.target_lengths)
         return [v.view(*s.latents.shape[:2], -1) for v, s in zip(velocities, spans, strict=True)]
 
+    def _target_tokens(
+        self, text: Tensor, image: Tensor, conditioning: Conditioning, steps: Sequence[Step]
+    ) -> Tensor:
+        """Takes embedded tokens through all blocks; `steps` has one entry a layer. Returns the targets' tokens."""
+        layers = iter(steps)
+        for block in self.transformer_blocks:
+            text, image = block(text, image, conditioning.text, conditioning.image, next(layers))
+        joint = steps[0].packing.join(text, image)
+        *blocks, final_block = self.single_transformer_blocks
+        for block in blocks:
+            joint = block(joint, conditioning.joint, next(layers))
+        last = next(layers)
+        targets: Tensor = final_block(
+            joint, _targets(joint, conditioning.joint, last), conditioning.joint, last
+        )
+        return targets
+
     def _on_device(self, tokens: Tensor) -> Tensor:
         return tokens.to(self.device, self.dtype)
 
-    def _conditioning(self, spans: list[Span], packing: Packing) -> Conditioning:
-        text, image, joint, head = self._per_span_modulation(spans)
+    def _conditioning(self, levels: list[float], packing: Packing) -> Conditioning:
+        text, image, joint, head = self._per_span_modulation(levels)
         scale, shift = packing.spread(head, packing.target_lengths).chunk(2, dim=-1)
         return Conditioning(
             modulations(packing.spread(text, packing.text_lengths), 2),
@@ -153,10 +192,9 @@ class FlowTransformer(nn.Module):
             (1 + scale, shift),
         )
 
-    def _per_span_modulation(self, spans: list[Span]) -> tuple[Tensor, ...]:
+    def _per_span_modulation(self, levels: list[float]) -> tuple[Tensor, ...]:
         """Returns (spans, channels) for text, image, joint tokens and the head."""
-        levels = [span.sigma for span in spans]
-        if self.device.type != "cpu" or torch.is_grad_enabled() or len(spans) == 1:
+        if self.device.type != "cpu" or torch.is_grad_enabled() or len(levels) == 1:
             return self._level_modulation(levels)
         # A matrix-vector product sums in another order than a matrix product; a span's result must not tell.
         rows = {level: self._level_modulation([level]) for level in set(levels)}
@@ -175,7 +213,7 @@ class FlowTransformer(nn.Module):
     def _rotations(self, spans: list[Span], packing: Packing) -> Tensor:
         axes, theta = self.config.axes_dims_rope, self.config.rope_theta
         keys = [(span.text_length, span.grids) for span in spans]
-        if len(set(keys)) == 1:
+        if packing.is_batch and len(set(keys)) == 1:
             return span_rotations(*keys[0], axes, theta, self.device)[None]
         return packing.pack([span_rotations(*key, axes, theta, self.device) for key in keys])
 
