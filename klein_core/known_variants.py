@@ -71,7 +71,7 @@ class KnownVariant:
     quantised: Mapping[str, HubFile]
     """Precision → the same file with quantised weights, where one is published."""
     uses_reference_cache: bool = False
-    """Whether it was trained to see each reference alone, at noise level 0."""
+    """Whether its references were trained to see each other only, at timestep 0."""
     vae: VaeConfig = field(default_factory=VaeConfig)
 
     @property

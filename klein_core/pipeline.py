@@ -34,6 +34,8 @@ class Pipeline:
     transformer: FlowTransformer
     vae_decoder: VaeDecoder
     is_distilled: bool
+    uses_reference_cache: bool = False
+    """Whether references are taken as a cache of their keys and values, computed once a call."""
 
     @classmethod
     def from_folder(
@@ -61,6 +63,7 @@ class Pipeline:
             FlowTransformer.from_folder(folder, device=device, dtype=dtype),
             VaeDecoder.from_folder(folder, device=device, dtype=dtype, tiling=tiling),
             variant.is_distilled,
+            variant.uses_reference_cache,
         )
 
     def generate(
@@ -143,6 +146,9 @@ class Pipeline:
         prompts = [params.prompt, params.negative_prompt or ""] if params.uses_guidance else [params.prompt]
         # One prompt a call, as the services do: the row count of a matrix product may change its last bit.
         embeddings = [self.text_encoder.encode([prompt])[0].embedding for prompt in prompts]
+        latents = tuple(reference.latents for reference in references)
+        is_cached = self.uses_reference_cache and bool(latents)
+        cache = self.transformer.reference_cache(latents) if is_cached else None
         for seed in params.seeds:
             yield Trajectory.from_noise(
                 seed=seed,
@@ -153,7 +159,8 @@ class Pipeline:
                 prompt_embedding=embeddings[0],
                 negative_prompt_embedding=embeddings[1] if params.uses_guidance else None,
                 guidance_scale=params.guidance,
-                references=tuple(reference.latents for reference in references),
+                references=() if is_cached else latents,
+                reference_cache=cache,
             )
 
     def _denoise(self, trajectory: Trajectory, index: int, on_step: StepCallback | None) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from klein_core.denoiser.reference_cache import ReferenceCache
 from klein_core.denoiser.schedule import sigmas
 from klein_core.denoiser.span import Span
 from klein_core.denoiser.transformer import FlowTransformer
@@ -44,6 +45,7 @@ class Trajectory:
         negative_prompt_embedding: Tensor | None = None,
         guidance_scale: float = 1.0,
         references: tuple[Tensor, ...] = (),
+        reference_cache: ReferenceCache | None = None,
     ) -> None:
         """Starts, or goes on, with `latents` as they are before step `step_index`.
 
@@ -55,6 +57,8 @@ class Trajectory:
             negative_prompt_embedding: the same; needed when `guidance_scale` is above 1, else not used.
             guidance_scale: 1 or less is no guidance and one span a step, more is two.
             references: clean latents, (rows, columns, channels) each.
+            reference_cache: in place of `references`, for models that take them so; it may also be set before the
+                first step.
 
         Raises:
             InvalidInput: latents have no three axes, the step index is outside 0…step_count, or guidance
@@ -70,6 +74,7 @@ class Trajectory:
         )
         self.guidance_scale = guidance_scale
         self.references = references
+        self.reference_cache = reference_cache
         self.latents = latents
         self.step_count = step_count
         self.step_index = step_index
@@ -88,6 +93,7 @@ class Trajectory:
         negative_prompt_embedding: Tensor | None = None,
         guidance_scale: float = 1.0,
         references: tuple[Tensor, ...] = (),
+        reference_cache: ReferenceCache | None = None,
     ) -> Trajectory:
         """Starts from `initial_noise` in the prompt embedding's dtype, on its device."""
         like = prompt_embedding
@@ -98,6 +104,7 @@ class Trajectory:
             negative_prompt_embedding=negative_prompt_embedding,
             guidance_scale=guidance_scale,
             references=references,
+            reference_cache=reference_cache,
         )
 
     @property
@@ -114,7 +121,8 @@ class Trajectory:
     def spans(self) -> list[Span]:
         """What the next step has to compute: one span, or with guidance two, the positive first."""
         return [
-            Span(embedding, self.latents, self.references, self.sigma) for embedding in self.prompt_embeddings
+            Span(embedding, self.latents, self.references, self.sigma, self.reference_cache)
+            for embedding in self.prompt_embeddings
         ]
 
     def advance(self, velocities: Sequence[Tensor]) -> None:

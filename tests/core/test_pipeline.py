@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,8 +22,8 @@ PROMPT = "a red circle on a blue background"
 class Pair:
     """A tiny checkpoint, loaded by diffusers and by us."""
 
-    def __init__(self, folder: Path, *, distilled: bool, dtype: torch.dtype = torch.float32) -> None:
-        self.oracle = save_tiny_checkpoint(folder, distilled=distilled, dtype=dtype)
+    def __init__(self, folder: Path, **checkpoint: Any) -> None:
+        self.oracle = save_tiny_checkpoint(folder, **checkpoint)
         self.oracle.set_progress_bar_config(disable=True)
         self.ours = Pipeline.from_folder(folder)
 

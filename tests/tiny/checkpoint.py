@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinKVPipeline, Flux2KleinPipeline
 
 from tests.tiny.text_encoder import tiny_qwen3, tiny_tokenizer
 from tests.tiny.transformer import tiny_oracle
@@ -18,11 +18,12 @@ _SHARD_SIZE = "200KB"
 def tiny_pipeline(
     *,
     distilled: bool = True,
+    reference_cache: bool = False,
     seed: int = 0,
     transformer: dict[str, Any] | None = None,
     text_encoder: dict[str, Any] | None = None,
     vae: dict[str, Any] | None = None,
-) -> Flux2KleinPipeline:
+) -> Flux2KleinPipeline | Flux2KleinKVPipeline:
     """Builds diffusers' pipeline; the dictionaries change the tiny shapes and must fit each other."""
     autoencoder = tiny_vae(seed, **(vae or {}))
     language_model = tiny_qwen3(seed, **(text_encoder or {}))
@@ -31,7 +32,8 @@ def tiny_pipeline(
         "in_channels": 4 * autoencoder.config.latent_channels,
         "joint_attention_dim": len(taps) * language_model.config.hidden_size,
     }
-    return Flux2KleinPipeline(
+    build = Flux2KleinKVPipeline if reference_cache else Flux2KleinPipeline
+    return build(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=autoencoder,
         text_encoder=language_model,
@@ -45,16 +47,19 @@ def save_tiny_checkpoint(
     folder: Path,
     *,
     distilled: bool = True,
+    reference_cache: bool = False,
     seed: int = 0,
     sharded: bool = False,
     dtype: torch.dtype = torch.float32,
     **shapes: Any,
-) -> Flux2KleinPipeline:
+) -> Flux2KleinPipeline | Flux2KleinKVPipeline:
     """Writes a whole checkpoint and returns the pipeline that made it.
 
     `shapes` are `tiny_pipeline`'s dictionaries. When calling the pipeline, pass the text encoder's
     `text_encoder_out_layers` and `max_sequence_length`: diffusers' defaults are klein's.
     """
-    pipeline = tiny_pipeline(distilled=distilled, seed=seed, **shapes).to(dtype)
+    pipeline = tiny_pipeline(distilled=distilled, reference_cache=reference_cache, seed=seed, **shapes).to(
+        dtype
+    )
     pipeline.save_pretrained(folder, max_shard_size=_SHARD_SIZE if sharded else "10GB")
     return pipeline
