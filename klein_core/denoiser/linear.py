@@ -38,6 +38,8 @@ def project_stored(
     tokens: Tensor, weight: StoredWeight, start: int, stop: int, out: Tensor | None = None
 ) -> Tensor:
     """Returns tokens · rows start … stop transposed of a quantised weight; `out` is contiguous."""
+    if tokens.numel() == 0:
+        return tokens.new_empty(*tokens.shape[:-1], stop - start)
     if not weight.multiplies(tokens, start, stop):
         return project(tokens, weight.dense(tokens.dtype, start, stop), out)
     rows = tokens.flatten(0, -2)
