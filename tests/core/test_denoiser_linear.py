@@ -18,3 +18,9 @@ def test_a_row_range_is_a_product_with_those_rows(dtype: torch.dtype):
         part.weight.copy_(linear.weight[3:7])
         assert torch.equal(linear.rows(tokens, 3, 7), part(tokens))
         assert torch.equal(linear.rows(tokens, 0, 12), linear(tokens))
+
+
+def test_no_tokens_are_no_work():
+    linear = Linear(8, 12)
+    assert linear(torch.empty(1, 0, 8)).shape == (1, 0, 12)
+    assert linear.rows(torch.empty(1, 0, 8), 3, 7).shape == (1, 0, 4)
