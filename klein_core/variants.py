@@ -102,7 +102,7 @@ class Variant:
     vae: VaeConfig
     is_distilled: bool
     uses_reference_cache: bool = False
-    """Whether references see only themselves, at noise level 0, so that their keys and values can be kept."""
+    """Whether references see only each other, at timestep 0, so that their keys and values can be kept."""
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
 
     @property

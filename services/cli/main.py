@@ -56,6 +56,14 @@ class DtypeName(StrEnum):
     F32 = "f32"
 
 
+class PrecisionName(StrEnum):
+    """What the transformer's weights are published as."""
+
+    BF16 = "bf16"
+    FP8 = "fp8"
+    NVFP4 = "nvfp4"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; every failure becomes a sentence on standard error and an exit code."""
     try:
@@ -137,6 +145,43 @@ def up(
         log_folder=log_folder,
     )
     raise typer.Exit(run_up(options, Console(), verbose=verbose))
+
+
+@app.command(
+    epilog="[bold]klein pull klein-4b[/]: then [bold]klein up --model klein-4b[/]\n\n"
+    "[bold]klein pull klein-9b --precision fp8 --accept-license[/]: a gated one; needs HF_TOKEN.\n\n"
+    "[bold]klein pull owner/repository --to ./model[/]: any klein model in diffusers' layout.\n\n"
+    "Models go to KLEIN_MODELS_FOLDER, by default ~/.local/share/klein/models. HF_TOKEN, HF_ENDPOINT, HF_HOME "
+    "and proxies mean what they mean to huggingface_hub. Interrupted, the same command goes on."
+)
+def pull(
+    identifier: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A known name such as klein-4b, or OWNER/REPOSITORY.")
+    ],
+    precision: Annotated[
+        PrecisionName | None, typer.Option(help="What the transformer's weights are published as; else bf16.")
+    ] = None,
+    small_decoder: Annotated[
+        bool, typer.Option("--small-decoder", help="With the faster decoder instead of the model's own.")
+    ] = False,
+    to: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where the model goes; must not hold anything else.")
+    ] = None,
+    accept_license: Annotated[
+        bool, typer.Option("--accept-license", help="Needed for models that are not free for commercial use.")
+    ] = False,
+) -> None:
+    """Download a model: only the files that this suite needs."""
+    from services.cli.pull import PullOptions, run_pull
+
+    options = PullOptions(
+        identifier=identifier,
+        precision=precision.value if precision else None,
+        small_decoder=small_decoder,
+        to=to,
+        licence_accepted=accept_license,
+    )
+    run_pull(options, Console(), _console())
 
 
 @app.command(

@@ -26,7 +26,7 @@ def transformer(doubles: int, singles: int, d: int, text: int) -> Shapes:
         "norm_out.linear": (2 * d, d),
         "proj_out": (128, d),
     }
-    squares = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
+    squares = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
     for i in range(doubles):
         block = f"transformer_blocks.{i}"
         shapes |= {f"{block}.attn.{name}": (d, d) for name in squares}

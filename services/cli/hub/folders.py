@@ -1,0 +1,70 @@
+"""Where pulled models are kept, and how a whole one is told from the beginnings of one."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from services.cli.errors import MISUSED, CliError
+from services.cli.hub.choice import Choice, choose, is_known
+
+RECEIPT = "klein-pull.json"
+"""Written last, beside model_index.json: what was pulled from where."""
+FOLDER_VARIABLE = "KLEIN_MODELS_FOLDER"
+
+
+def models_folder(environment: Mapping[str, str] = os.environ) -> Path:
+    """Returns where models go unless told otherwise: a folder of the user's, the same from everywhere."""
+    if environment.get(FOLDER_VARIABLE):
+        return Path(environment[FOLDER_VARIABLE]).expanduser()
+    data = environment.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(data) / "klein" / "models"
+
+
+def default_folder(choice: Choice) -> Path:
+    """Returns the folder that a model is pulled to."""
+    return models_folder() / choice.name
+
+
+def pulled_folder(identifier: str) -> Path | None:
+    """Returns the folder of a model that was pulled whole by name, or `None` when none was.
+
+    Raises:
+        CliError: this is no model's name and no repository's.
+    """
+    folder = default_folder(choose(identifier))
+    return folder if read_receipt(folder) is not None else None
+
+
+def model_folder(model: str) -> Path:
+    """Returns the folder that `--model` means: one on disk, or one pulled by that name.
+
+    Raises:
+        CliError: there is neither; for a name, with the command that pulls it.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if not is_known(model) and not _may_be_repository(model):
+        raise CliError(f"There is no folder {model}.", "`klein pull --help` tells how to get one.", MISUSED)
+    pulled = pulled_folder(model)
+    if pulled is None:
+        raise CliError(f"{model} was not pulled yet.", f"Pull it first: `klein pull {model}`.", MISUSED)
+    return pulled
+
+
+def read_receipt(folder: Path) -> dict[str, Any] | None:
+    """Returns what a pulled folder's receipt says; `None` for any other folder."""
+    try:
+        receipt = json.loads((folder / RECEIPT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return receipt if isinstance(receipt, dict) else None
+
+
+def _may_be_repository(model: str) -> bool:
+    """Whether a word that names no folder looks like OWNER/REPOSITORY rather than a path."""
+    return model.count("/") == 1 and not model.startswith((".", "/", "~")) and not model.endswith("/")
