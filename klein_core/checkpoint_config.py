@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from klein_core.errors import CheckpointError
+from klein_core.quantization.notes import configured_algorithm
 from klein_core.variants import (
     SchedulerConfig,
     TextEncoderConfig,
@@ -112,7 +113,8 @@ def read_text_encoder_config(folder: Path | str) -> TextEncoderConfig:
     """
     path = Path(folder) / TEXT_ENCODER_FOLDER / "config.json"
     config = read_json(path)
-    _only(path, config, {"model_type": "qwen3", "quantization_config": None})
+    _only(path, config, {"model_type": "qwen3"})
+    configured_algorithm(path, config)
     layer_count = _integer(path, config, "num_hidden_layers")
     for key in ("hidden_size", "vocab_size", "num_attention_heads"):
         _integer(path, config, key)
@@ -133,7 +135,8 @@ def read_transformer_config(folder: Path | str) -> TransformerConfig:
     _check_class(
         path, "_class_name", config.get("_class_name", _CLASSES[TRANSFORMER_FOLDER][0]), TRANSFORMER_FOLDER
     )
-    _only(path, config, _TRANSFORMER_ONLY | {"quantization_config": None})
+    _only(path, config, _TRANSFORMER_ONLY)
+    configured_algorithm(path, config)
     default = TransformerConfig
     read = TransformerConfig(
         num_layers=_integer(path, config, "num_layers"),

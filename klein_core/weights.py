@@ -19,6 +19,8 @@ from klein_core.checkpoint.layouts import Layout
 from klein_core.checkpoint.reader import DTYPES, Reader
 from klein_core.checkpoint.sources import NO_SOURCES, Piece, Sources
 from klein_core.errors import listed, refuse
+from klein_core.quantization import layers
+from klein_core.quantization.stored_weight import StoredWeight, share_buffer
 
 PLAIN_DTYPES = ("F32", "F16", "BF16")
 """Dtypes of weights that are numbers as they stand."""
@@ -35,15 +37,18 @@ class QuantisedWeights(Protocol):
     def is_companion(self, name: str) -> bool:
         """Whether a stored tensor only describes another one, so that it is no extra."""
 
+    def shape(self, name: str, checkpoint: Checkpoint) -> tuple[int, ...]:
+        """Returns the shape of the numbers that a stored tensor stands for, which may be packed."""
+
     def takes(self, parameter: str, pieces: tuple[Piece, ...], checkpoint: Checkpoint) -> bool:
-        """Whether this parameter is stored quantised. Raises CheckpointError for a form that it cannot read."""
+        """Whether it reads this parameter. Raises CheckpointError for a form that it cannot read."""
 
     def needs(self, pieces: tuple[Piece, ...], checkpoint: Checkpoint) -> Collection[str]:
         """Names every stored tensor that it will read for a parameter; headers only."""
 
     def load(
         self, shape: torch.Size, pieces: tuple[Piece, ...], reader: Reader, dtype: torch.dtype
-    ) -> nn.Module:
+    ) -> StoredWeight | Tensor:
         """Reads a parameter of this shape; returns what stands in the network in its place.
 
         dtype: what the network computes in.
@@ -85,31 +90,35 @@ def load_weights(
     plan = _plan(targets, checkpoint, sources, layout, ignorable, quantised)
     taken = {name for name in plan if quantised and quantised.takes(name, plan[name], checkpoint)}
     plain = {name: pieces for name, pieces in plan.items() if name not in taken}
-    _check_plain(plain, targets, checkpoint)
-    dtype = dtype or commonest_dtype(plain, checkpoint)
+    _check_shapes(plan, targets, _shapes(plan, checkpoint, quantised), checkpoint.place)
+    _check_dtypes(plain, checkpoint)
+    dtype = dtype or commonest_dtype(plan, checkpoint)
     needed = {piece.name for pieces in plan.values() for piece in pieces}
     needed |= {
         name for parameter in taken if quantised for name in quantised.needs(plan[parameter], checkpoint)
     }
     with Reader(checkpoint, needed, device) as reader:
         loaded = {name: _assembled(plain[name], targets[name].shape, reader, dtype) for name in plain}
-        stored = {
+        read = {
             name: quantised.load(targets[name].shape, plan[name], reader, dtype)
             for name in taken
             if quantised is not None
         }
+    loaded |= {name: value for name, value in read.items() if isinstance(value, Tensor)}
+    stored = {name: value for name, value in read.items() if not isinstance(value, Tensor)}
     for name in targets.keys() - plan.keys():
         loaded[name] = torch.zeros(targets[name].shape, dtype=targets[name].dtype, device=device)
     _put(module, loaded, stored)
 
 
 def commonest_dtype(plan: Sources, checkpoint: Checkpoint) -> torch.dtype:
-    """Returns the dtype that most of the values of `plan` are stored in."""
+    """Returns the dtype that most of the plain values of `plan` are stored in; bfloat16 if there are none."""
     counts: Counter[str] = Counter()
     for name in {piece.name for pieces in plan.values() for piece in pieces}:
         entry = checkpoint.entry(name)
-        counts[entry.dtype] += entry.element_count
-    return DTYPES[counts.most_common(1)[0][0]]
+        counts[entry.dtype] += entry.element_count if entry.dtype in PLAIN_DTYPES else 0
+    commonest, count = counts.most_common(1)[0]
+    return DTYPES[commonest] if count else torch.bfloat16
 
 
 def _assembled(pieces: tuple[Piece, ...], shape: torch.Size, reader: Reader, dtype: torch.dtype) -> Tensor:
@@ -126,13 +135,10 @@ def _assembled(pieces: tuple[Piece, ...], shape: torch.Size, reader: Reader, dty
     return target
 
 
-def _put(module: nn.Module, loaded: Mapping[str, Tensor], stored: Mapping[str, nn.Module]) -> None:
+def _put(module: nn.Module, loaded: Mapping[str, Tensor], stored: Mapping[str, StoredWeight]) -> None:
     """Puts everything in its place; only now does the module change."""
     for name, weight in stored.items():
-        path, _, attribute = name.rpartition(".")
-        owner = module.get_submodule(path)
-        delattr(owner, attribute)
-        setattr(owner, attribute, weight)
+        layers.place(module, name, weight)
     left = module.load_state_dict(loaded, strict=False, assign=True)
     inner = {f"{name}.{buffer}" for name, weight in stored.items() for buffer in weight.state_dict()}
     if left.unexpected_keys or set(left.missing_keys) - inner:
@@ -140,6 +146,7 @@ def _put(module: nn.Module, loaded: Mapping[str, Tensor], stored: Mapping[str, n
     on_meta = [name for name, value in (*module.named_parameters(), *module.named_buffers()) if value.is_meta]
     if on_meta:
         raise RuntimeError(f"non-persistent tensors must be real before loading: {listed(on_meta)}")
+    share_buffer(module)
 
 
 def _plan(
@@ -180,30 +187,41 @@ def _plan(
     return plan
 
 
-def _check_plain(plan: Sources, targets: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
-    """Checks shapes and dtypes by the headers."""
-    wrong, foreign = _half_used(plan, checkpoint), set()
+def _shapes(
+    plan: Sources, checkpoint: Checkpoint, quantised: QuantisedWeights | None
+) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of the numbers of each stored tensor that the plan needs."""
+    names = {piece.name for pieces in plan.values() for piece in pieces}
+    return {
+        name: quantised.shape(name, checkpoint) if quantised else checkpoint.entry(name).shape
+        for name in names
+    }
+
+
+def _check_dtypes(plan: Sources, checkpoint: Checkpoint) -> None:
+    kinds = {piece.name: checkpoint.entry(piece.name).dtype for pieces in plan.values() for piece in pieces}
+    foreign = {f"{name} ({kind})" for name, kind in kinds.items() if kind not in PLAIN_DTYPES}
+    refuse(checkpoint.place, [(f"not one of {', '.join(PLAIN_DTYPES)}:", foreign)])
+
+
+def _check_shapes(
+    plan: Sources, targets: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], place: Path
+) -> None:
+    wrong = _half_used(plan, shapes)
     for target, pieces in plan.items():
         expected = tuple(targets[target].shape)
-        if not _fits(pieces, expected, checkpoint):
-            found = ", ".join(f"{piece.name} {checkpoint.entry(piece.name).shape}" for piece in pieces)
+        if not _fits(pieces, expected, shapes):
+            found = ", ".join(f"{piece.name} {shapes[piece.name]}" for piece in pieces)
             wrong.append(f"{found} instead of {expected}")
-        kinds = {piece.name: checkpoint.entry(piece.name).dtype for piece in pieces}
-        foreign |= {f"{name} ({kind})" for name, kind in kinds.items() if kind not in PLAIN_DTYPES}
-    problems = [
-        ("of another shape than the configuration says:", wrong),
-        (f"not one of {', '.join(PLAIN_DTYPES)}:", foreign),
-    ]
-    refuse(checkpoint.place, problems)
+    refuse(place, [("of another shape than the configuration says:", wrong)])
 
 
-def _half_used(plan: Sources, checkpoint: Checkpoint) -> list[str]:
+def _half_used(plan: Sources, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """Returns what is wrong with stored tensors that have rows that no piece takes."""
     taken: Counter[str] = Counter()
     for piece in (piece for pieces in plan.values() for piece in pieces):
-        shape = checkpoint.entry(piece.name).shape
+        shape = shapes[piece.name]
         taken[piece.name] += len(piece.row_range(shape[0])) if shape else 1
-    shapes = {name: checkpoint.entry(name).shape for name in taken}
     return [
         f"{name} {shapes[name]} instead of {count} rows"
         for name, count in taken.items()
@@ -211,8 +229,10 @@ def _half_used(plan: Sources, checkpoint: Checkpoint) -> list[str]:
     ]
 
 
-def _fits(pieces: tuple[Piece, ...], expected: tuple[int, ...], checkpoint: Checkpoint) -> bool:
-    shapes = [_shape(piece, checkpoint.entry(piece.name).shape) for piece in pieces]
+def _fits(
+    pieces: tuple[Piece, ...], expected: tuple[int, ...], stored: Mapping[str, tuple[int, ...]]
+) -> bool:
+    shapes = [_shape(piece, stored[piece.name]) for piece in pieces]
     if len(shapes) == 1 or not all(shapes):
         return shapes == [expected]
     rows = sum(shape[0] for shape in shapes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -33,8 +34,11 @@ from klein_core.denoiser.positions import reference_rotations, span_rotations
 from klein_core.denoiser.reference_cache import REFERENCE_SIGMA, ReferenceCache, layers_of
 from klein_core.denoiser.scratch import Scratch
 from klein_core.denoiser.span import Span, check_references
+from klein_core.quantization.loading import NO_QUANTIZATION, StoredForms
 from klein_core.variants import TransformerConfig
 from klein_core.weights import load_weights
+
+_BLOCK = re.compile(r"(single_)?transformer_blocks\.\d+\.")
 
 
 class Conditioning(NamedTuple):
@@ -72,8 +76,15 @@ class FlowTransformer(nn.Module):
         checkpoint_folder: Path | str,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        quantization: str = NO_QUANTIZATION,
     ) -> FlowTransformer:
-        """Loads `checkpoint_folder/transformer`; `dtype` None keeps the checkpoint's own.
+        """Loads `checkpoint_folder/transformer`.
+
+        Args:
+            checkpoint_folder: in diffusers' layout.
+            device: where the weights go.
+            dtype: of activations and of weights that are not quantised; `None` is the checkpoint's own.
+            quantization: what the blocks' plain weights are made into, a key of `QUANTIZATIONS`.
 
         Raises:
             CheckpointError: the configuration or the weights are not what this network needs.
@@ -84,7 +95,16 @@ class FlowTransformer(nn.Module):
         checkpoint = open_checkpoint(Path(checkpoint_folder) / TRANSFORMER_FOLDER, Path(checkpoint_folder))
         layout = find_layout(TRANSFORMER, checkpoint)
         sources = layout.prefixed(transformer_sources(config, layout.style))
-        load_weights(transformer, checkpoint, device=device, dtype=dtype, sources=sources, layout=layout)
+        stored = StoredForms.of(checkpoint, layout, quantization=quantization, quantisable=is_block_product)
+        load_weights(
+            transformer,
+            checkpoint,
+            device=device,
+            dtype=dtype,
+            sources=sources,
+            layout=layout,
+            quantised=stored,
+        )
         return transformer.eval().requires_grad_(False)
 
     @property
@@ -216,6 +236,14 @@ class FlowTransformer(nn.Module):
         if packing.is_batch and len(set(keys)) == 1:
             return span_rotations(*keys[0], axes, theta, self.device)[None]
         return packing.pack([span_rotations(*key, axes, theta, self.device) for key in keys])
+
+
+def is_block_product(parameter: str) -> bool:
+    """Whether a parameter is a matrix of a block: what published files quantise.
+
+    Embedders, modulations and the head stay as they are: they are few and each error of theirs reaches every token.
+    """
+    return _BLOCK.match(parameter) is not None and ".norm_" not in parameter
 
 
 def _targets(joint: Tensor, modulation: Modulation, step: Step) -> Targets:

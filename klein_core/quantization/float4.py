@@ -15,10 +15,9 @@ from torch import Tensor
 from klein_core.quantization import e2m1, float8
 from klein_core.quantization.devices import Capability, multiplies_float4
 from klein_core.quantization.stored_weight import StoredWeight, stacked_input_scale, stacked_scale
-from klein_core.quantization.swizzle import TILE_ROWS, swizzled, unswizzled
+from klein_core.quantization.swizzle import swizzled, unswizzled
+from klein_core.quantization.tiles import BLOCK, TILE_ROWS
 
-BLOCK = 16
-"""Elements that share a block scale."""
 _COLUMN_ALIGNMENT = 32
 _ROW_ALIGNMENT = 16
 

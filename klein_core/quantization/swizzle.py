@@ -9,14 +9,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-TILE_ROWS = 128
-TILE_COLUMNS = 4
+from klein_core.quantization.tiles import TILE_COLUMNS, TILE_ROWS, swizzled_shape
+
 _BANDS, _BAND_ROWS = 4, 32
-
-
-def swizzled_shape(rows: int, columns: int) -> tuple[int, int]:
-    """Returns the shape of swizzled scales: both sides rounded up to whole tiles."""
-    return -(-rows // TILE_ROWS) * TILE_ROWS, -(-columns // TILE_COLUMNS) * TILE_COLUMNS
 
 
 def swizzled(scales: Tensor) -> Tensor:

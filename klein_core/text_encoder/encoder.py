@@ -16,6 +16,7 @@ from klein_core.checkpoint.layouts import TEXT_ENCODER, find_layout
 from klein_core.checkpoint.text_encoder import is_past, text_encoder_sources
 from klein_core.checkpoint_config import TEXT_ENCODER_FOLDER, TOKENIZER_FOLDER, read_text_encoder_config
 from klein_core.errors import CheckpointError
+from klein_core.quantization.loading import NO_QUANTIZATION, StoredForms
 from klein_core.text_encoder.tokenizer import PromptTokenizer, TokenizedPrompt
 from klein_core.variants import TextEncoderConfig
 from klein_core.weights import load_weights
@@ -48,8 +49,15 @@ class TextEncoder:
         checkpoint_folder: Path | str,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        quantization: str = NO_QUANTIZATION,
     ) -> TextEncoder:
-        """Loads `tokenizer/` and the needed part of `text_encoder/`; `dtype` `None` is the checkpoint's own.
+        """Loads `tokenizer/` and the needed part of `text_encoder/`.
+
+        Args:
+            checkpoint_folder: in diffusers' layout.
+            device: where the weights go.
+            dtype: of activations and of weights that are not quantised; `None` is the checkpoint's own.
+            quantization: what the layers' plain weights are made into, a key of `QUANTIZATIONS`.
 
         Raises:
             CheckpointError: files are missing, corrupt or of another shape than the configuration.
@@ -60,6 +68,10 @@ class TextEncoder:
         model = build_cut_qwen3(config, device)
         checkpoint = open_checkpoint(folder / TEXT_ENCODER_FOLDER, folder)
         layout = find_layout(TEXT_ENCODER, checkpoint)
+        past = is_past(config)
+        stored = StoredForms.of(
+            checkpoint, layout, quantization=quantization, quantisable=is_layer_product, ignorable=past
+        )
         load_weights(
             model,
             checkpoint,
@@ -67,7 +79,8 @@ class TextEncoder:
             dtype=dtype,
             sources=layout.prefixed(text_encoder_sources(config)),
             layout=layout,
-            ignorable=is_past(config),
+            ignorable=past,
+            quantised=stored,
         )
         model.requires_grad_(False)
         model.train(False)
@@ -100,6 +113,11 @@ class TextEncoder:
         token_ids = torch.tensor([tokens.token_ids for tokens in tokenized], device=device)
         mask = torch.tensor([tokens.attention_mask for tokens in tokenized], device=device)
         return tapped_embedding(self.model, token_ids, mask, self.config.tapped_layers)
+
+
+def is_layer_product(parameter: str) -> bool:
+    """Whether a parameter is a matrix of a layer; the embedding table and the norms are not."""
+    return parameter.startswith("layers.") and parameter.endswith("_proj.weight")
 
 
 def build_cut_qwen3(config: TextEncoderConfig, device: torch.device | str = "cpu") -> Qwen3Model:
@@ -136,6 +154,8 @@ def _cut(config: TextEncoderConfig) -> dict[str, object]:
     """Returns the Qwen3 configuration of the needed layers only."""
     layer_count = max(config.tapped_layers)
     cut = {**config.qwen3, "num_hidden_layers": layer_count, "use_cache": False}
+    # Said of the file, which the loader reads; the network is built plain.
+    cut.pop("quantization_config", None)
     if isinstance(cut.get("layer_types"), list):
         cut["layer_types"] = cut["layer_types"][:layer_count]
     return cut

@@ -6,6 +6,9 @@ stand for, in fp32.
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -92,3 +95,57 @@ def _nvfp4_tensors(
 ) -> dict[str, Tensor]:
     tensors = {"weight": packed, "weight_scale": block_scales, "weight_scale_2": scale}
     return tensors if input_scale is None else {**tensors, "input_scale": torch.tensor(input_scale)}
+
+
+WRITERS: dict[str, Callable[[Tensor], Quantised]] = {
+    "float8_e4m3fn": write_float8,
+    "nvfp4": write_nvfp4,
+    "int8_tensorwise": write_int8,
+}
+"""ComfyUI's names."""
+
+
+class QuantisedFile(NamedTuple):
+    """A whole component."""
+
+    tensors: dict[str, Tensor]
+    layers: list[str]
+    """Names of the quantised tensors, without `.weight`."""
+    values: dict[str, Tensor]
+    """The same component unquantised, with the values that the quantised tensors stand for."""
+
+
+def quantised_file(
+    tensors: Mapping[str, Tensor], write: Callable[[Tensor], Quantised], is_quantised: Callable[[str], bool]
+) -> QuantisedFile:
+    """Quantises the chosen ones of a component's tensors; the others stay as they are."""
+    file = QuantisedFile({}, [], {})
+    for name, tensor in tensors.items():
+        if not is_quantised(name):
+            file.tensors[name] = file.values[name] = tensor
+            continue
+        layer = name.removesuffix(".weight")
+        quantised = write(tensor.float())
+        file.tensors.update({f"{layer}.{suffix}": part for suffix, part in quantised.tensors.items()})
+        file.layers.append(layer)
+        file.values[name] = quantised.values
+    return file
+
+
+def comfy_header(layers: Iterable[str], form: str, **more: object) -> dict[str, str]:
+    """The table that older files have in their header."""
+    table = {"format_version": "1.0", "layers": {layer: {"format": form, **more} for layer in layers}}
+    return {"_quantization_metadata": json.dumps(table)}
+
+
+def comfy_markers(layers: Iterable[str], form: str, **more: object) -> dict[str, Tensor]:
+    """The tensors that newer files have instead."""
+    content = json.dumps({"format": form, **more}).encode()
+    return {f"{layer}.comfy_quant": torch.tensor(list(content), dtype=torch.uint8) for layer in layers}
+
+
+def is_block_matrix(name: str) -> bool:
+    """What published files quantise of a transformer, in either naming."""
+    return re.match(r"(double|single)_blocks|(single_)?transformer_blocks", name) is not None and (
+        name.endswith(".weight") and ".norm" not in name
+    )

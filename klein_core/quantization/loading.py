@@ -1,0 +1,208 @@
+"""Reads quantised tensors of a checkpoint as the weights of a network, and quantises plain ones on their way in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from klein_core.checkpoint.files import Checkpoint
+from klein_core.checkpoint.layouts import Layout
+from klein_core.checkpoint.reader import Reader
+from klein_core.checkpoint.sources import Piece, is_companion
+from klein_core.errors import CheckpointError, refuse
+from klein_core.quantization.float4 import Float4Weight
+from klein_core.quantization.float8 import Float8Weight
+from klein_core.quantization.forms import Form, find_forms
+from klein_core.quantization.int8 import Int8Weight
+from klein_core.quantization.notes import (
+    FLOAT8,
+    FLOAT8_WIDE,
+    INT8,
+    NVFP4_LINEAR,
+    NVFP4_TILED,
+    LayerNote,
+    Notes,
+    comfy_notes,
+    general_form,
+    parsed_marker,
+)
+from klein_core.quantization.stored_weight import StoredWeight
+
+NO_QUANTIZATION = "none"
+QUANTIZATIONS: Mapping[str, type[Float8Weight] | type[Int8Weight] | None] = MappingProxyType(
+    {NO_QUANTIZATION: None, "fp8": Float8Weight, "int8": Int8Weight}
+)
+"""What plain weights can be made into while they are loaded."""
+
+_MARKER = ".comfy_quant"
+_MAXIMUM_MARKER_BYTES = 4096
+# Prefixes that a header's table of layers may have or lack, whatever the file's own names do.
+_TABLE_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
+
+
+class StoredForms:
+    """The loader's `QuantisedWeights`: everything of a checkpoint that is not, or is not to stay, plain numbers."""
+
+    def __init__(
+        self, forms: Mapping[str, Form], quantization: str, quantisable: Callable[[str], bool]
+    ) -> None:
+        self._forms = forms
+        self._quantise = QUANTIZATIONS[quantization]
+        self._quantisable = quantisable
+
+    @classmethod
+    def of(
+        cls,
+        checkpoint: Checkpoint,
+        layout: Layout,
+        *,
+        quantization: str = NO_QUANTIZATION,
+        quantisable: Callable[[str], bool] = lambda parameter: False,
+        ignorable: Callable[[str], bool] = lambda name: False,
+    ) -> StoredForms:
+        """Reads headers and notes, no weights.
+
+        Args:
+            quantization: a key of `QUANTIZATIONS`.
+            quantisable: tells parameters of the network that it may quantise.
+            ignorable: tells checkpoint names that are not needed.
+
+        Raises:
+            CheckpointError: how a tensor is stored is not told, told twice, or not supported; or a quantization is
+                asked for of weights that have one. The message lists the names.
+        """
+        names = {name for name in checkpoint.files if layout.owns(name) and not ignorable(name)}
+        notes = _read_notes(checkpoint, names, layout.prefix)
+        forms = find_forms(checkpoint.place, {name: checkpoint.entry(name) for name in names}, notes)
+        if forms and quantization != NO_QUANTIZATION:
+            kinds = ", ".join(sorted({form.kind for form in forms.values()}))
+            raise CheckpointError(
+                f"{checkpoint.place} is quantised already ({kinds}); its quantization can only be {NO_QUANTIZATION}"
+            )
+        return cls(forms, quantization, quantisable)
+
+    def is_companion(self, name: str) -> bool:
+        return is_companion(name)
+
+    def shape(self, name: str, checkpoint: Checkpoint) -> tuple[int, ...]:
+        """Returns the shape of what a stored tensor stands for."""
+        return self._forms[name].shape if name in self._forms else checkpoint.entry(name).shape
+
+    def takes(self, parameter: str, pieces: tuple[Piece, ...], checkpoint: Checkpoint) -> bool:
+        if self._quantise is not None and self._quantisable(parameter):
+            return True
+        return any(piece.name in self._forms for piece in pieces)
+
+    def needs(self, pieces: tuple[Piece, ...], checkpoint: Checkpoint) -> Collection[str]:
+        forms = [self._forms[piece.name] for piece in pieces if piece.name in self._forms]
+        return {piece.name for piece in pieces} | {
+            name for form in forms for suffix, name in form.companions.items() if suffix != _MARKER
+        }
+
+    def load(
+        self, shape: torch.Size, pieces: tuple[Piece, ...], reader: Reader, dtype: torch.dtype
+    ) -> StoredWeight | Tensor:
+        """Reads one parameter; plain numbers where pieces of several forms make it, which nothing can hold as one."""
+        forms = {self._forms[piece.name].kind if piece.name in self._forms else None for piece in pieces}
+        if len(forms) == 1 and None not in forms:
+            parts = [self._stored(piece, reader, dtype) for piece in pieces]
+            return parts[0] if len(parts) == 1 else type(parts[0]).stacked(parts)
+        dense = self._dense(shape, pieces, reader, dtype)
+        return dense if self._quantise is None else self._quantise.of(dense)
+
+    def _dense(
+        self, shape: torch.Size, pieces: tuple[Piece, ...], reader: Reader, dtype: torch.dtype
+    ) -> Tensor:
+        dense = torch.empty(shape, dtype=dtype, device=reader.device)
+        row = 0
+        for piece in pieces:
+            count = len(piece.row_range(self.shape(piece.name, reader.checkpoint)[0]))
+            target = dense[row : row + count]
+            if piece.name in self._forms:
+                target.copy_(self._stored(piece, reader, dtype).dense(dtype))
+            else:
+                reader.copy(piece, target)
+            row += count
+        return dense
+
+    def _stored(self, piece: Piece, reader: Reader, dtype: torch.dtype) -> StoredWeight:
+        form = self._forms[piece.name]
+        weight = _read(piece.name, form, reader)
+        weight.dtype, weight.full_precision = dtype, form.full_precision
+        rows = piece.row_range(form.shape[0])
+        return weight if len(rows) == form.shape[0] else weight.cut(rows.start, rows.stop)
+
+
+def _read(name: str, form: Form, reader: Reader) -> StoredWeight:
+    """Reads one stored tensor and its scales, whole."""
+    values = reader.read(name)
+    scales = {suffix: reader.read(other) for suffix, other in form.companions.items() if suffix != _MARKER}
+    refuse(
+        reader.checkpoint.place,
+        [
+            (
+                "not finite:",
+                [form.companions[suffix] for suffix, scale in scales.items() if not _is_finite(scale)],
+            )
+        ],
+    )
+    scale, input_scale = scales[".weight_scale"], scales.get(".input_scale")
+    if form.kind in (FLOAT8, FLOAT8_WIDE):
+        element = torch.float8_e4m3fn if form.kind == FLOAT8 else torch.float8_e5m2
+        return Float8Weight(values, scale, input_scale, element=element)
+    if form.kind == NVFP4_TILED:
+        return Float4Weight(values, scale, scales[".weight_scale_2"], input_scale)
+    if form.kind == NVFP4_LINEAR:
+        return Float4Weight.from_linear(values, scale, scales[".weight_scale_2"], input_scale)
+    if form.kind == INT8:
+        return Int8Weight(values, scale)
+    raise AssertionError(form.kind)
+
+
+def _is_finite(scale: Tensor) -> bool:
+    return bool(scale.float().isfinite().all())
+
+
+def _read_notes(checkpoint: Checkpoint, names: Collection[str], prefix: str) -> Notes:
+    metadata: dict[str, str] = {}
+    layers: dict[str, LayerNote] = {}
+    for path in sorted({checkpoint.files[name] for name in names}):
+        header = checkpoint.header(path)
+        metadata |= header.metadata
+        for layer, note in comfy_notes(path, header.metadata).items():
+            own = _own_name(layer, checkpoint.files, prefix)
+            # A file may hold other components, and layers that this network does not need.
+            if own + ".weight" in names or own + ".weight" not in checkpoint.files:
+                layers[own] = note
+    for layer, note in _read_markers(checkpoint, names).items():
+        if layers.setdefault(layer, note) != note:
+            raise CheckpointError(f"{checkpoint.place}: {layer}{_MARKER} contradicts the header: {note}")
+    return Notes(layers, general_form(checkpoint.place, metadata))
+
+
+def _own_name(layer: str, files: Collection[str], prefix: str) -> str:
+    """Returns a layer of the header's table as the checkpoint's tensors name it."""
+    bare = {layer.removeprefix(other) for other in _TABLE_PREFIXES}
+    candidates = [layer, prefix + layer, *(prefix + name for name in bare), *bare]
+    return next((name for name in candidates if name + ".weight" in files), layer)
+
+
+def _read_markers(checkpoint: Checkpoint, names: Collection[str]) -> dict[str, LayerNote]:
+    markers = [name for name in names if name.endswith(_MARKER)]
+    entries = {name: checkpoint.entry(name) for name in markers}
+    wrong = [
+        name
+        for name, entry in entries.items()
+        if entry.dtype != "U8" or len(entry.shape) != 1 or entry.byte_count > _MAXIMUM_MARKER_BYTES
+    ]
+    refuse(checkpoint.place, [(f"not at most {_MAXIMUM_MARKER_BYTES} bytes of text:", wrong)])
+    with Reader(checkpoint, markers) as reader:
+        return {
+            name.removesuffix(_MARKER): parsed_marker(
+                checkpoint.place, name.removesuffix(_MARKER), bytes(reader.read(name).tolist())
+            )
+            for name in markers
+        }
