@@ -14,11 +14,11 @@ Pixels = tuple[int, int]
 FAMILIES = ("text to image", "edit", "two references")
 REFERENCE_COUNT = {"text to image": 0, "edit": 1, "two references": 2}
 _EDIT_WEIGHTS = {
-    "colour": 1.3, "shape": 2.4, "background": 0.8, "move": 0.7, "size": 1.9, "add": 0.5, "remove": 2.2
+    "colour": 1.4, "shape": 3.4, "background": 0.4, "move": 0.6, "size": 2.2, "add": 0.4, "remove": 2.8
 }  # fmt: skip
 _TWO_WEIGHTS = {"onto background": 1.0, "colour from second": 1.0, "side by side": 1.6, "stacked": 1.2}
 _SIDES_PX = tuple(range(64, 257, TOKEN_PX))
-_OTHER_REFERENCE_SIZE = 0.25
+_OTHER_REFERENCE_SIZE = 0.15
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def family_shares(progress: float) -> dict[str, float]:
         return dict(zip(FAMILIES, (0.62, 0.24, 0.14), strict=True))
     if progress < 0.42:
         return dict(zip(FAMILIES, (0.45, 0.31, 0.24), strict=True))
-    return dict(zip(FAMILIES, (0.2, 0.48, 0.32), strict=True))
+    return dict(zip(FAMILIES, (0.16, 0.54, 0.3), strict=True))
 
 
 def size_shares(progress: float) -> tuple[float, float, float]:
@@ -65,7 +65,7 @@ def size_shares(progress: float) -> tuple[float, float, float]:
         return 0.85, 0.13, 0.02
     if progress < 0.42:
         return 0.15, 0.72, 0.13
-    return 0.08, 0.52, 0.4
+    return 0.08, 0.59, 0.33
 
 
 def any_setting(family: str, progress: float, rng: random.Random) -> Setting:
