@@ -5,9 +5,11 @@ Written from the description of the formats alone, independently of the loader: 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 Shapes = dict[str, tuple[int, ...]]
+Widths = tuple[int, ...]
 
 HEAD = 128
 LATENT = 32
@@ -74,25 +76,133 @@ def bfl_transformer(doubles: int, singles: int, d: int, text: int) -> Shapes:
     return shapes
 
 
-def vae(encoder_widths: tuple[int, ...], decoder_widths: tuple[int, ...]) -> Shapes:
-    """`vae/` of a diffusers folder; the widths are those of the levels, from the image inwards."""
+def rows_in_bfl(doubles: int, singles: int, d: int) -> dict[str, list[tuple[str, int, int]]]:
+    """Diffusers' name → the rows of BFL's tensors that it consists of, from top to bottom."""
+    whole = {
+        "x_embedder": "img_in",
+        "context_embedder": "txt_in",
+        "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
+        "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
+        "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
+        "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
+        "single_stream_modulation.linear": "single_stream_modulation.lin",
+        "proj_out": "final_layer.linear",
+    }
+    of_double = {
+        "attn.to_out.0.weight": "img_attn.proj.weight",
+        "attn.to_add_out.weight": "txt_attn.proj.weight",
+        "ff.linear_in.weight": "img_mlp.0.weight",
+        "ff.linear_out.weight": "img_mlp.2.weight",
+        "ff_context.linear_in.weight": "txt_mlp.0.weight",
+        "ff_context.linear_out.weight": "txt_mlp.2.weight",
+        "attn.norm_q.weight": "img_attn.norm.query_norm.scale",
+        "attn.norm_k.weight": "img_attn.norm.key_norm.scale",
+        "attn.norm_added_q.weight": "txt_attn.norm.query_norm.scale",
+        "attn.norm_added_k.weight": "txt_attn.norm.key_norm.scale",
+    }
+    of_single = {
+        "attn.to_qkv_mlp_proj.weight": "linear1.weight",
+        "attn.to_out.weight": "linear2.weight",
+        "attn.norm_q.weight": "norm.query_norm.scale",
+        "attn.norm_k.weight": "norm.key_norm.scale",
+    }
+    names = {f"{diffusers}.weight": f"{bfl}.weight" for diffusers, bfl in whole.items()}
+    for i in range(doubles):
+        names |= {f"transformer_blocks.{i}.{n}": f"double_blocks.{i}.{bfl}" for n, bfl in of_double.items()}
+    for i in range(singles):
+        names |= {
+            f"single_transformer_blocks.{i}.{n}": f"single_blocks.{i}.{bfl}" for n, bfl in of_single.items()
+        }
+    shapes = bfl_transformer(doubles, singles, d, 1)
+    rows = {name: [(bfl, 0, shapes[bfl][0])] for name, bfl in names.items()}
+    for i in range(doubles):
+        for stream, parts in (
+            ("img", ("to_q", "to_k", "to_v")),
+            ("txt", ("add_q_proj", "add_k_proj", "add_v_proj")),
+        ):
+            for third, part in enumerate(parts):
+                fused = f"double_blocks.{i}.{stream}_attn.qkv.weight"
+                rows[f"transformer_blocks.{i}.attn.{part}.weight"] = [(fused, third * d, third * d + d)]
+    # Diffusers has scale above shift, BFL shift above scale.
+    head = "final_layer.adaLN_modulation.1.weight"
+    return rows | {"norm_out.linear.weight": [(head, d, 2 * d), (head, 0, d)]}
+
+
+@dataclass(frozen=True)
+class VaeNames:
+    """What the modules of the autoencoder are called."""
+
+    down: str
+    up: str
+    resnet: str
+    shortcut: str
+    downsample: str
+    upsample: str
+    norm_out: str
+    middle: tuple[str, str]
+    attention: str
+    attention_parts: tuple[str, str, str, str, str]
+    quant: str
+    post_quant: str
+    up_counts_from_image: bool
+    attention_is_convolution: bool
+
+
+DIFFUSERS_VAE = VaeNames(
+    down="down_blocks",
+    up="up_blocks",
+    resnet="resnets",
+    shortcut="conv_shortcut",
+    downsample="downsamplers.0.conv",
+    upsample="upsamplers.0.conv",
+    norm_out="conv_norm_out",
+    middle=("mid_block.resnets.0", "mid_block.resnets.1"),
+    attention="mid_block.attentions.0",
+    attention_parts=("group_norm", "to_q", "to_k", "to_v", "to_out.0"),
+    quant="quant_conv",
+    post_quant="post_quant_conv",
+    up_counts_from_image=False,
+    attention_is_convolution=False,
+)
+BFL_VAE = VaeNames(
+    down="down",
+    up="up",
+    resnet="block",
+    shortcut="nin_shortcut",
+    downsample="downsample.conv",
+    upsample="upsample.conv",
+    norm_out="norm_out",
+    middle=("mid.block_1", "mid.block_2"),
+    attention="mid.attn_1",
+    attention_parts=("norm", "q", "k", "v", "proj_out"),
+    quant="encoder.quant_conv",
+    post_quant="decoder.post_quant_conv",
+    up_counts_from_image=True,
+    attention_is_convolution=True,
+)
+
+
+def vae(encoder_widths: Widths, decoder_widths: Widths, names: VaeNames = DIFFUSERS_VAE) -> Shapes:
+    """The autoencoder, in the same order whatever the names; widths are of the levels from the image inwards."""
     innermost, outermost = decoder_widths[-1], decoder_widths[0]
+    last = len(encoder_widths) - 1
     shapes = _conv("encoder.conv_in", 3, encoder_widths[0])
     for level, (before, width) in enumerate(pairwise((encoder_widths[0], *encoder_widths))):
-        block = f"encoder.down_blocks.{level}"
-        shapes |= _resnets(block, before, width, count=2)
-        if level < len(encoder_widths) - 1:
-            shapes |= _conv(f"{block}.downsamplers.0.conv", width, width)
-    shapes |= _middle("encoder", encoder_widths[-1]) | _norm("encoder.conv_norm_out", encoder_widths[-1])
+        block = f"encoder.{names.down}.{level}"
+        shapes |= _resnets(block, before, width, 2, names)
+        if level < last:
+            shapes |= _conv(f"{block}.{names.downsample}", width, width)
+    shapes |= _middle("encoder", encoder_widths[-1], names)
+    shapes |= _norm(f"encoder.{names.norm_out}", encoder_widths[-1])
     shapes |= _conv("encoder.conv_out", encoder_widths[-1], 2 * LATENT)
-    shapes |= _conv("decoder.conv_in", LATENT, innermost) | _middle("decoder", innermost)
+    shapes |= _conv("decoder.conv_in", LATENT, innermost) | _middle("decoder", innermost, names)
     for level, (before, width) in enumerate(pairwise((innermost, *reversed(decoder_widths)))):
-        block = f"decoder.up_blocks.{level}"
-        shapes |= _resnets(block, before, width, count=3)
-        if level < len(decoder_widths) - 1:
-            shapes |= _conv(f"{block}.upsamplers.0.conv", width, width)
-    shapes |= _norm("decoder.conv_norm_out", outermost) | _conv("decoder.conv_out", outermost, 3)
-    shapes |= _conv("quant_conv", 2 * LATENT, 2 * LATENT, 1) | _conv("post_quant_conv", LATENT, LATENT, 1)
+        block = f"decoder.{names.up}.{last - level if names.up_counts_from_image else level}"
+        shapes |= _resnets(block, before, width, 3, names)
+        if level < last:
+            shapes |= _conv(f"{block}.{names.upsample}", width, width)
+    shapes |= _norm(f"decoder.{names.norm_out}", outermost) | _conv("decoder.conv_out", outermost, 3)
+    shapes |= _conv(names.quant, 2 * LATENT, 2 * LATENT, 1) | _conv(names.post_quant, LATENT, LATENT, 1)
     statistics: Shapes = {"bn.running_mean": (128,), "bn.running_var": (128,), "bn.num_batches_tracked": ()}
     return shapes | statistics
 
@@ -130,21 +240,26 @@ def _norm(name: str, width: int) -> Shapes:
     return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
 
 
-def _resnets(block: str, before: int, width: int, count: int) -> Shapes:
+def _resnets(block: str, before: int, width: int, count: int, names: VaeNames) -> Shapes:
     shapes: Shapes = {}
     for i in range(count):
-        name, entering = f"{block}.resnets.{i}", width if i else before
-        shapes |= _norm(f"{name}.norm1", entering) | _conv(f"{name}.conv1", entering, width)
-        shapes |= _norm(f"{name}.norm2", width) | _conv(f"{name}.conv2", width, width)
-        if entering != width:
-            shapes |= _conv(f"{name}.conv_shortcut", entering, width, 1)
+        shapes |= _resnet(f"{block}.{names.resnet}.{i}", width if i else before, width, names)
     return shapes
 
 
-def _middle(part: str, width: int) -> Shapes:
-    shapes = _resnets(f"{part}.mid_block", width, width, count=2)
-    attention = f"{part}.mid_block.attentions.0"
-    shapes |= _norm(f"{attention}.group_norm", width)
-    for name in ("to_q", "to_k", "to_v", "to_out.0"):
-        shapes |= {f"{attention}.{name}.weight": (width, width), f"{attention}.{name}.bias": (width,)}
+def _resnet(name: str, before: int, width: int, names: VaeNames) -> Shapes:
+    shapes = _norm(f"{name}.norm1", before) | _conv(f"{name}.conv1", before, width)
+    shapes |= _norm(f"{name}.norm2", width) | _conv(f"{name}.conv2", width, width)
+    return shapes | (_conv(f"{name}.{names.shortcut}", before, width, 1) if before != width else {})
+
+
+def _middle(part: str, width: int, names: VaeNames) -> Shapes:
+    shapes: Shapes = {}
+    for block in names.middle:
+        shapes |= _resnet(f"{part}.{block}", width, width, names)
+    norm, *projections = (f"{part}.{names.attention}.{name}" for name in names.attention_parts)
+    shapes |= _norm(norm, width)
+    for name in projections:
+        square = (width, width, 1, 1) if names.attention_is_convolution else (width, width)
+        shapes |= {f"{name}.weight": square, f"{name}.bias": (width,)}
     return shapes

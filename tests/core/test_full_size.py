@@ -7,7 +7,10 @@ from math import prod
 import pytest
 import torch
 
-from klein_core.denoiser.checkpoint import checkpoint_names
+from klein_core.checkpoint.layouts import BFL, DIFFUSERS
+from klein_core.checkpoint.sources import Piece
+from klein_core.checkpoint.transformer import transformer_sources
+from klein_core.checkpoint.vae import vae_sources
 from klein_core.denoiser.transformer import FlowTransformer
 from klein_core.known_variants import KNOWN_VARIANTS, SMALL_DECODER
 from klein_core.text_encoder.encoder import build_cut_qwen3
@@ -19,6 +22,7 @@ EACH = pytest.mark.parametrize("row", KNOWN_VARIANTS.values(), ids=lambda row: r
 
 # Of the published files: parameters; tensors in a diffusers folder and in the single file.
 TRANSFORMERS = {3072: (3_875_544_576, 169, 149), 4096: (9_078_581_248, 233, 201)}
+PUBLISHED = {DIFFUSERS: published.transformer, BFL: published.bfl_transformer}
 # Of Qwen3-4B and -8B: all parameters (a tied head counts once), and those up to the last tapped layer.
 TEXT_ENCODERS = {2560: (4_022_468_096, 3_114_088_192), 4096: (8_190_735_360, 5_831_883_520)}
 
@@ -27,14 +31,41 @@ def count(shapes):
     return sum(map(prod, shapes.values()))
 
 
-def of_diffusers(module, names):
-    """Names and shapes that a diffusers folder must have to fill `module`: what it fuses is taken apart."""
-    shapes = {}
+def filled_from(module, sources, stored):
+    """Checks that stored tensors of these shapes fill `module` by `sources`; returns those that are used up.
+
+    A stored tensor is used up when each of its rows goes to exactly one place.
+    """
+    taken = {name: [] for name in stored}
     for target, value in module.state_dict().items():
-        parts = names.get(target, (target,))
-        rows = [value.shape[0] // len(parts), *value.shape[1:]] if value.shape else []
-        shapes |= dict.fromkeys(parts, tuple(rows))
-    return shapes
+        if target not in sources:
+            continue
+        rows = 0
+        for piece in sources[target]:
+            shape = stored[piece.name]
+            if piece.is_pointwise:
+                assert shape[2:] == (1, 1)
+                shape = shape[:2]
+            assert shape[1:] == tuple(value.shape[1:]), target
+            chosen = piece.row_range(shape[0])
+            taken[piece.name] += chosen
+            rows += len(chosen)
+        assert rows == value.shape[0], target
+    return {
+        name for name, rows in taken.items() if stored[name] and sorted(rows) == list(range(stored[name][0]))
+    }
+
+
+def rows_of(pieces, stored):
+    """The same pieces with every end written out, neighbours joined."""
+    rows = []
+    for piece in pieces:
+        chosen = piece.row_range(stored[piece.name][0])
+        if rows and rows[-1][0] == piece.name and rows[-1][2] == chosen.start:
+            rows[-1] = (piece.name, rows[-1][1], chosen.stop)
+        else:
+            rows.append((piece.name, chosen.start, chosen.stop))
+    return rows
 
 
 def dimensions(row):
@@ -43,21 +74,30 @@ def dimensions(row):
 
 
 @EACH
-def test_the_transformer_has_the_published_names_shapes_and_count(row):
-    parameters, tensors, _ = TRANSFORMERS[row.transformer.hidden_size]
+@pytest.mark.parametrize("style", [DIFFUSERS, BFL])
+def test_the_transformer_has_the_published_names_shapes_and_count(row, style):
+    parameters, *tensors = TRANSFORMERS[row.transformer.hidden_size]
     with torch.device("meta"):
         module = FlowTransformer(row.transformer)
-    expected = published.transformer(*dimensions(row))
-    assert of_diffusers(module, checkpoint_names(row.transformer)) == expected
-    assert count(expected) == sum(p.numel() for p in module.parameters()) == parameters
-    assert len(expected) == tensors
+    stored = PUBLISHED[style](*dimensions(row))
+    sources = transformer_sources(row.transformer, style)
+    assert sources.keys() == module.state_dict().keys()
+    assert filled_from(module, sources, stored) == stored.keys()
+    assert count(stored) == sum(p.numel() for p in module.parameters()) == parameters
+    assert len(stored) == tensors[style == BFL]
 
 
 @EACH
-def test_the_single_file_holds_the_same_parameters(row):
-    parameters, _, tensors = TRANSFORMERS[row.transformer.hidden_size]
-    single = published.bfl_transformer(*dimensions(row))
-    assert (count(single), len(single)) == (parameters, tensors)
+def test_each_row_of_the_single_file_goes_where_its_diffusers_name_says(row):
+    doubles, singles, d, text = dimensions(row)
+    stored = published.bfl_transformer(doubles, singles, d, text)
+    expected = published.rows_in_bfl(doubles, singles, d)
+    authors = transformer_sources(row.transformer, BFL)
+    for target, parts in transformer_sources(row.transformer, DIFFUSERS).items():
+        rows = [published_rows for part in parts for published_rows in expected.pop(part.name)]
+        joined = rows_of([Piece(*published_rows) for published_rows in rows], stored)
+        assert rows_of(authors[target], stored) == joined, target
+    assert not expected
 
 
 @EACH
@@ -89,10 +129,17 @@ def test_the_cut_text_encoder_has_the_published_names_and_shapes(row):
 def test_the_autoencoder_has_the_published_names_shapes_and_count(config, parameters, of_decoder):
     with torch.device("meta"):
         module = Autoencoder(config)
-    decoder = config.decoder_block_out_channels or config.block_out_channels
-    expected = published.vae(config.block_out_channels, decoder)
-    assert of_diffusers(module, {}) == expected
-    assert len(expected) == 251
+    widths = (config.block_out_channels, config.decoder_block_out_channels or config.block_out_channels)
+    diffusers = published.vae(*widths)
+    authors = published.vae(*widths, published.BFL_VAE)
+    for style, stored in ((DIFFUSERS, diffusers), (BFL, authors)):
+        sources = vae_sources(config, style)
+        assert filled_from(module, sources, stored) == stored.keys() - {"bn.num_batches_tracked"}
+        assert len(stored) == 251
+    same = dict(zip(diffusers, authors, strict=True))
+    moved = {name: pieces[0].name for name, pieces in vae_sources(config, BFL).items()}
+    assert moved == {name: same[name] for name in vae_sources(config, DIFFUSERS)}
+    assert {name: tuple(value.shape) for name, value in module.state_dict().items()} == diffusers
     assert sum(p.numel() for p in module.parameters()) == parameters
     assert sum(p.numel() for p in module.decoder.parameters()) == of_decoder
     assert sum(p.numel() for p in module.encoder.parameters()) == 34_421_696
