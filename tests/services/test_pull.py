@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 
 from klein_core.known_variants import KNOWN_VARIANTS, SMALL_DECODER
 from klein_core.pipeline import Pipeline
@@ -20,6 +21,8 @@ from services.cli.child import inherited_environment
 from services.cli.ports import free_ports
 from tests.services.hub_server import Hub, Repository, serving
 from tests.tiny.checkpoint import save_tiny_checkpoint
+from tests.tiny.layouts import bfl_transformer
+from tests.tiny.quantised import write_float8
 from tests.tiny.vae import tiny_vae
 
 NAME = "klein-4b"
@@ -42,6 +45,19 @@ CHUNK = 10 * 2**20
 
 def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def official_float8(diffusers: bytes) -> bytes:
+    """The same transformer as the official fp8 files have it: BFL's names, the blocks' linears in fp8."""
+    tensors = {}
+    for name, tensor in bfl_transformer(safetensors.torch.load(diffusers)).items():
+        is_quantised = "_blocks." in name and tensor.ndim == 2
+        stored = write_float8(tensor).tensors if is_quantised else {"weight": tensor}
+        stem, _, kind = name.rpartition(".")
+        tensors |= {
+            f"{stem}.{kind if suffix == 'weight' else suffix}": value for suffix, value in stored.items()
+        }
+    return safetensors.torch.save(tensors)
 
 
 @pytest.fixture(scope="session")
@@ -229,7 +245,8 @@ def test_quantised_weights_and_the_small_decoder_take_their_places_in_the_model(
     pull, hub, models, tiny_files, tmp_path
 ):
     quantised = KNOWN_VARIANTS[NAME].quantised["fp8"]
-    hub.repositories[quantised.repository] = Repository({quantised.name: b"fp8 weights", "README.md": b""})
+    weights = official_float8(tiny_files[TRANSFORMER])
+    hub.repositories[quantised.repository] = Repository({quantised.name: weights, "README.md": b""})
     tiny_vae(seed=3, decoder_block_out_channels=(32, 32, 32, 64)).save_pretrained(tmp_path / "vae")
     small = files_of(tmp_path / "vae")
     extra = {"full_encoder_small_decoder.safetensors": b"the same once more"}
@@ -247,6 +264,8 @@ def test_quantised_weights_and_the_small_decoder_take_their_places_in_the_model(
     assert f"{MAIN}/{TRANSFORMER}" not in fetched
     assert not any(path.startswith(f"{MAIN}/vae/") for path in fetched)
     assert f"{SMALL_DECODER.repository}/full_encoder_small_decoder.safetensors" not in fetched
+    loaded = Pipeline.from_folder(folder)
+    assert loaded.vae_decoder.autoencoder.config.decoder_block_out_channels == (32, 32, 32, 64)
 
 
 def test_too_little_space_is_told_before_anything_large_is_fetched(pull, hub, models):

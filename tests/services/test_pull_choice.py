@@ -13,7 +13,7 @@ from services.cli.hub.choice import choose
 from services.cli.hub.folders import (
     RECEIPT,
     default_folder,
-    model_folder,
+    find_model,
     models_folder,
     pulled_folder,
 )
@@ -88,20 +88,22 @@ def test_only_a_whole_model_is_found_by_its_name(monkeypatch, tmp_path):
     (folder / "model_index.json").write_text("{}")
     assert pulled_folder("klein-4b") is None
     with pytest.raises(CliError, match="klein pull klein-4b"):
-        model_folder("klein-4b")
+        find_model("klein-4b")
     (folder / RECEIPT).write_text(json.dumps({"model": "klein-4b"}))
-    assert pulled_folder("klein-4b") == model_folder("Klein-4B") == folder
-    assert model_folder(KNOWN_VARIANTS["klein-4b"].repository) == folder
+    assert pulled_folder("klein-4b") == find_model("Klein-4B") == folder
+    assert find_model(KNOWN_VARIANTS["klein-4b"].repository) == folder
 
 
-def test_a_folder_on_disk_goes_before_a_name_and_a_missing_path_is_no_repository(monkeypatch, tmp_path):
+def test_a_place_on_disk_goes_before_a_name_and_a_missing_path_is_no_repository(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "klein-4b").mkdir()
-    assert model_folder("klein-4b") == Path("klein-4b")
-    with pytest.raises(CliError, match=r"no folder \./klein-9b"):
-        model_folder("./klein-9b")
-    with pytest.raises(CliError, match="someone/model was not pulled"):
-        model_folder("someone/model")
+    (tmp_path / "klein-base-4b").write_bytes(b"one file")
+    assert find_model("klein-4b") == Path("klein-4b")
+    assert find_model("klein-base-4b") == Path("klein-base-4b")
+    with pytest.raises(CliError, match=r"no folder or file \./klein-9b"):
+        find_model("./klein-9b")
+    with pytest.raises(CliError, match="someone/model is no folder here and was not pulled"):
+        find_model("someone/model")
 
 
 def test_one_set_of_weights_is_picked_by_the_loaders_rule():

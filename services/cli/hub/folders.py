@@ -39,20 +39,29 @@ def pulled_folder(identifier: str) -> Path | None:
     return folder if read_receipt(folder) is not None else None
 
 
-def model_folder(model: str) -> Path:
-    """Returns the folder that `--model` means: one on disk, or one pulled by that name.
+def find_model(model: str) -> Path:
+    """Returns what `--model` means: a folder or file on disk, else the folder of a model pulled by that name.
 
     Raises:
-        CliError: there is neither; for a name, with the command that pulls it.
+        CliError: there is neither; for what can be pulled, with the command that does.
     """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
+    place = Path(model).expanduser()
+    if place.exists():
+        return place
     if not is_known(model) and not _may_be_repository(model):
-        raise CliError(f"There is no folder {model}.", "`klein pull --help` tells how to get one.", MISUSED)
+        raise CliError(
+            f"There is no folder or file {model}.",
+            "Give the path of a model, or `pico`, or a model's name: `klein pull --help` tells them.",
+            MISUSED,
+        )
     pulled = pulled_folder(model)
     if pulled is None:
-        raise CliError(f"{model} was not pulled yet.", f"Pull it first: `klein pull {model}`.", MISUSED)
+        what = (
+            f"{model} was not pulled yet"
+            if is_known(model)
+            else f"{model} is no folder here and was not pulled"
+        )
+        raise CliError(f"{what}.", f"Pull it first: `klein pull {model}`.", MISUSED)
     return pulled
 
 
