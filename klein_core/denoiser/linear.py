@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from klein_core.quantization.stored_weight import StoredWeight
+
+
+class Addition(Protocol):
+    """What an adapter adds to a layer's product."""
+
+    def add_to(self, product: Tensor, rows: Tensor, offset: int) -> None:
+        """Adds in place to `product`, (rows, the layer's output channels from `offset` on)."""
 
 
 class Linear(nn.Linear):
@@ -18,20 +27,35 @@ class Linear(nn.Linear):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
+        self.adaptations: dict[int, Sequence[Addition]] = {}
+        """Thread → what is added to the products that it makes; set for the time of one step."""
 
     def forward(self, tokens: Tensor, out: Tensor | None = None) -> Tensor:
         """Returns tokens · weightᵀ, in `out` if that is given."""
         weight: Tensor | StoredWeight = self.weight
         if isinstance(weight, StoredWeight):
-            return project_stored(tokens, weight, 0, self.out_features, out)
-        return project(tokens, weight, out)
+            product = project_stored(tokens, weight, 0, self.out_features, out)
+        else:
+            product = project(tokens, weight, out)
+        return self._adapted(product, tokens, 0)
 
     def rows(self, tokens: Tensor, start: int, stop: int) -> Tensor:
         """Returns output channels start … stop of `forward`, at the cost of those alone."""
         weight: Tensor | StoredWeight = self.weight
         if isinstance(weight, StoredWeight):
-            return project_stored(tokens, weight, start, stop)
-        return project(tokens, weight[start:stop])
+            product = project_stored(tokens, weight, start, stop)
+        else:
+            product = project(tokens, weight[start:stop])
+        return self._adapted(product, tokens, start)
+
+    def _adapted(self, product: Tensor, tokens: Tensor, offset: int) -> Tensor:
+        if self.adaptations:
+            self._adapt(product, tokens, offset)
+        return product
+
+    def _adapt(self, product: Tensor, tokens: Tensor, offset: int) -> None:
+        for addition in self.adaptations.get(threading.get_ident(), ()):
+            addition.add_to(product.view(-1, product.shape[-1]), tokens.flatten(0, -2), offset)
 
 
 def project_stored(

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from klein_core.denoiser.linear import Linear
 from klein_core.denoiser.reference_cache import CachedLayer
 from klein_core.denoiser.span import Span
 
@@ -135,15 +136,16 @@ class Packing:
 
 
 def keep_from_compiler() -> None:
-    """Lets compiled blocks call what depends on a mix's lengths instead of compiling it.
+    """Lets compiled blocks call what depends on a mix's lengths or adapters instead of compiling it.
 
     Lengths are Python numbers there: each new mix would be a new program. Not a decorator, because that imports the
     compiler, which takes seconds that only compiled blocks are worth.
     """
-    for name in ("_interleave", "_separate", "_attend_each"):
-        method = getattr(Packing, name)
+    of_lengths = ((Packing, "_interleave"), (Packing, "_separate"), (Packing, "_attend_each"))
+    for owner, name in (*of_lengths, (Linear, "_adapt")):
+        method = getattr(owner, name)
         if not getattr(method, "_torchdynamo_disable", False):
-            setattr(Packing, name, torch.compiler.disable(method))  # type: ignore[no-untyped-call]
+            setattr(owner, name, torch.compiler.disable(method))  # type: ignore[no-untyped-call]
 
 
 def _run_counts(*lengths: Sequence[int]) -> list[int]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from klein_core.denoiser.adapters.adapter import ScaledAdapter
 from klein_core.denoiser.reference_cache import ReferenceCache
 from klein_core.denoiser.schedule import sigmas
 from klein_core.denoiser.span import Span
@@ -46,6 +47,7 @@ class Trajectory:
         guidance_scale: float = 1.0,
         references: tuple[Tensor, ...] = (),
         reference_cache: ReferenceCache | None = None,
+        adapters: Sequence[ScaledAdapter] = (),
     ) -> None:
         """Starts, or goes on, with `latents` as they are before step `step_index`.
 
@@ -59,6 +61,7 @@ class Trajectory:
             references: clean latents, (rows, columns, channels) each.
             reference_cache: in place of `references`, for models that take them so; it may also be set before the
                 first step.
+            adapters: added to the network's products, in guidance's both spans; a scale of 0 is none.
 
         Raises:
             InvalidInput: latents have no three axes, the step index is outside 0…step_count, or guidance
@@ -75,6 +78,7 @@ class Trajectory:
         self.guidance_scale = guidance_scale
         self.references = references
         self.reference_cache = reference_cache
+        self.adapters = tuple(wanted for wanted in adapters if wanted.scale)
         self.latents = latents
         self.step_count = step_count
         self.step_index = step_index
@@ -94,6 +98,7 @@ class Trajectory:
         guidance_scale: float = 1.0,
         references: tuple[Tensor, ...] = (),
         reference_cache: ReferenceCache | None = None,
+        adapters: Sequence[ScaledAdapter] = (),
     ) -> Trajectory:
         """Starts from `initial_noise` in the prompt embedding's dtype, on its device."""
         like = prompt_embedding
@@ -105,6 +110,7 @@ class Trajectory:
             guidance_scale=guidance_scale,
             references=references,
             reference_cache=reference_cache,
+            adapters=adapters,
         )
 
     @property
@@ -121,7 +127,7 @@ class Trajectory:
     def spans(self) -> list[Span]:
         """What the next step has to compute: one span, or with guidance two, the positive first."""
         return [
-            Span(embedding, self.latents, self.references, self.sigma, self.reference_cache)
+            Span(embedding, self.latents, self.references, self.sigma, self.reference_cache, self.adapters)
             for embedding in self.prompt_embeddings
         ]
 

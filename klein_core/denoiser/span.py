@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from klein_core.denoiser.adapters.adapter import ScaledAdapter
 from klein_core.denoiser.reference_cache import ReferenceCache, cache_shape
 from klein_core.errors import InvalidInput, Violation
 from klein_core.variants import TransformerConfig
@@ -29,6 +30,8 @@ class Span:
     """Noise level of `latents` in 0…1."""
     reference_cache: ReferenceCache | None = None
     """In place of `references`, for models that take them so."""
+    adapters: tuple[ScaledAdapter, ...] = ()
+    """What is added to the network's products for this image alone."""
 
     @property
     def grids(self) -> tuple[tuple[int, int], ...]:

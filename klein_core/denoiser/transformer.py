@@ -14,6 +14,7 @@ from klein_core.checkpoint.files import open_checkpoint
 from klein_core.checkpoint.layouts import TRANSFORMER, find_layout
 from klein_core.checkpoint.transformer import transformer_sources
 from klein_core.checkpoint_config import TRANSFORMER_FOLDER, read_transformer_config
+from klein_core.denoiser.adapters.steps import Adapters, Stream, adapted
 from klein_core.denoiser.blocks import (
     DoubleStreamBlock,
     FinalSingleStreamBlock,
@@ -39,6 +40,8 @@ from klein_core.variants import TransformerConfig
 from klein_core.weights import load_weights
 
 _BLOCK = re.compile(r"(single_)?transformer_blocks\.\d+\.")
+Level = tuple[float, Adapters]
+"""A noise level, and what the span that has it adds to the network."""
 
 
 class Conditioning(NamedTuple):
@@ -69,6 +72,8 @@ class FlowTransformer(nn.Module):
         self.single_transformer_blocks = nn.ModuleList([*singles, FinalSingleStreamBlock(config)])
         self.norm_out = ModulationLayer(hidden_size, chunks=2)
         self.proj_out = Linear(hidden_size, config.in_channels)
+        self.linears = {name: part for name, part in self.named_modules() if isinstance(part, Linear)}
+        """Every matrix of the network by name: what adapters add to."""
 
     @classmethod
     def from_folder(
@@ -130,7 +135,7 @@ class FlowTransformer(nn.Module):
     def forward(self, spans: Sequence[Span]) -> list[Tensor]:
         """Returns one velocity (rows, columns, channels) a span, in the spans' order.
 
-        A span's result does not depend on which others share the step.
+        A span's result does not depend on which others share the step, nor on their adapters.
 
         Raises:
             InvalidInput: a span's tensors do not fit this model.
@@ -145,11 +150,15 @@ class FlowTransformer(nn.Module):
         return [by_position[i] for i in range(len(spans))]
 
     @torch.no_grad()
-    def reference_cache(self, references: Sequence[Tensor]) -> ReferenceCache:
-        """Returns what spans need of `references`, (rows, columns, channels) each, in the order that prompts count.
+    def reference_cache(self, references: Sequence[Tensor], adapters: Adapters = ()) -> ReferenceCache:
+        """Returns what spans with these references need of them.
 
         References see each other and nothing else, at timestep 0: what models of the reference-cache kind were
         trained for. Source: `Flux2KleinKVPipeline` in diffusers.
+
+        Args:
+            references: (rows, columns, channels) each, in the order that prompts count.
+            adapters: those of the spans that will use it.
 
         Raises:
             InvalidInput: there are none, or one does not fit this model.
@@ -161,26 +170,32 @@ class FlowTransformer(nn.Module):
         axes, theta = self.config.axes_dims_rope, self.config.rope_theta
         step = Step(packing, reference_rotations(grids, axes, theta, self.device)[None], Scratch())
         cache = ReferenceCache.empty(self.config, len(tokens), self.dtype, self.device)
-        image = self.x_embedder(tokens[None])
-        conditioning = self._conditioning([REFERENCE_SIGMA], packing)
-        self._target_tokens(
-            image[:, :0], image, conditioning, [step._replace(record=layer) for layer in cache.keys_values]
-        )
+        conditioning = self._conditioning([(REFERENCE_SIGMA, adapters)], packing)
+        steps = [step._replace(record=layer) for layer in cache.keys_values]
+        with adapted(self.linears, _lengths(packing), [adapters]):
+            image = self.x_embedder(tokens[None])
+            self._target_tokens(image[:, :0], image, conditioning, steps)
         return cache
 
     def _velocities(self, spans: list[Span]) -> list[Tensor]:
-        packing, scratch = Packing.of(spans), Scratch()
-        conditioning = self._conditioning([span.sigma for span in spans], packing)
-        step = Step(packing, self._rotations(spans, packing), scratch)
+        packing = Packing.of(spans)
+        conditioning = self._conditioning([(span.sigma, span.adapters) for span in spans], packing)
+        step = Step(packing, self._rotations(spans, packing), Scratch())
+        with adapted(self.linears, _lengths(packing), [span.adapters for span in spans]):
+            velocities = self._packed_velocities(spans, conditioning, step)
+        by_span = packing.unpack(velocities, packing.target_lengths)
+        return [v.view(*s.latents.shape[:2], -1) for v, s in zip(by_span, spans, strict=True)]
+
+    def _packed_velocities(self, spans: list[Span], conditioning: Conditioning, step: Step) -> Tensor:
+        """Returns (batch, target tokens, channels) as the packing lays them."""
+        packing = step.packing
         layers = layers_of([span.reference_cache for span in spans], self.config)
         text = self.context_embedder(self._on_device(packing.pack([s.prompt_embedding for s in spans])))
         image = self.x_embedder(self._on_device(packing.pack([_image_tokens(s) for s in spans])))
         tokens = self._target_tokens(
             text, image, conditioning, [step._replace(cached=layer) for layer in layers]
         )
-        tokens = self.proj_out(modulated_norm(tokens, *conditioning.head, self.config.eps, scratch))
-        velocities = packing.unpack(tokens, packing.target_lengths)
-        return [v.view(*s.latents.shape[:2], -1) for v, s in zip(velocities, spans, strict=True)]
+        return self.proj_out(modulated_norm(tokens, *conditioning.head, self.config.eps, step.scratch))
 
     def _target_tokens(
         self, text: Tensor, image: Tensor, conditioning: Conditioning, steps: Sequence[Step]
@@ -202,7 +217,7 @@ class FlowTransformer(nn.Module):
     def _on_device(self, tokens: Tensor) -> Tensor:
         return tokens.to(self.device, self.dtype)
 
-    def _conditioning(self, levels: list[float], packing: Packing) -> Conditioning:
+    def _conditioning(self, levels: list[Level], packing: Packing) -> Conditioning:
         text, image, joint, head = self._per_span_modulation(levels)
         scale, shift = packing.spread(head, packing.target_lengths).chunk(2, dim=-1)
         return Conditioning(
@@ -212,7 +227,7 @@ class FlowTransformer(nn.Module):
             (1 + scale, shift),
         )
 
-    def _per_span_modulation(self, levels: list[float]) -> tuple[Tensor, ...]:
+    def _per_span_modulation(self, levels: list[Level]) -> tuple[Tensor, ...]:
         """Returns (spans, channels) for text, image, joint tokens and the head."""
         if self.device.type != "cpu" or torch.is_grad_enabled() or len(levels) == 1:
             return self._level_modulation(levels)
@@ -220,15 +235,17 @@ class FlowTransformer(nn.Module):
         rows = {level: self._level_modulation([level]) for level in set(levels)}
         return tuple(torch.cat(parts) for parts in zip(*(rows[level] for level in levels), strict=True))
 
-    def _level_modulation(self, levels: list[float]) -> tuple[Tensor, ...]:
-        sigmas = torch.tensor(levels, dtype=torch.float32, device=self.device)
-        embedding = self.time_guidance_embed(sigmas, self.dtype)
-        return (
-            self.double_stream_modulation_txt(embedding),
-            self.double_stream_modulation_img(embedding),
-            self.single_stream_modulation(embedding),
-            self.norm_out(embedding),
-        )
+    def _level_modulation(self, levels: list[Level]) -> tuple[Tensor, ...]:
+        sigmas = torch.tensor([sigma for sigma, _ in levels], dtype=torch.float32, device=self.device)
+        one_row_each = {Stream.SPANS: [[1] * len(levels)]}
+        with adapted(self.linears, one_row_each, [adapters for _, adapters in levels]):
+            embedding = self.time_guidance_embed(sigmas, self.dtype)
+            return (
+                self.double_stream_modulation_txt(embedding),
+                self.double_stream_modulation_img(embedding),
+                self.single_stream_modulation(embedding),
+                self.norm_out(embedding),
+            )
 
     def _rotations(self, spans: list[Span], packing: Packing) -> Tensor:
         axes, theta = self.config.axes_dims_rope, self.config.rope_theta
@@ -244,6 +261,16 @@ def is_block_product(parameter: str) -> bool:
     Embedders, modulations and the head stay as they are: they are few and each error of theirs reaches every token.
     """
     return _BLOCK.match(parameter) is not None and ".norm_" not in parameter
+
+
+def _lengths(packing: Packing) -> dict[Stream, list[tuple[int, ...]]]:
+    """Returns the rows of each span that layers over tokens see."""
+    return {
+        Stream.TEXT: [packing.text_lengths],
+        Stream.IMAGE: [packing.image_lengths],
+        Stream.JOINT: [packing.joint_lengths, packing.target_lengths],
+        Stream.TARGETS: [packing.target_lengths],
+    }
 
 
 def _targets(joint: Tensor, modulation: Modulation, step: Step) -> Targets:

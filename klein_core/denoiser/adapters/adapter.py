@@ -1,0 +1,84 @@
+"""An adapter that is ready to be applied, and how it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from klein_core.denoiser.adapters.term import Term
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """What an adapter adds to a range of one layer's output channels."""
+
+    start: int
+    """First output channel of the layer that it adds to."""
+    stop: int
+    term: Term
+    factor: float
+    """alpha / rank, or 1: what the term is multiplied with besides the request's scale."""
+    first_row: int = 0
+    """The term's own output channel that goes to `start`."""
+
+    def add_to(self, product: Tensor, rows: Tensor, offset: int, scale: float) -> None:
+        """Adds to a layer's product in place.
+
+        Args:
+            product: (rows, channels), the layer's output channels from `offset` on.
+            rows: (rows, inputs).
+            offset: the layer's output channel that `product` begins with.
+            scale: the request's.
+        """
+        start, stop = max(self.start, offset), min(self.stop, offset + product.shape[1])
+        if start < stop:
+            shift = self.first_row - self.start
+            added = self.term.product(rows, start + shift, stop + shift)
+            product[:, start - offset : stop - offset].add_(added, alpha=scale * self.factor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSummary:
+    """What an adapter's file is, as far as its header tells."""
+
+    kind: str
+    """LoRA, LoKr, LoHa, or several of them joined by a plus sign."""
+    rank: int
+    """The largest; 0 where no factor is of low rank."""
+    layer_count: int
+    """Layers that it names."""
+    size_bytes: int
+    """Bytes of its tensors in the file."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Adapter:
+    """An adapter's tensors on a device. Adapters are equal only to themselves."""
+
+    name: str
+    digest: str
+    """SHA-256 of the file, in hexadecimal: what decides the results together with the scale."""
+    summary: AdapterSummary
+    segments: Mapping[str, tuple[Segment, ...]]
+    """Name of a `Linear` of the transformer → what is added to its product."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes on the device."""
+        tensors = {id(tensor): tensor.nbytes for tensor in self._tensors()}
+        return sum(tensors.values())
+
+    def _tensors(self) -> Iterator[Tensor]:
+        for segments in self.segments.values():
+            for segment in segments:
+                yield from segment.term
+
+
+class ScaledAdapter(NamedTuple):
+    """An adapter as one request wants it."""
+
+    adapter: Adapter
+    scale: float = 1.0

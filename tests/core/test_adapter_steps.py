@@ -1,0 +1,247 @@
+"""Spans with different adapters share a step, and each gets what it gets alone."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from klein_core.denoiser.adapters.adapter import Adapter, ScaledAdapter
+from klein_core.denoiser.adapters.layers import named_layers
+from klein_core.denoiser.adapters.reader import read_adapter
+from klein_core.denoiser.adapters.steps import Stream, adapted
+from klein_core.denoiser.linear import Linear
+from klein_core.denoiser.packing import keep_from_compiler
+from klein_core.denoiser.sampler import Trajectory, packed_step
+from klein_core.denoiser.scratch import Scratch
+from klein_core.denoiser.span import Span
+from klein_core.denoiser.transformer import FlowTransformer
+from tests.tiny.adapters import FORMATS, merged
+from tests.tiny.transformer import oracle_velocity, random_span, relative_error, tiny_oracle, twin
+
+ORACLE = tiny_oracle()
+OURS = twin(ORACLE)
+TOLERANCE = 1e-5
+KINDS = ("diffusers", "kohya", "lokr-w2", "loha")
+
+
+def digest(transformer: FlowTransformer) -> str:
+    whole = hashlib.sha256()
+    for name, tensor in sorted(transformer.state_dict().items()):
+        whole.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()
+
+
+UNTOUCHED = digest(OURS)
+
+
+def load(folder: Path, kind: str, seed: int = 0, transformer: FlowTransformer = OURS) -> Adapter:
+    path = FORMATS[kind].write(ORACLE, seed=seed).save(folder / f"{kind}.safetensors")
+    return read_adapter(path, named_layers(transformer), device="cpu", dtype=transformer.dtype)
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Adapter]:
+    folder = tmp_path_factory.mktemp("adapters")
+    return [load(folder, kind, seed) for seed, kind in enumerate(KINDS)]
+
+
+def with_adapters(span: Span, *wanted: tuple[Adapter, float]) -> Span:
+    return replace(span, adapters=tuple(ScaledAdapter(*each) for each in wanted))
+
+
+def velocities(spans: list[Span]) -> list[Tensor]:
+    with torch.no_grad():
+        return OURS(spans)
+
+
+def assert_each_as_alone(mix: list[Span]) -> None:
+    """Bit for bit as without anybody's adapters where a span has none, to rounding elsewhere."""
+    plain = velocities([replace(span, adapters=()) for span in mix])
+    for result, span, unadapted in zip(velocities(mix), mix, plain, strict=True):
+        if span.adapters:
+            assert relative_error(result, velocities([span])[0]) < TOLERANCE
+            assert relative_error(result, unadapted) > 1e-3
+        else:
+            assert torch.equal(result, unadapted)
+    assert digest(OURS) == UNTOUCHED
+    assert not any(linear.adaptations for linear in OURS.linears.values())
+
+
+wishes = st.lists(
+    st.tuples(st.integers(0, len(KINDS) - 1), st.sampled_from([-1.5, 0.4, 1.0])),
+    max_size=2,
+    unique_by=lambda w: w[0],
+)
+grids = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=3)
+
+
+@settings(deadline=None, max_examples=12)
+@given(
+    mix=st.lists(st.tuples(grids, st.integers(1, 6), st.integers(0, 9), wishes), min_size=2, max_size=5),
+    alike=st.booleans(),
+)
+def test_any_mix(adapters: list[Adapter], mix: list, alike: bool):
+    spans = []
+    for sizes, text_length, seed, wanted in mix:
+        shape = (
+            {"grids": mix[0][0], "text_length": 5} if alike else {"grids": sizes, "text_length": text_length}
+        )
+        span = random_span(**shape, seed=seed, sigma=(seed + 1) / 11)
+        spans.append(with_adapters(span, *((adapters[index], scale) for index, scale in wanted)))
+    assert_each_as_alone(spans)
+
+
+def test_neighbours_and_strangers_with_the_same_adapter(adapters: list[Adapter]):
+    one, other = (adapters[0], 0.5), (adapters[1], -1.0)
+    alike = [random_span([(3, 4)], seed=seed, sigma=0.2 + seed / 10) for seed in range(5)]
+    for wanted in ([one], [other], [], [one], [one]), ([one, other], [], [one], [one, other], []):
+        assert_each_as_alone([with_adapters(span, *each) for span, each in zip(alike, wanted, strict=True)])
+
+
+def test_two_adapters_add_up(adapters: list[Adapter]):
+    span = random_span([(3, 4), (2, 2)], seed=1)
+    deltas = [FORMATS[kind].write(ORACLE, seed=seed).deltas for seed, kind in enumerate(KINDS)]
+    together = merged(ORACLE, (deltas[0], 0.7), (deltas[1], -0.4))
+    result = velocities([with_adapters(span, (adapters[0], 0.7), (adapters[1], -0.4))])[0]
+    assert relative_error(result, oracle_velocity(together, span)) < TOLERANCE
+
+
+def test_cached_references_are_adapted_too(adapters: list[Adapter]):
+    """Their keys and values depend on the adapters, so a cache is made for spans with the same ones."""
+    wanted = (ScaledAdapter(adapters[0], 0.7), ScaledAdapter(adapters[1], -0.4))
+    deltas = [FORMATS[kind].write(ORACLE, seed=seed).deltas for seed, kind in enumerate(KINDS)]
+    exact = twin(merged(ORACLE, (deltas[0], 0.7), (deltas[1], -0.4)))
+    references = random_span([(2, 3), (3, 2)], seed=4).references + random_span([(1, 2)]).references
+    span, other = random_span([(3, 4)], seed=1), random_span([(3, 4)], seed=2)
+    with torch.no_grad():
+        caches = [
+            network.reference_cache(references, each) for network, each in ((OURS, wanted), (exact, ()))
+        ]
+        assert relative_error(caches[0].keys_values, caches[1].keys_values) < TOLERANCE
+        expected = exact([replace(span, reference_cache=caches[1])])[0]
+        mix = [other, replace(span, reference_cache=caches[0], adapters=wanted)]
+        assert relative_error(OURS(mix)[1], expected) < TOLERANCE
+
+
+def test_gradients_and_no_gradients_agree(adapters: list[Adapter]):
+    mix = [with_adapters(random_span([(2, 2)], seed=seed), (adapters[seed], 1.0)) for seed in range(2)]
+    for plain, recorded in zip(velocities(mix), OURS(mix), strict=True):
+        assert relative_error(recorded, plain) < TOLERANCE
+
+
+def test_a_step_without_adapters_does_nothing_more(adapters: list[Adapter], monkeypatch: pytest.MonkeyPatch):
+    calls = []
+    monkeypatch.setattr(Linear, "_adapt", lambda self, *arguments: calls.append(arguments))
+    span = random_span([(2, 3)])
+    velocities([span, span])
+    assert not calls
+    velocities([with_adapters(span, (adapters[0], 1.0))])
+    assert len(calls) > len(OURS.linears)
+
+
+def test_a_scale_of_nothing_is_no_adapter(adapters: list[Adapter]):
+    def run(*wanted: ScaledAdapter) -> Tensor:
+        trajectory = Trajectory.from_noise(
+            seed=1,
+            rows=2,
+            columns=2,
+            channels=16,
+            step_count=2,
+            prompt_embedding=random_span([(1, 1)]).prompt_embedding,
+            adapters=wanted,
+        )
+        while not trajectory.finished:
+            packed_step(OURS, [trajectory])
+        return trajectory.latents
+
+    assert torch.equal(run(), run(ScaledAdapter(adapters[0], 0.0)))
+    assert not torch.equal(run(), run(ScaledAdapter(adapters[0], 0.1)))
+
+
+def test_guidance_adapts_both_predictions(adapters: list[Adapter]):
+    span = random_span([(2, 2)])
+    trajectory = Trajectory(
+        latents=span.latents,
+        step_count=4,
+        prompt_embedding=span.prompt_embedding,
+        negative_prompt_embedding=-span.prompt_embedding,
+        guidance_scale=3.0,
+        adapters=[ScaledAdapter(adapters[0])],
+    )
+    assert [len(each.adapters) for each in trajectory.spans] == [1, 1]
+
+
+def test_a_failed_step_leaves_nothing_behind(adapters: list[Adapter], monkeypatch: pytest.MonkeyPatch):
+    span = random_span([(2, 3)])
+    plain = velocities([span])[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(OURS.proj_out, "forward", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            velocities([with_adapters(span, (adapters[0], 1.0))])
+    assert torch.equal(velocities([span])[0], plain)
+
+
+def test_threads_do_not_see_each_others_adapters(adapters: list[Adapter], monkeypatch: pytest.MonkeyPatch):
+    """One thread stands in the middle of an adapted step while another one takes a plain step."""
+    span = random_span([(2, 3)])
+    plain, changed = velocities([span])[0], velocities([with_adapters(span, (adapters[0], 1.0))])[0]
+    inside, go_on = threading.Event(), threading.Event()
+    forward, results = OURS.x_embedder.forward, []
+
+    def waiting(*arguments: object) -> Tensor:
+        if threading.current_thread() is thread:
+            inside.set()
+            assert go_on.wait(30)
+        return forward(*arguments)
+
+    def run() -> None:
+        results.append(velocities([with_adapters(span, (adapters[0], 1.0))])[0])
+
+    thread = threading.Thread(target=run)
+    monkeypatch.setattr(OURS.x_embedder, "forward", waiting)
+    thread.start()
+    try:
+        assert inside.wait(30)
+        assert torch.equal(velocities([span])[0], plain)
+    finally:
+        go_on.set()
+        thread.join()
+    assert torch.equal(results[0], changed)
+
+
+def test_bfloat16(tmp_path: Path):
+    oracle = tiny_oracle().to(torch.bfloat16)
+    ours = twin(oracle)
+    adapter = load(tmp_path, "ai-toolkit", transformer=ours)
+    deltas = FORMATS["ai-toolkit"].write(ORACLE).deltas
+    span = random_span([(3, 4)], dtype=torch.bfloat16)
+    with torch.no_grad():
+        result = ours([with_adapters(span, (adapter, 0.5))])[0]
+        plain = ours([span])[0]
+    exact = oracle_velocity(
+        merged(oracle.float(), (deltas, 0.5)), replace(span, latents=span.latents.float())
+    )
+    assert result.dtype == torch.bfloat16
+    assert relative_error(result, exact) < 0.05
+    assert relative_error(plain, exact) > 0.2
+
+
+@pytest.mark.timeout(600)
+def test_compiled_layers_leave_adapters_to_plain_code(adapters: list[Adapter]):
+    keep_from_compiler()
+    plain = OURS.transformer_blocks[0].ff
+    compiled = torch.compile(plain, backend="eager", dynamic=True)
+    tokens = torch.randn(1, 12, OURS.config.hidden_size)
+    lengths = {Stream.IMAGE: [[5, 7]]}
+    with torch.no_grad():
+        for wanted in ((), (ScaledAdapter(adapters[0], 1.0),), ()):
+            with adapted(OURS.linears, lengths, [(), wanted]):
+                assert relative_error(compiled(tokens, Scratch()), plain(tokens, Scratch())) < TOLERANCE
