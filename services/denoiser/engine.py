@@ -5,6 +5,8 @@ for different numbers of rows, so whoever shares a step changes an image's last 
 budget of 0) every image therefore steps in a `packed_step` of its own, as `klein_core.pipeline` does, and gives the
 same bytes as there; requests still take turns between steps. With `packing=packed` images share steps up to the
 token budget and differ by that rounding only.
+
+Models that cache references have one more unit of work: the cache, each computed on its own, whoever shares it later.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from klein_core.errors import DeviceFault
 from services.denoiser import step_metrics
 from services.denoiser.job import Job, JobSpec, Plan, Unit
 from services.denoiser.outbox import Checkpoint, Finished, Outbox, Preview, Queued, Started, StepDone
+from services.denoiser.run import CacheReferences, Run, Step
 from services.denoiser.scheduler import Scheduler
 from services.runtime.device_faults import as_device_fault
 from services.runtime.errors import DeadlinePassed, DeviceOutOfMemory, StageUnavailable
@@ -32,9 +35,6 @@ IDLE_SECONDS = 0.5
 CLOSE_SECONDS = 5.0
 """How long `close` waits for a step that runs."""
 _log = logging.getLogger("klein.denoiser")
-
-Step = Callable[[Sequence[Trajectory]], None]
-"""Does one step of every trajectory and returns when the device is done."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,16 +48,6 @@ class Load:
     """Such newcomers that one step takes."""
 
 
-@dataclass(eq=False, kw_only=True)
-class Run:
-    """A request's tensors and wishes."""
-
-    trajectories: list[Trajectory]
-    """One for each image; their state is all that a paused request needs."""
-    preview_interval_steps: int = 0
-    checkpoint_interval_steps: int = 0
-
-
 class Engine:
     """Owns the scheduler and the thread; every public method may be called from any thread.
 
@@ -68,12 +58,15 @@ class Engine:
         self,
         scheduler: Scheduler,
         step: Step,
+        cache_references: CacheReferences | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`cache_references` is needed by requests whose spec names a cache."""
         self.clock = clock
         self._scheduler = scheduler
         self._step = step
+        self._cache_references = cache_references
         self._changed = threading.Condition()
         self._outboxes: dict[Job, Outbox] = {}
         self._runs: dict[Job, Run] = {}
@@ -161,7 +154,7 @@ class Engine:
     def _execute(self, plan: Plan) -> None:
         begun = self.clock()
         try:
-            self._step([self._trajectory(unit) for unit in plan.units])
+            self._compute(plan)
             seconds = self.clock() - begun
             with self._changed:
                 finished = self._scheduler.complete(plan, seconds)
@@ -171,9 +164,29 @@ class Engine:
             # Whatever went wrong is told to the callers concerned; the loop lives on.
             self._recover(plan, error)
 
+    def _compute(self, plan: Plan) -> None:
+        for unit in plan.units:
+            if unit.image is None:
+                self._make_cache(unit.job)
+        trajectories = [
+            self._trajectory(unit.job, unit.image) for unit in plan.units if unit.image is not None
+        ]
+        if trajectories:
+            self._step(trajectories)
+
+    def _make_cache(self, job: Job) -> None:
+        caches, wanted = self._scheduler.caches, job.spec.cache
+        if wanted is None or job.has_cache:  # the second time that a failed plan's units are tried
+            return
+        if self._cache_references is None:
+            raise RuntimeError("a request names a reference cache, which this model has no use for")
+        caches.make_room(wanted.size_bytes)
+        caches.add(wanted.key, self._cache_references(self._runs[job].cached_references))
+        job.has_cache = True
+
     def _report(self, plan: Plan, finished: Sequence[Job]) -> None:
         """Tells the requests whose step is complete; copies to the host happen here, outside the lock."""
-        for job in dict.fromkeys(unit.job for unit in plan.units):
+        for job in dict.fromkeys(unit.job for unit in plan.units if unit.image is not None):
             outbox, run = self._outboxes[job], self._runs[job]
             if job in finished:
                 outbox.post(StepDone(job.spec.step_count))
@@ -194,10 +207,12 @@ class Engine:
         """Finds who is concerned: everybody when the device is lost, else those who fail on their own too."""
         fault = as_device_fault(error)
         units = [unit for unit in plan.units if unit.job in self._runs]
-        is_lost = isinstance(fault, DeviceFault) and not isinstance(fault, DeviceOutOfMemory)
-        if not is_lost and len(units) > 1 and all(self._is_untouched(unit) for unit in units):
-            _log.warning("a packed step failed; its requests are tried one by one", exc_info=error)
-            if isinstance(fault, DeviceOutOfMemory):
+        is_full = isinstance(fault, DeviceOutOfMemory)
+        is_lost = isinstance(fault, DeviceFault) and not is_full
+        has_gained_memory = is_full and self._scheduler.caches.drop_unused()
+        if not is_lost and (len(units) > 1 or has_gained_memory) and all(map(self._is_untouched, units)):
+            _log.warning("a step failed; its requests are tried one by one", exc_info=error)
+            if is_full and len(units) > 1:
                 self._shrink_budget(plan.tokens // 2)
             self._execute_singly(units)
             return
@@ -213,7 +228,9 @@ class Engine:
 
     def _is_untouched(self, unit: Unit) -> bool:
         """Whether the failed step left the image as it was."""
-        return self._trajectory(unit).step_index == unit.job.steps_done
+        if unit.image is None:
+            return True
+        return self._trajectory(unit.job, unit.image).step_index == unit.job.steps_done
 
     def _shrink_budget(self, tokens: int) -> None:
         with self._changed:
@@ -235,6 +252,9 @@ class Engine:
             self._forget(job)
 
     def _forget(self, job: Job) -> None:
+        if job.has_cache and job.spec.cache is not None:
+            self._scheduler.caches.release(job.spec.cache.key)
+            job.has_cache = False
         for known in (self._outboxes, self._runs, self._positions):
             known.pop(job, None)
         step_metrics.observe_load(self._scheduler.queued_count, self._scheduler.running_count)
@@ -247,13 +267,16 @@ class Engine:
         step_metrics.observe_load(self._scheduler.queued_count, self._scheduler.running_count)
 
     def _tell_started(self, plan: Plan) -> None:
-        for job in {unit.job for unit in plan.units if unit.job.units_done == 0 and unit.image == 0}:
+        for job in plan.starting:
             queue_seconds = (job.started_at or job.admitted_at) - job.admitted_at
             step_metrics.observe_started(queue_seconds)
             self._outboxes[job].post(Started(queue_seconds))
 
-    def _trajectory(self, unit: Unit) -> Trajectory:
-        return self._runs[unit.job].trajectories[unit.image]
+    def _trajectory(self, job: Job, image: int) -> Trajectory:
+        trajectory = self._runs[job].trajectories[image]
+        if job.has_cache and job.spec.cache is not None:
+            trajectory.reference_cache = self._scheduler.caches.get(job.spec.cache.key)
+        return trajectory
 
 
 def _tell_progress(step: int, run: Run, outbox: Outbox) -> None:

@@ -16,6 +16,16 @@ class Urgency(IntEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CacheSpec:
+    """The keys and values of references that a request's images attend to."""
+
+    key: str
+    """Equal where the content is."""
+    tokens: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class JobSpec:
     """What a request asks of the device. Times are seconds on the caller's monotonic clock."""
 
@@ -30,6 +40,8 @@ class JobSpec:
     deadline: float | None = None
     memory_bytes: int = 0
     """What the request's tensors hold from admission to its end."""
+    cache: CacheSpec | None = None
+    """What must be there before the first step."""
 
     @property
     def unit_count(self) -> int:
@@ -48,6 +60,8 @@ class Job:
     is_ready: bool = False
     """Whether its tensors are here, so that it may be chosen."""
     is_cancelled: bool = False
+    has_cache: bool = False
+    """Whether it uses the cache that its spec names, which stays until it leaves."""
     units_done: int = 0
     started_at: float | None = None
     spent_seconds: float = 0.0
@@ -78,6 +92,11 @@ class Job:
         return min(self.units_left, self.spec.image_count - self.next_image)
 
     @property
+    def needs_cache(self) -> bool:
+        """Whether it cannot step yet."""
+        return self.spec.cache is not None and not self.has_cache
+
+    @property
     def is_started(self) -> bool:
         return self.started_at is not None
 
@@ -92,10 +111,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Unit:
-    """One step of one image."""
+    """One step of one image, or the computation of its request's reference cache."""
 
     job: Job
-    image: int
+    image: int | None
+    """Index of the image; `None` computes the cache."""
+
+    @property
+    def tokens(self) -> int:
+        spec = self.job.spec
+        return spec.cache.tokens if self.image is None and spec.cache else spec.image_tokens
 
 
 @dataclass(frozen=True)
@@ -103,6 +128,9 @@ class Plan:
     """What the device does next."""
 
     units: tuple[Unit, ...]
+    """Caches are computed before the images step, so a request's images follow in a later plan."""
+    starting: tuple[Job, ...] = ()
+    """Requests that the device sees for the first time."""
     is_aged_turn: bool = False
     """Whether it was led by a request that others had kept waiting."""
     passes_over: bool = False
@@ -110,4 +138,4 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        return sum(unit.job.spec.image_tokens for unit in self.units)
+        return sum(unit.tokens for unit in self.units)

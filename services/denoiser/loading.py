@@ -6,14 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from klein_core.checkpoint_config import read_pipeline_index
+from klein_core.denoiser.reference_cache import ReferenceCache, bytes_per_token
 from klein_core.denoiser.sampler import Trajectory, packed_step
 from klein_core.denoiser.transformer import FlowTransformer
 from klein_core.pico.location import WEIGHTS
 from klein_core.variants import TextEncoderConfig, read_json
 from klein_core.weights_digest import weights_digest
-from services.denoiser.engine import Engine, Step
+from services.denoiser.engine import Engine
+from services.denoiser.reference_caches import ReferenceCaches
 from services.denoiser.request import Model, RequestLimits
+from services.denoiser.run import CacheReferences, Step
 from services.denoiser.scheduler import Scheduler, SchedulerLimits
 from services.denoiser.servicer import Denoiser
 from services.denoiser.settings import DenoiserSettings
@@ -43,7 +48,8 @@ def load_denoiser(settings: DenoiserSettings, preparation: Worker) -> Denoiser:
     workload = Workload(
         model=_model(settings, folder, transformer), device=device, text_tokens=_text_tokens(folder)
     )
-    return assemble(settings, workload, step_of(transformer), sizes_px, preparation)
+    step, cache_references = step_of(transformer), cache_of(transformer)
+    return assemble(settings, workload, step, sizes_px, preparation, cache_references)
 
 
 def assemble(
@@ -52,12 +58,15 @@ def assemble(
     step: Step,
     sizes_px: Sequence[tuple[int, int]],
     preparation: Worker,
+    cache_references: CacheReferences | None = None,
 ) -> Denoiser:
     """Puts a denoiser together around any `step`, after warming it up with images of `sizes_px`."""
     times = StepTimes()
     warm_up(step, workload.sample, workload.sample_tokens, sizes_px, times)
+    caches = ReferenceCaches[ReferenceCache](settings.reference_cache_mib * 1024**2)
+    scheduler = Scheduler(_scheduler_limits(settings, workload, step), times, caches)
     return Denoiser(
-        engine=Engine(Scheduler(_scheduler_limits(settings, workload, step), times), step),
+        engine=Engine(scheduler, step, cache_references),
         model=workload.model,
         workload=workload,
         limits=RequestLimits(
@@ -82,6 +91,18 @@ def step_of(transformer: FlowTransformer) -> Step:
     return step
 
 
+def cache_of(transformer: FlowTransformer) -> CacheReferences:
+    """Returns what the engine's thread calls for references that it has not seen."""
+
+    def cache(references: Sequence[Tensor]) -> ReferenceCache:
+        with torch.inference_mode():
+            made = transformer.reference_cache(references)
+            synchronize(transformer.device)
+        return made
+
+    return cache
+
+
 def _scheduler_limits(settings: DenoiserSettings, workload: Workload, step: Step) -> SchedulerLimits:
     return SchedulerLimits(
         queue_limit=settings.queue_limit,
@@ -104,13 +125,15 @@ def _token_budget(settings: DenoiserSettings, workload: Workload, step: Step) ->
 
 
 def _model(settings: DenoiserSettings, folder: Path, transformer: FlowTransformer) -> Model:
+    index, token_bytes = read_pipeline_index(folder), bytes_per_token(transformer.config, transformer.dtype)
     return Model(
         name=settings.model_name,
-        is_distilled=bool(read_json(folder / "model_index.json").get("is_distilled", False)),
+        is_distilled=index.is_distilled,
         embedding_channels=transformer.config.joint_attention_dim,
         latent_channels=transformer.config.in_channels,
         dtype=transformer.dtype,
         weights_digest=weights_digest(transformer),
+        cached_token_bytes=token_bytes if index.uses_reference_cache else 0,
     )
 
 

@@ -37,6 +37,8 @@ class Model:
     dtype: torch.dtype
     weights_digest: str = ""
     """See `klein_core.weights_digest`."""
+    cached_token_bytes: int = 0
+    """What a reference token's cached keys and values take; 0 where the model takes references as tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)

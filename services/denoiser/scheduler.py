@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from services.denoiser.job import Job, JobSpec, Plan, Unit
+from services.denoiser.reference_caches import ReferenceCaches
 from services.denoiser.step_times import StepTimes
 from services.runtime.errors import DeadlineUnreachable, QueueFull
 
@@ -42,10 +44,19 @@ class Scheduler:
     The order is strict, so a running request pauses at a step boundary for one that goes before it; its state
     stays where it is. Strictness starves, hence the oldest aged request leads a step whenever it has had less
     than `aged_share` of the time since it was first passed over.
+
+    A request whose references are cached has its cache computed in a turn of its own, or beside the steps of others
+    as far as the token budget goes. It waits, and lets others pass, while caches in use leave no room for another.
     """
 
-    def __init__(self, limits: SchedulerLimits, step_times: StepTimes | None = None) -> None:
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        step_times: StepTimes | None = None,
+        caches: ReferenceCaches[Any] | None = None,
+    ) -> None:
         self.limits = limits
+        self.caches = caches or ReferenceCaches[Any](0)
         self.token_budget = limits.token_budget
         self.step_times = step_times or StepTimes()
         self._jobs: dict[int, Job] = {}
@@ -122,18 +133,19 @@ class Scheduler:
             ready.remove(aged)
             ready.insert(0, aged)
         units = self._fill(ready)
-        for unit in units:
-            unit.job.started_at = now if unit.job.started_at is None else unit.job.started_at
+        starting = tuple(dict.fromkeys(unit.job for unit in units if not unit.job.is_started))
+        for job in starting:
+            job.started_at = now
         passes_over = aged is not None and all(unit.job is not aged for unit in units)
-        return Plan(units, is_aged_turn, passes_over)
+        return Plan(units, starting, is_aged_turn, passes_over)
 
     def complete(self, plan: Plan, seconds: float) -> list[Job]:
         """Books a step that took `seconds`; returns the jobs that this finished, which leave."""
-        self.step_times.observe([unit.job.spec.image_tokens for unit in plan.units], seconds)
+        self.step_times.observe([unit.tokens for unit in plan.units], seconds)
         self._book_credit(plan, seconds)
         self.charge(plan, seconds)
         for unit in plan.units:
-            unit.job.units_done += 1
+            unit.job.units_done += unit.image is not None
         finished = list(dict.fromkeys(unit.job for unit in plan.units if unit.job.is_finished))
         self.remove(finished)
         return finished
@@ -141,7 +153,7 @@ class Scheduler:
     def charge(self, plan: Plan, seconds: float) -> None:
         """Shares the time of a step among its jobs by tokens."""
         for unit in plan.units:
-            unit.job.spent_seconds += seconds * unit.job.spec.image_tokens / plan.tokens
+            unit.job.spent_seconds += seconds * unit.tokens / plan.tokens
 
     def position(self, job: Job) -> int:
         """Requests that go before it."""
@@ -151,7 +163,7 @@ class Scheduler:
         """Seconds until the job starts; `None` when a size class ahead of it was never measured."""
         ahead = [other for other in self._jobs.values() if other.order < job.order]
         tokens = sum(other.spec.image_tokens * other.units_left_in_step for other in ahead)
-        if self._fits(job, sum(other.units_left_in_step for other in ahead), tokens):
+        if self._fits(job.spec.image_tokens, sum(other.units_left_in_step for other in ahead), tokens):
             return 0.0
         waits = [self.seconds_left(other) for other in ahead]
         known = [seconds for seconds in waits if seconds is not None]
@@ -164,23 +176,50 @@ class Scheduler:
     def seconds_left(self, job: Job) -> float | None:
         """Device seconds that the job still needs; `None` when its size class was never measured."""
         seconds = self.step_times.seconds(job.spec.image_tokens)
-        return None if seconds is None else seconds * job.units_left
+        caching = self._caching_seconds(job)
+        return None if seconds is None or caching is None else seconds * job.units_left + caching
+
+    def _caching_seconds(self, job: Job) -> float | None:
+        cache = job.spec.cache
+        if cache is None or job.has_cache or cache.key in self.caches:
+            return 0.0
+        return self.step_times.seconds(cache.tokens)
 
     def _fill(self, ready: list[Job]) -> tuple[Unit, ...]:
         """Takes units in order while they fit; the first always does, and a small one may fill a gap."""
         units: list[Unit] = []
         tokens = 0
         for job in ready:
-            for image in range(job.next_image, job.next_image + job.units_left_in_step):
-                if not self._fits(job, len(units), tokens):
+            for unit in self._next_units(job, units):
+                if not self._fits(unit.tokens, len(units), tokens):
                     break
-                units.append(Unit(job, image))
-                tokens += job.spec.image_tokens
+                self._use_cache(unit)
+                units.append(unit)
+                tokens += unit.tokens
         return tuple(units)
 
-    def _fits(self, job: Job, images: int, tokens: int) -> bool:
-        """Whether one more image of the job goes into a step that already has some."""
-        is_within = tokens + job.spec.image_tokens <= self.token_budget
+    def _next_units(self, job: Job, taken: list[Unit]) -> list[Unit]:
+        """Returns what a job could do beside `taken`: nothing while somebody else makes or occupies its cache."""
+        steps = [Unit(job, job.next_image + i) for i in range(job.units_left_in_step)]
+        cache = job.spec.cache
+        if cache is None or job.has_cache or self.caches.is_used(cache.key):
+            return steps
+        others = [u.job.spec.cache for u in taken if u.image is None and u.job.spec.cache is not None]
+        is_made = any(other.key == cache.key for other in others)
+        if is_made or not self.caches.has_room(cache.size_bytes, sum(other.size_bytes for other in others)):
+            return []
+        return steps if cache.key in self.caches else [Unit(job, None)]
+
+    def _use_cache(self, unit: Unit) -> None:
+        """Keeps a cache that is there already from being dropped."""
+        job = unit.job
+        if unit.image is not None and job.spec.cache is not None and not job.has_cache:
+            self.caches.acquire(job.spec.cache.key)
+            job.has_cache = True
+
+    def _fits(self, unit_tokens: int, images: int, tokens: int) -> bool:
+        """Whether one more unit goes into a step that already has some."""
+        is_within = tokens + unit_tokens <= self.token_budget
         return images == 0 or (is_within and images < self.limits.step_image_limit)
 
     def _book_credit(self, plan: Plan, seconds: float) -> None:

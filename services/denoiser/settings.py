@@ -44,6 +44,13 @@ class DenoiserSettings(StageSettings):
     memory_limit_mib: int = setting(
         4096, help="MiB that the tensors of all admitted requests may take", minimum=1, maximum=10**7
     )
+    reference_cache_mib: int = setting(
+        4096,
+        help="MiB of device memory for cached references, for models that cache them: klein-9B in bf16 takes 2048 "
+        "for a megapixel. Those in use count; one request may exceed it while no other uses any",
+        minimum=0,
+        maximum=10**7,
+    )
     image_limit: int = setting(8, help="Images of one request", minimum=1, maximum=64)
     reference_limit: int = setting(10, help="References of one request", minimum=0, maximum=64)
     reference_token_limit: int = setting(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from klein_core.denoiser.sampler import Trajectory
-from services.denoiser.engine import Step
+from services.denoiser.run import Step
 from services.denoiser.step_times import StepTimes
 from services.runtime.device_faults import as_device_fault
 from services.runtime.errors import DeviceOutOfMemory

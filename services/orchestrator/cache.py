@@ -7,7 +7,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Final
 
-from services.runtime.metrics import CACHE_BYTES
+from services.runtime.metrics import CACHE_BYTES, CACHE_EVICTIONS
 
 PROMPT_EMBEDDING: Final = "prompt_embedding"
 REFERENCE_LATENTS: Final = "reference_latents"
@@ -88,7 +88,9 @@ class TensorCache:
         self._entries[key] = entry
         self._count(key, entry.size_bytes)
         while self.size_bytes > self._capacity_bytes:
-            self.discard(next(iter(self._entries)))
+            oldest = next(iter(self._entries))
+            CACHE_EVICTIONS.labels(oldest.kind).inc()
+            self.discard(oldest)
 
     def discard(self, key: CacheKey) -> None:
         """Forgets the tensor of `key`, if there is one."""

@@ -100,10 +100,11 @@ STAGE_CALL_SECONDS = Histogram(
 )
 CACHE_REQUESTS = Counter(
     "klein_cache_requests",
-    "Look-ups in the orchestrator's caches; `outcome` is hit or miss.",
+    "Look-ups in the orchestrator's caches and in the denoiser's; `outcome` is hit or miss.",
     ["kind", "outcome"],
 )
-CACHE_BYTES = Gauge("klein_cache_bytes", "Bytes held in the orchestrator's caches.", ["kind"])
+CACHE_BYTES = Gauge("klein_cache_bytes", "Bytes held in a cache; reference_cache is device memory.", ["kind"])
+CACHE_EVICTIONS = Counter("klein_cache_evictions", "Entries that made room for others.", ["kind"])
 REQUEST_SECONDS = Histogram(
     "klein_request_duration_seconds",
     "Seconds from a request's arrival at the public API to its answer.",

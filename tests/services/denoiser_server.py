@@ -20,13 +20,15 @@ from torch import Tensor
 
 from klein_api.v1 import denoiser_service_pb2 as api
 from klein_api.v1.denoiser_service_pb2_grpc import DenoiserServiceStub
+from klein_core.checkpoint_config import read_pipeline_index
 from klein_core.denoiser.checkpoint import checkpoint_names
+from klein_core.denoiser.reference_cache import ReferenceCache
 from klein_core.denoiser.sampler import Trajectory, packed_step
 from klein_core.denoiser.transformer import FlowTransformer
 from klein_core.variants import TransformerConfig
 from services.denoiser import loading
 from services.denoiser.application import DenoiserApplication
-from services.denoiser.engine import Step
+from services.denoiser.run import Step
 from services.denoiser.settings import DenoiserSettings
 from services.runtime.frames import FrameReader
 from services.runtime.server import running_server
@@ -59,6 +61,16 @@ def tiny_transformer(config: TransformerConfig = CONFIG, seed: int = 0) -> FlowT
     return transformer
 
 
+MODEL_INDEX = {
+    "_class_name": "Flux2KleinPipeline",
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "Qwen3ForCausalLM"],
+    "tokenizer": ["transformers", "Qwen2Tokenizer"],
+    "transformer": ["diffusers", "Flux2Transformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKLFlux2"],
+}
+
+
 def save_transformer(folder: Path, transformer: FlowTransformer) -> None:
     """Writes a network as diffusers does, fused projections taken apart."""
     folder.mkdir()
@@ -71,10 +83,13 @@ def save_transformer(folder: Path, transformer: FlowTransformer) -> None:
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(transformer.config)))
 
 
-def save_checkpoint(folder: Path, *, distilled: bool) -> Path:
+def save_checkpoint(folder: Path, *, distilled: bool, reference_cache: bool = False) -> Path:
     """Writes as much of a checkpoint as a denoiser reads."""
     save_transformer(folder / "transformer", tiny_transformer())
-    (folder / "model_index.json").write_text(json.dumps({"is_distilled": distilled}))
+    index = MODEL_INDEX | {"is_distilled": distilled}
+    if reference_cache:
+        index["_class_name"] = "Flux2KleinKVPipeline"
+    (folder / "model_index.json").write_text(json.dumps(index))
     (folder / "text_encoder").mkdir()
     (folder / "text_encoder" / "config.json").write_text(json.dumps({"max_sequence_length": TEXT_TOKENS}))
     return folder
@@ -286,7 +301,9 @@ def histories(
     """Denoises in this process; returns latents and previews after each step, for each seed."""
     with one_thread():
         transformer = FlowTransformer.from_folder(folder)
-        return [_history(transformer, wish, tensors, seed, steps, scale) for seed in wish.seeds]
+        is_cached = read_pipeline_index(folder).uses_reference_cache and tensors.references
+        cache = transformer.reference_cache(tensors.references) if is_cached else None
+        return [_history(transformer, wish, tensors, seed, steps, scale, cache) for seed in wish.seeds]
 
 
 def _history(
@@ -296,6 +313,7 @@ def _history(
     seed: int,
     steps: int,
     scale: float,
+    cache: ReferenceCache | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     trajectory = Trajectory.from_noise(
         seed=seed,
@@ -306,7 +324,8 @@ def _history(
         prompt_embedding=tensors.prompt_embedding,
         negative_prompt_embedding=tensors.negative_prompt_embedding,
         guidance_scale=scale,
-        references=tensors.references,
+        references=() if cache else tensors.references,
+        reference_cache=cache,
     )
     states, previews = [], []
     while not trajectory.finished:
