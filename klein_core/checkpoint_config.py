@@ -10,7 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from klein_core.checkpoint import shapes
+from klein_core.checkpoint.layouts import TEXT_ENCODER, TRANSFORMER, VAE
+from klein_core.checkpoint.model_files import ModelFiles
 from klein_core.errors import CheckpointError
+from klein_core.known_variants import KNOWN_VARIANTS, known_variant, variant_of_bare_file, variants_of_shape
 from klein_core.quantization.notes import configured_algorithm
 from klein_core.variants import (
     SchedulerConfig,
@@ -85,33 +89,69 @@ def read_pipeline_index(folder: Path | str) -> PipelineIndex:
     return PipelineIndex(is_distilled, uses_reference_cache)
 
 
-def read_variant(folder: Path | str) -> Variant:
-    """Reads a whole checkpoint's configuration.
+def read_sampling(files: ModelFiles | Path | str) -> PipelineIndex:
+    """Tells how a model is sampled: as its named variant is, else as its `model_index.json` says.
+
+    Raises:
+        CheckpointError: neither is there, as the tensors of several variants are alike; the message lists those
+            that it could be. Or the named variant is of another shape.
+    """
+    files = ModelFiles.of(files)
+    if not files.variant and files.index_path is not None:
+        return read_pipeline_index(files.index_path.parent)
+    place, transformer = files.place(TRANSFORMER), read_transformer_config(files)
+    try:
+        if files.variant and not variants_of_shape(transformer):
+            # A pruned or grown one of them is sampled as they are.
+            row = known_variant(files.variant)
+        else:
+            row = variant_of_bare_file(transformer, files.variant or None)
+    except CheckpointError as error:
+        raise CheckpointError(f"{place}: {error} (setting: variant)") from None
+    return PipelineIndex(row.is_distilled, row.uses_reference_cache)
+
+
+def read_variant(files: ModelFiles | Path | str) -> Variant:
+    """Reads a whole model's configuration; shapes of tensors tell it for parts that are bare files.
 
     Raises:
         CheckpointError: a file is missing or malformed, a class or a value is not supported, or two
             components do not fit each other.
     """
-    folder = Path(folder)
-    index = read_pipeline_index(folder)
+    files = ModelFiles.of(files)
+    sampling = read_sampling(files)
     variant = Variant(
-        text_encoder=read_text_encoder_config(folder),
-        transformer=read_transformer_config(folder),
-        vae=read_vae_config(folder),
-        is_distilled=index.is_distilled,
-        uses_reference_cache=index.uses_reference_cache,
-        scheduler=read_scheduler_config(folder),
+        text_encoder=read_text_encoder_config(files),
+        transformer=read_transformer_config(files),
+        vae=read_vae_config(files),
+        is_distilled=sampling.is_distilled,
+        uses_reference_cache=sampling.uses_reference_cache,
+        scheduler=SchedulerConfig()
+        if files.index_path is None
+        else read_scheduler_config(files.index_path.parent),
     )
-    _check_fit(folder, variant)
+    _check_fit(files, variant)
     return variant
 
 
-def read_text_encoder_config(folder: Path | str) -> TextEncoderConfig:
-    """Reads `text_encoder/config.json`.
+def read_text_encoder_config(files: ModelFiles | Path | str) -> TextEncoderConfig:
+    """Reads `text_encoder/config.json`, or the tensors' shapes where there is none.
+
+    Raises:
+        CheckpointError: as `read_variant`, or it is the text encoder of another size than the named variant's.
+    """
+    files = ModelFiles.of(files)
+    path = files.config_path(TEXT_ENCODER)
+    config = _read_text_encoder_file(path) if path else shapes.text_encoder_config(files.open(TEXT_ENCODER))
+    _check_size(files, config)
+    return config
+
+
+def _read_text_encoder_file(path: Path) -> TextEncoderConfig:
+    """Reads a text encoder's config.json.
 
     Two optional keys are the pipeline's, not Qwen3's: `text_encoder_out_layers` and `max_sequence_length`.
     """
-    path = Path(folder) / TEXT_ENCODER_FOLDER / "config.json"
     config = read_json(path)
     _only(path, config, {"model_type": "qwen3"})
     configured_algorithm(path, config)
@@ -128,9 +168,12 @@ def read_text_encoder_config(folder: Path | str) -> TextEncoderConfig:
     return TextEncoderConfig(qwen3=config, tapped_layers=taps, sequence_length=length)
 
 
-def read_transformer_config(folder: Path | str) -> TransformerConfig:
-    """Reads `transformer/config.json`."""
-    path = Path(folder) / TRANSFORMER_FOLDER / "config.json"
+def read_transformer_config(files: ModelFiles | Path | str) -> TransformerConfig:
+    """Reads `transformer/config.json`, or the tensors' shapes where there is none."""
+    files = ModelFiles.of(files)
+    path = files.config_path(TRANSFORMER)
+    if path is None:
+        return shapes.transformer_config(files.open(TRANSFORMER))
     config = read_json(path)
     _check_class(
         path, "_class_name", config.get("_class_name", _CLASSES[TRANSFORMER_FOLDER][0]), TRANSFORMER_FOLDER
@@ -166,9 +209,14 @@ def read_transformer_config(folder: Path | str) -> TransformerConfig:
     return read
 
 
-def read_vae_config(folder: Path | str) -> VaeConfig:
-    """Reads `vae/config.json`."""
-    path = Path(folder) / VAE_FOLDER / "config.json"
+def read_vae_config(files: ModelFiles | Path | str) -> VaeConfig:
+    """Reads `vae/config.json`, or the tensors' shapes where there is none."""
+    files = ModelFiles.of(files)
+    path = files.config_path(VAE)
+    if path is None:
+        read = shapes.vae_config(files.open(VAE))
+        _check_widths(files.place(VAE), read)
+        return read
     config = read_json(path)
     _check_class(path, "_class_name", config.get("_class_name", _CLASSES[VAE_FOLDER][0]), VAE_FOLDER)
     _only(path, config, _VAE_ONLY | {"quantization_config": None})
@@ -190,9 +238,14 @@ def read_vae_config(folder: Path | str) -> VaeConfig:
         ),
         sample_size=_integer(path, config, "sample_size", default.sample_size),
     )
+    _check_widths(path, read)
+    return read
+
+
+def _check_widths(path: Path, read: VaeConfig) -> None:
     for key, widths in (
         ("block_out_channels", read.block_out_channels),
-        ("decoder_block_out_channels", decoder_widths),
+        ("decoder_block_out_channels", read.decoder_block_out_channels),
     ):
         if widths is not None and (
             len(widths) != _VAE_LEVELS or any(width % read.norm_num_groups for width in widths)
@@ -201,7 +254,6 @@ def read_vae_config(folder: Path | str) -> VaeConfig:
                 f"{path}: {key} is {list(widths)}; it must be {_VAE_LEVELS} multiples of norm_num_groups "
                 f"({read.norm_num_groups})"
             )
-    return read
 
 
 def read_scheduler_config(folder: Path | str) -> SchedulerConfig:
@@ -233,16 +285,30 @@ def _check_class(path: Path, key: str, name: object, component: str) -> None:
         raise CheckpointError(f"{path}: {key} is {name}; only {supported} is supported")
 
 
-def _check_fit(folder: Path, variant: Variant) -> None:
+def _check_size(files: ModelFiles, config: TextEncoderConfig) -> None:
+    """Refuses the text encoder of another published size; one that nobody published may be anything."""
+    if not files.variant:
+        return
+    published = {row.text_encoder.hidden_size for row in KNOWN_VARIANTS.values()}
+    needed = known_variant(files.variant).text_encoder.hidden_size
+    if config.hidden_size in published - {needed}:
+        raise CheckpointError(
+            f"{files.place(TEXT_ENCODER)} is the text encoder of another size: its hidden size is "
+            f"{config.hidden_size}, {files.variant} needs {needed}"
+        )
+
+
+def _check_fit(files: ModelFiles, variant: Variant) -> None:
+    transformer, text_encoder = files.place(TRANSFORMER), files.place(TEXT_ENCODER)
     if variant.transformer.in_channels != variant.vae.packed_channels:
         raise CheckpointError(
-            f"{folder}: the transformer takes {variant.transformer.in_channels} latent channels "
-            f"but the VAE makes {variant.vae.packed_channels}"
+            f"{transformer} takes {variant.transformer.in_channels} latent channels "
+            f"but the VAE {files.place(VAE)} makes {variant.vae.packed_channels}"
         )
     if variant.transformer.joint_attention_dim != variant.text_encoder.embedding_channels:
         raise CheckpointError(
-            f"{folder}: the transformer takes {variant.transformer.joint_attention_dim} text channels "
-            f"but the text encoder makes {variant.text_encoder.embedding_channels} "
+            f"{transformer} takes {variant.transformer.joint_attention_dim} text channels "
+            f"but the text encoder {text_encoder} makes {variant.text_encoder.embedding_channels} "
             f"from layers {list(variant.text_encoder.tapped_layers)}"
         )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from klein_core.checkpoint.model_files import ModelFiles
 from klein_core.checkpoint_config import read_variant
 from klein_core.denoiser.sampler import Trajectory, packed_step
 from klein_core.denoiser.transformer import FlowTransformer
@@ -40,16 +41,16 @@ class Pipeline:
     @classmethod
     def from_folder(
         cls,
-        folder: Path,
+        files: ModelFiles | Path,
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         tiling: TilingPolicy = AUTOMATIC_TILING,
     ) -> Pipeline:
-        """Loads a checkpoint in diffusers' folder layout.
+        """Loads a model.
 
         Args:
-            folder: holds `model_index.json` and a folder for each part.
+            files: its folder in diffusers' layout, or where each part lies.
             device: where weights go and all is computed.
             dtype: `None` keeps each part's own.
             tiling: when the autoencoder makes large images in tiles.
@@ -57,11 +58,11 @@ class Pipeline:
         Raises:
             CheckpointError: a file is missing or does not fit its configuration.
         """
-        variant = read_variant(folder)
+        variant = read_variant(files)
         return cls(
-            TextEncoder.from_folder(folder, device=device, dtype=dtype),
-            FlowTransformer.from_folder(folder, device=device, dtype=dtype),
-            VaeDecoder.from_folder(folder, device=device, dtype=dtype, tiling=tiling),
+            TextEncoder.from_folder(files, device=device, dtype=dtype),
+            FlowTransformer.from_folder(files, device=device, dtype=dtype),
+            VaeDecoder.from_folder(files, device=device, dtype=dtype, tiling=tiling),
             variant.is_distilled,
             variant.uses_reference_cache,
         )

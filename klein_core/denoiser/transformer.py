@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from klein_core.checkpoint.files import open_checkpoint
 from klein_core.checkpoint.layouts import TRANSFORMER, find_layout
+from klein_core.checkpoint.model_files import ModelFiles
 from klein_core.checkpoint.transformer import transformer_sources
-from klein_core.checkpoint_config import TRANSFORMER_FOLDER, read_transformer_config
+from klein_core.checkpoint_config import read_transformer_config
 from klein_core.denoiser.adapters.steps import Adapters, Stream, adapted
 from klein_core.denoiser.blocks import (
     DoubleStreamBlock,
@@ -78,15 +78,15 @@ class FlowTransformer(nn.Module):
     @classmethod
     def from_folder(
         cls,
-        checkpoint_folder: Path | str,
+        files: ModelFiles | Path | str,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         quantization: str = NO_QUANTIZATION,
     ) -> FlowTransformer:
-        """Loads `checkpoint_folder/transformer`.
+        """Loads a model's transformer.
 
         Args:
-            checkpoint_folder: in diffusers' layout.
+            files: a model's folder in diffusers' layout, or where each part lies.
             device: where the weights go.
             dtype: of activations and of weights that are not quantised; `None` is the checkpoint's own.
             quantization: what the blocks' plain weights are made into, a key of `QUANTIZATIONS`.
@@ -94,10 +94,11 @@ class FlowTransformer(nn.Module):
         Raises:
             CheckpointError: the configuration or the weights are not what this network needs.
         """
-        config = read_transformer_config(checkpoint_folder)
+        files = ModelFiles.of(files)
+        config = read_transformer_config(files)
         with torch.device("meta"):
             transformer = cls(config)
-        checkpoint = open_checkpoint(Path(checkpoint_folder) / TRANSFORMER_FOLDER, Path(checkpoint_folder))
+        checkpoint = files.open(TRANSFORMER)
         layout = find_layout(TRANSFORMER, checkpoint)
         sources = layout.prefixed(transformer_sources(config, layout.style))
         stored = StoredForms.of(checkpoint, layout, quantization=quantization, quantisable=is_block_product)

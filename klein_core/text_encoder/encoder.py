@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-from klein_core.checkpoint.files import open_checkpoint
 from klein_core.checkpoint.layouts import TEXT_ENCODER, find_layout
+from klein_core.checkpoint.model_files import ModelFiles
 from klein_core.checkpoint.text_encoder import is_past, text_encoder_sources
-from klein_core.checkpoint_config import TEXT_ENCODER_FOLDER, TOKENIZER_FOLDER, read_text_encoder_config
+from klein_core.checkpoint_config import read_text_encoder_config
 from klein_core.errors import CheckpointError
 from klein_core.quantization.loading import NO_QUANTIZATION, StoredForms
 from klein_core.text_encoder.tokenizer import PromptTokenizer, TokenizedPrompt
@@ -46,15 +46,15 @@ class TextEncoder:
     @classmethod
     def from_folder(
         cls,
-        checkpoint_folder: Path | str,
+        files: ModelFiles | Path | str,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         quantization: str = NO_QUANTIZATION,
     ) -> TextEncoder:
-        """Loads `tokenizer/` and the needed part of `text_encoder/`.
+        """Loads the tokenizer and the needed part of the text encoder.
 
         Args:
-            checkpoint_folder: in diffusers' layout.
+            files: a model's folder in diffusers' layout, or where each part lies.
             device: where the weights go.
             dtype: of activations and of weights that are not quantised; `None` is the checkpoint's own.
             quantization: what the layers' plain weights are made into, a key of `QUANTIZATIONS`.
@@ -62,11 +62,11 @@ class TextEncoder:
         Raises:
             CheckpointError: files are missing, corrupt or of another shape than the configuration.
         """
-        folder = Path(checkpoint_folder)
-        config = read_text_encoder_config(folder)
-        tokenizer = PromptTokenizer.from_folder(folder / TOKENIZER_FOLDER, config.sequence_length)
+        files = ModelFiles.of(files)
+        config = read_text_encoder_config(files)
+        tokenizer = PromptTokenizer.from_folder(files.tokenizer_folder, config.sequence_length)
         model = build_cut_qwen3(config, device)
-        checkpoint = open_checkpoint(folder / TEXT_ENCODER_FOLDER, folder)
+        checkpoint = files.open(TEXT_ENCODER)
         layout = find_layout(TEXT_ENCODER, checkpoint)
         past = is_past(config)
         stored = StoredForms.of(

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from klein_core.checkpoint.files import open_checkpoint
 from klein_core.checkpoint.layouts import VAE, find_layout
+from klein_core.checkpoint.model_files import ModelFiles
 from klein_core.checkpoint.vae import is_unneeded, vae_sources
-from klein_core.checkpoint_config import VAE_FOLDER, read_vae_config
+from klein_core.checkpoint_config import read_vae_config
 from klein_core.device_memory import free_bytes
 from klein_core.errors import InvalidInput
 from klein_core.memory.autoencoder import decode_bytes, encode_bytes
@@ -58,21 +58,22 @@ class VaeDecoder:
     @classmethod
     def from_folder(
         cls,
-        checkpoint_folder: Path | str,
+        files: ModelFiles | Path | str,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         reference_limits: ReferenceLimits = DEFAULT_REFERENCE_LIMITS,
         tiling: TilingPolicy = AUTOMATIC_TILING,
     ) -> VaeDecoder:
-        """Loads `vae/`; `dtype` `None` is the checkpoint's own.
+        """Loads a model's autoencoder; `dtype` `None` is the checkpoint's own.
 
         Raises:
             CheckpointError: files are missing, corrupt or of another shape than the configuration.
         """
-        config = read_vae_config(checkpoint_folder)
+        files = ModelFiles.of(files)
+        config = read_vae_config(files)
         with torch.device("meta"):
             autoencoder = Autoencoder(config)
-        checkpoint = open_checkpoint(Path(checkpoint_folder) / VAE_FOLDER, Path(checkpoint_folder))
+        checkpoint = files.open(VAE)
         layout = find_layout(VAE, checkpoint)
         load_weights(
             autoencoder,

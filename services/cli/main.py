@@ -106,13 +106,37 @@ def klein(
 @app.command(
     epilog="[bold]klein up[/]: the embedded model.\n\n"
     "[bold]klein up --model ./FLUX.2-klein-4B --device cuda[/]: a downloaded one.\n\n"
+    "[bold]klein up --transformer t.safetensors --vae v.safetensors --text-encoder q.safetensors "
+    "--tokenizer ./tokenizer --variant klein-4b[/]: bare files.\n\n"
     "[bold]klein up --port 0 --verbose[/]: beside another suite, logs shown."
 )
 def up(
     model: Annotated[
         str,
-        typer.Option(metavar="pico|FOLDER", help="The embedded model, or a folder in the diffusers layout."),
+        typer.Option(
+            metavar="pico|FOLDER|FILE",
+            help="The embedded model, a folder in the diffusers layout, or one file.",
+        ),
     ] = "pico",
+    transformer: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The transformer, instead of the model's own.")
+    ] = None,
+    vae: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The autoencoder, instead of the model's own.")
+    ] = None,
+    text_encoder: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The text encoder, instead of the model's own.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="The tokenizer, where the text encoder is a bare file."),
+    ] = None,
+    variant: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help="Which model a bare transformer is, such as klein-4b or klein-base-4b."
+        ),
+    ] = "",
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port of the public API; 0 takes a free one.")
     ] = DEFAULT_PORT,
@@ -135,8 +159,11 @@ def up(
     from services.cli.suite import SuiteOptions
     from services.cli.up import run_up
 
+    parts = {"transformer": transformer, "vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
     options = SuiteOptions(
         model=model,
+        parts={component: path for component, path in parts.items() if path is not None},
+        variant=variant,
         host=host,
         port=port,
         device=device,

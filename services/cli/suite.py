@@ -16,14 +16,22 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 
+from klein_core.checkpoint.layouts import TEXT_ENCODER, TRANSFORMER, VAE
+from klein_core.checkpoint.model_files import TOKENIZER, ModelFiles
+from klein_core.checkpoint_config import read_variant
+from klein_core.errors import CheckpointError
 from klein_core.pico.location import WEIGHTS
 from services.cli.child import Child, ChildSpec, StageDied, inherited_environment, wait_for_all
 from services.cli.errors import MISUSED, CliError
+from services.cli.hub.folders import find_model
 from services.cli.ports import LOOPBACK, free_ports, is_free
 from services.cli.readiness import Probes, Readiness
+from services.runtime.settings import model_name
 
 PICO = "pico"
 STAGES = ("text-encoder", "denoiser", "vae-decoder")
+COMPONENTS = {"text-encoder": TEXT_ENCODER, "denoiser": TRANSFORMER, "vae-decoder": VAE}
+"""Stage → the part of a model that it loads."""
 PROCESSES = (*STAGES, "orchestrator")
 FIRST_METRICS_PORT = 9464
 GRACE_SECONDS = 5.0
@@ -37,7 +45,11 @@ class SuiteOptions:
     """How the suite is to run."""
 
     model: str = PICO
-    """`pico`, or a checkpoint's folder in the diffusers layout."""
+    """`pico`, a model's folder in the diffusers layout, one that was pulled by name, or one safetensors file."""
+    parts: Mapping[str, Path] = field(default_factory=dict)
+    """Component (`transformer`, `vae`, `text_encoder`, `tokenizer`) → its own file or folder, not the model's."""
+    variant: str = ""
+    """Which published model it is, where no model_index.json tells."""
     host: str = LOOPBACK
     """Where the public API listens."""
     port: int = 0
@@ -62,7 +74,8 @@ class Suite:
     def __init__(self, options: SuiteOptions) -> None:
         require_torch()
         self.options = options
-        self.model_name = require_model(options.model)
+        self.files = model_files(options)
+        self.model_name = require_model(self.files)
         self.log_folder = options.log_folder or Path(tempfile.mkdtemp(prefix="klein-"))
         self.log_folder.mkdir(parents=True, exist_ok=True)
         *stage_ports, free = free_ports(len(PROCESSES))
@@ -172,7 +185,7 @@ class Suite:
             "KLEIN_DRAIN_DELAY_SECONDS": "0",
             "KLEIN_GRACE_SECONDS": f"{GRACE_SECONDS:g}",
         }
-        specific = self._orchestrator_settings() if is_public else self._stage_settings()
+        specific = self._orchestrator_settings() if is_public else self._stage_settings(process)
         return common | specific | dict(self.options.settings)
 
     def _orchestrator_settings(self) -> dict[str, str]:
@@ -182,17 +195,27 @@ class Suite:
         }
         # Exactly this suite, whatever table the person's own shell names.
         targets["KLEIN_ROUTING_TABLE"] = ""
-        return targets | (PICO_LIMITS if self.options.model == PICO else {})
+        return targets | (PICO_LIMITS if self.files.model == WEIGHTS else {})
 
-    def _stage_settings(self) -> dict[str, str]:
+    def _stage_settings(self, stage: str) -> dict[str, str]:
+        parts, model = self.options.parts, self.files.model
         return {
-            "KLEIN_MODEL_PATH": self.options.model,
+            "KLEIN_MODEL_PATH": PICO if model in (None, WEIGHTS) else str(model),
+            # Empty is unset: what the person's own shell says is of another model.
+            "KLEIN_WEIGHTS_PATH": str(parts.get(COMPONENTS[stage], "")),
+            "KLEIN_TOKENIZER_PATH": str(parts.get(TOKENIZER, "")),
+            "KLEIN_VARIANT": self.options.variant,
             "KLEIN_DEVICE": self.options.device,
             "KLEIN_DTYPE": self.options.dtype,
             "KLEIN_THREADS": str(self.options.threads or default_threads()),
         }
 
 
+_MODEL_HINT = (
+    "--model takes `pico`, a folder in the diffusers layout, a pulled model's name or a safetensors file; "
+    "--transformer, --vae, --text-encoder and --tokenizer take parts of their own, --variant tells which model "
+    "a bare file is. `klein inspect` shows what a file holds."
+)
 PICO_LIMITS = {"KLEIN_DEFAULT_SIZE_PX": "128", "KLEIN_MAXIMUM_PIXEL_COUNT": str(256 * 256)}
 """What pico was trained on; it makes nonsense of larger pictures."""
 
@@ -216,21 +239,35 @@ def require_torch() -> None:
         )
 
 
-def require_model(model: str) -> str:
-    """Checks that a model's files are there; returns its name.
+def model_files(options: SuiteOptions) -> ModelFiles:
+    """Returns where each part of the model lies; parts of one's own are no parts of pico.
 
     Raises:
-        CliError: they are not.
+        CliError: the model is neither here nor pulled, or a part is not here.
     """
-    folder = WEIGHTS if model == PICO else Path(model)
-    for part in ("text_encoder", "transformer", "vae"):
-        if not (folder / part / "config.json").is_file():
-            raise CliError(
-                f"{model} is not a complete checkpoint: {folder / part / 'config.json'} is missing.",
-                "--model takes `pico` or a folder in the diffusers layout.",
-                MISUSED,
-            )
-    return PICO if model == PICO else folder.resolve().name
+    embedded = None if options.parts else WEIGHTS
+    model = embedded if options.model == PICO else find_model(options.model)
+    for path in options.parts.values():
+        if not path.exists():
+            raise CliError(f"There is no {path}.", _MODEL_HINT, MISUSED)
+    return ModelFiles(model=model, variant=options.variant, **options.parts)
+
+
+def require_model(files: ModelFiles) -> str:
+    """Checks by configurations and headers that a model's parts are whole and fit each other; returns its name.
+
+    Raises:
+        CliError: they are not or do not.
+    """
+    try:
+        read_variant(files)
+        for component in COMPONENTS.values():
+            files.open(component)
+        if not files.tokenizer_folder.is_dir():
+            raise CheckpointError(f"{files.tokenizer_folder} is missing")
+    except CheckpointError as error:
+        raise CliError(f"The model cannot be used: {error}.", _MODEL_HINT) from error
+    return PICO if files.model == WEIGHTS else model_name(str(files.model or files.place(TRANSFORMER)))
 
 
 def _metrics_ports() -> dict[str, int]:

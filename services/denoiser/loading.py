@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from klein_core.checkpoint_config import read_pipeline_index
+from klein_core.checkpoint.layouts import TEXT_ENCODER, TRANSFORMER
+from klein_core.checkpoint.model_files import ModelFiles
+from klein_core.checkpoint_config import PipelineIndex, read_sampling
 from klein_core.denoiser.reference_cache import ReferenceCache, bytes_per_token
 from klein_core.denoiser.sampler import Trajectory, packed_step
 from klein_core.denoiser.transformer import FlowTransformer
-from klein_core.pico.location import WEIGHTS
 from klein_core.variants import TextEncoderConfig, read_json
 from klein_core.weights_digest import weights_digest
 from services.denoiser.engine import Engine
@@ -29,8 +29,6 @@ from services.denoiser.workload import Workload
 from services.runtime.devices import report_memory, resolve_device, resolve_dtype, set_threads
 from services.runtime.worker import Worker
 
-PICO = "pico"
-
 
 def load_denoiser(settings: DenoiserSettings, preparation: Worker) -> Denoiser:
     """Loads the checkpoint and warms it up. Slow: not for the event loop.
@@ -42,11 +40,12 @@ def load_denoiser(settings: DenoiserSettings, preparation: Worker) -> Denoiser:
     set_threads(settings.threads)
     device = resolve_device(settings.device)
     sizes_px = settings.sizes_px(on_gpu=device.type == "cuda")
-    folder = WEIGHTS if settings.model_path == PICO else Path(settings.model_path)
+    files = settings.model_files(TRANSFORMER)
+    sampling = read_sampling(files)
     report_memory(STAGE, device)
-    transformer = FlowTransformer.from_folder(folder, device=device, dtype=resolve_dtype(settings.dtype))
+    transformer = FlowTransformer.from_folder(files, device=device, dtype=resolve_dtype(settings.dtype))
     workload = Workload(
-        model=_model(settings, folder, transformer), device=device, text_tokens=_text_tokens(folder)
+        model=_model(settings, sampling, transformer), device=device, text_tokens=_text_tokens(files)
     )
     step, cache_references = step_of(transformer), cache_of(transformer)
     return assemble(settings, workload, step, sizes_px, preparation, cache_references)
@@ -124,21 +123,22 @@ def _token_budget(settings: DenoiserSettings, workload: Workload, step: Step) ->
     return measure_budget(step, workload.sample, image_tokens, settings.step_image_limit)
 
 
-def _model(settings: DenoiserSettings, folder: Path, transformer: FlowTransformer) -> Model:
-    index, token_bytes = read_pipeline_index(folder), bytes_per_token(transformer.config, transformer.dtype)
+def _model(settings: DenoiserSettings, sampling: PipelineIndex, transformer: FlowTransformer) -> Model:
+    token_bytes = bytes_per_token(transformer.config, transformer.dtype)
     return Model(
         name=settings.model_name,
-        is_distilled=index.is_distilled,
+        is_distilled=sampling.is_distilled,
         embedding_channels=transformer.config.joint_attention_dim,
         latent_channels=transformer.config.in_channels,
         dtype=transformer.dtype,
         weights_digest=weights_digest(transformer),
-        cached_token_bytes=token_bytes if index.uses_reference_cache else 0,
+        cached_token_bytes=token_bytes if sampling.uses_reference_cache else 0,
     )
 
 
-def _text_tokens(folder: Path) -> int:
-    """Returns the sequence length of the checkpoint's text encoder, klein's where it is not told."""
-    path = folder / "text_encoder" / "config.json"
+def _text_tokens(files: ModelFiles) -> int:
+    """Returns the sequence length of the model's text encoder, klein's where it is not told."""
+    folder = files.model
+    path = folder / TEXT_ENCODER / "config.json" if folder else None
     default = TextEncoderConfig.sequence_length
-    return int(read_json(path).get("max_sequence_length", default)) if path.exists() else default
+    return int(read_json(path).get("max_sequence_length", default)) if path and path.exists() else default

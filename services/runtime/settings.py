@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from klein_core.checkpoint.model_files import ModelFiles
 from klein_core.pico.location import WEIGHTS as EMBEDDED_WEIGHTS
 
 PREFIX = "KLEIN_"
@@ -90,11 +91,16 @@ class StageSettings(ServerSettings):
     """What every stage can be told beside that."""
 
     model_path: str = setting(
-        "pico", help="Checkpoint folder in diffusers layout; pico is the embedded model"
+        "pico",
+        help="Model's folder in diffusers layout, or one safetensors file; pico is the embedded model",
     )
-    model_name: str = setting(
-        "", help="Name that requests may give; empty takes the checkpoint folder's name"
+    weights_path: str = setting(
+        "", help="Safetensors file or folder of this stage's own part, instead of the model's"
     )
+    variant: str = setting(
+        "", help="Which published model it is, such as klein-4b, where no model_index.json tells"
+    )
+    model_name: str = setting("", help="Name that requests may give; empty takes the model's file name")
     device: str = setting("auto", help="auto, cpu, cuda, cuda:N or mps; auto takes the first GPU there is")
     dtype: str = setting(
         "checkpoint",
@@ -111,12 +117,28 @@ class StageSettings(ServerSettings):
     def __post_init__(self) -> None:
         if not self.model_name:
             # Frozen settings have no other way to derive one field from another.
-            object.__setattr__(self, "model_name", Path(self.model_path).resolve().name)
+            object.__setattr__(self, "model_name", model_name(self._named_path))
+
+    def model_files(self, component: str) -> ModelFiles:
+        """Returns where the parts of the model lie; `component` is the one that this stage loads."""
+        own = {component: Path(self.weights_path)} if self.weights_path else {}
+        return ModelFiles(model=self._model, variant=self.variant, **own)
 
     @property
-    def checkpoint_folder(self) -> Path:
-        """Where the checkpoint lies."""
-        return EMBEDDED_WEIGHTS if self.model_path == EMBEDDED_MODEL else Path(self.model_path)
+    def _model(self) -> Path | None:
+        if self.model_path != EMBEDDED_MODEL:
+            return Path(self.model_path)
+        # Weights of one's own are no part of the embedded model.
+        return None if self.weights_path else EMBEDDED_WEIGHTS
+
+    @property
+    def _named_path(self) -> str:
+        return self.model_path if self._model is not None else self.weights_path
+
+
+def model_name(path: str) -> str:
+    """Returns what a model is called that is a folder or a file."""
+    return Path(path).resolve().name.removesuffix(".safetensors")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import grpc
 
 from klein_api.v1 import stage_service_pb2, text_encoder_service_pb2_grpc
+from klein_core.checkpoint.layouts import TEXT_ENCODER
 from services.runtime.devices import report_memory, resolve_device, resolve_dtype, set_threads
 from services.runtime.errors import StageUnavailable
 from services.runtime.stage_application import Loaded, StageApplication
@@ -54,7 +55,7 @@ class TextEncoderApplication(StageApplication):
         device = resolve_device(self._settings.device)
         report_memory(self.name, device)
         dtype = resolve_dtype(self._settings.dtype)
-        encoder = TextEncoder.from_folder(self._settings.checkpoint_folder, device, dtype)
+        encoder = TextEncoder.from_folder(self._settings.model_files(TEXT_ENCODER), device, dtype)
         warm = encoder.encode([""])[0]
         self._encoder = encoder
         facts = stage_service_pb2.TextEncoderFacts(

@@ -6,6 +6,7 @@ import grpc
 import torch
 
 from klein_api.v1 import stage_service_pb2, vae_decoder_service_pb2_grpc
+from klein_core.checkpoint.layouts import VAE
 from klein_core.params import SIZE_MULTIPLE_PX
 from klein_core.vae_decoder.references import ReferenceLimits
 from klein_core.vae_decoder.stage import VaeDecoder
@@ -59,7 +60,7 @@ class VaeDecoderApplication(StageApplication):
         device = resolve_device(self._settings.device)
         report_memory(self.name, device)
         decoder = VaeDecoder.from_folder(
-            self._settings.checkpoint_folder,
+            self._settings.model_files(VAE),
             device,
             resolve_dtype(self._settings.dtype),
             ReferenceLimits(byte_count=self._settings.reference_bytes),

@@ -37,5 +37,5 @@ def test_the_demo_makes_every_picture_and_a_sheet(tmp_path: Path) -> None:
 
 
 def test_a_demo_without_its_model_says_so(tmp_path: Path) -> None:
-    with pytest.raises(CliError, match="not a complete checkpoint"):
+    with pytest.raises(CliError, match=r"model_index\.json is missing"):
         run_demo(tmp_path / "out", Console(quiet=True), SuiteOptions(model=str(tmp_path)))

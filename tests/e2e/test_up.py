@@ -1,6 +1,7 @@
 """`klein up` with real processes and a tiny random checkpoint: life, death, and nothing left behind."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,13 +11,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from klein_core.pipeline import Pipeline
 from services.cli.child import inherited_environment
 from services.cli.ports import free_ports
 from services.cli.suite import PROCESSES
+from tests.services.denoiser_server import one_thread
 from tests.tiny.checkpoint import save_tiny_checkpoint
+from tests.tiny.layouts import bare_text_encoder, bfl_transformer, bfl_vae, prefixed
 
 READY_SECONDS = 90.0
 STOP_SECONDS = 15.0
@@ -58,7 +65,7 @@ class Up:
 
 
 @contextmanager
-def klein_up(checkpoint: Path, folder: Path) -> Iterator[Up]:
+def klein_up(checkpoint: Path | None, folder: Path, *options: str) -> Iterator[Up]:
     port = free_ports(1)[0]
     output = folder / "up.txt"
     command = [
@@ -66,8 +73,8 @@ def klein_up(checkpoint: Path, folder: Path) -> Iterator[Up]:
         "-m",
         "services.cli.main",
         "up",
-        "--model",
-        str(checkpoint),
+        *(["--model", str(checkpoint)] if checkpoint else []),
+        *options,
         "--port",
         str(port),
     ]
@@ -143,6 +150,30 @@ def test_up_serves_until_control_c(checkpoint: Path, tmp_path: Path) -> None:
         assert "Traceback" not in up.text + "".join(log.read_text() for log in up.logs.glob("*.log"))
 
 
+def test_three_bare_files_make_the_folder_s_picture(tmp_path: Path) -> None:
+    """In other layouts and behind a prefix; klein's prompt length, which no tensor tells."""
+    folder = tmp_path / "whole"
+    save_tiny_checkpoint(folder, text_encoder={"max_sequence_length": 512})
+    weights = "diffusion_pytorch_model.safetensors"
+    transformer = bfl_transformer(load_file(folder / "transformer" / weights))
+    save_file(prefixed(transformer, "model.diffusion_model."), tmp_path / "t.safetensors")
+    save_file(bfl_vae(load_file(folder / "vae" / weights)), tmp_path / "v.safetensors")
+    language = load_file(folder / "text_encoder" / "model.safetensors")
+    save_file(bare_text_encoder(language, lm_head=True), tmp_path / "q.safetensors")
+    options = ["--transformer", str(tmp_path / "t.safetensors"), "--vae", str(tmp_path / "v.safetensors")]
+    options += ["--text-encoder", str(tmp_path / "q.safetensors"), "--tokenizer", str(folder / "tokenizer")]
+    with klein_up(None, tmp_path, *options, "--variant", "klein-4b") as up:
+        up.wait_until_ready()
+        picture = tmp_path / "picture.png"
+        made = klein("generate", "a star", "--seed", "5", "--target", up.target, "-o", str(picture))
+        assert made.returncode == 0, made.stderr
+    with Image.open(picture) as image:
+        pixels = np.array(image)
+    with one_thread():
+        [expected] = Pipeline.from_folder(folder).generate("a star", width_px=64, height_px=64, seeds=[5])
+    assert np.array_equal(pixels, expected.numpy())
+
+
 def test_a_stage_that_dies_is_named_and_stops_the_rest(checkpoint: Path, tmp_path: Path) -> None:
     with klein_up(checkpoint, tmp_path) as up:
         stages = up.wait_until_ready()
@@ -164,24 +195,23 @@ def test_no_stage_outlives_a_parent_that_is_killed(checkpoint: Path, tmp_path: P
 
 def test_a_broken_checkpoint_is_told_in_the_stage_s_words(checkpoint: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
-    for file in checkpoint.rglob("*"):
-        copy = broken / file.relative_to(checkpoint)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        if file.is_file() and file.parent.name != "vae":
-            copy.write_bytes(file.read_bytes())
-    (broken / "vae").mkdir(exist_ok=True)
-    (broken / "vae" / "config.json").write_text("{}")
+    shutil.copytree(checkpoint, broken)
+    weights = broken / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: tensor for name, tensor in tensors.items() if name != "bn.running_mean"}, weights)
     with klein_up(broken, tmp_path) as up:
         stages = up.wait_for_stages()
         assert up.process.wait(READY_SECONDS) == 1
         assert "The vae-decoder ended with exit code 1" in up.text
+        assert "missing: bn.running_mean" in " ".join(up.text.split())
         assert all_gone(stages)
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--model", "nowhere"], ["nowhere", "--model"]),
+        (["--model", "nowhere"], ["nowhere", "klein pull"]),
+        (["--vae", "nowhere.safetensors"], ["nowhere.safetensors", "--vae"]),
         (["--port", "PORT"], ["taken", "--port 0"]),
         (["--port", "99999"], ["65535"]),
     ],

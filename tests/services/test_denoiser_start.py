@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+from klein_core.checkpoint.model_files import ModelFiles
 from services.denoiser import loading
 from services.denoiser.loading import assemble
 from services.denoiser.request import Model
@@ -110,5 +111,5 @@ async def test_a_warmed_up_server_knows_the_wait_of_its_first_request(tmp_path, 
 
 
 def test_the_text_length_is_the_checkpoints_or_kleins(tmp_path):
-    assert loading._text_tokens(tmp_path) == 512
-    assert loading._text_tokens(save_checkpoint(tmp_path, distilled=True)) == 7
+    assert loading._text_tokens(ModelFiles.of(tmp_path)) == 512
+    assert loading._text_tokens(ModelFiles.of(save_checkpoint(tmp_path, distilled=True))) == 7

@@ -1,9 +1,12 @@
 """Settings: precedence, refusals that name what is wrong, and the table of --check-config."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
+from klein_core.checkpoint.model_files import ModelFiles
+from klein_core.pico.location import WEIGHTS
 from services.orchestrator.settings import OrchestratorSettings
 from services.runtime.settings import (
     ServerSettings,
@@ -84,6 +87,18 @@ def test_the_model_is_named_after_its_folder_unless_it_is_named():
     assert StageSettings().model_name == "pico"
     assert StageSettings(model_path="/models/klein-4b/").model_name == "klein-4b"
     assert StageSettings(model_path="/models/klein-4b", model_name="mine").model_name == "mine"
+    assert StageSettings(model_path="/models/klein-4.5b.safetensors").model_name == "klein-4.5b"
+    assert StageSettings(weights_path="/models/mine.safetensors").model_name == "mine"
+
+
+def test_a_part_of_its_own_is_no_part_of_the_embedded_model():
+    alone = StageSettings(weights_path="t.safetensors", variant="klein-4b").model_files("transformer")
+    assert alone == ModelFiles(transformer=Path("t.safetensors"), variant="klein-4b")
+    both = StageSettings(model_path="model", weights_path="v.safetensors").model_files("vae")
+    assert both == ModelFiles(model=Path("model"), vae=Path("v.safetensors"))
+    assert StageSettings().model_files("vae") == ModelFiles(model=WEIGHTS)
+    settings = TextEncoderSettings(weights_path="q.safetensors", tokenizer_path="words")
+    assert settings.model_files("text_encoder").tokenizer_folder == Path("words")
 
 
 def test_stages_have_ports_of_their_own():
