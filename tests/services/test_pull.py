@@ -353,11 +353,12 @@ def test_terms_are_read_from_the_card_and_from_where_the_shape_comes_from(pull, 
 
 
 def test_content_that_is_not_what_was_listed_is_thrown_away(pull, hub, models, tiny_files):
-    hub.corrupt.add(TRANSFORMER)
-    result = pull(NAME)
-    assert result.exit_code == 1
-    assert f"{TRANSFORMER} of {MAIN} is not what its repository lists" in result.err
-    assert not (models / NAME).exists()
+    for name in ("vae/config.json", TRANSFORMER):
+        hub.corrupt = {name}
+        result = pull(NAME)
+        assert result.exit_code == 1
+        assert f"{name} of {MAIN} is not what its repository lists" in result.err
+        assert not (models / NAME).exists()
     hub.corrupt.clear()
     assert pull(NAME).exit_code == 0
     assert (models / NAME / TRANSFORMER).read_bytes() == tiny_files[TRANSFORMER]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, BinaryIO
 
 from huggingface_hub import HfApi, constants, get_token, hf_hub_url
@@ -14,6 +15,17 @@ from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 LISTING_TIMEOUT_SECONDS = 30.0
 
 
+class DigestKind(Enum):
+    """How a file's digest comes from its content."""
+
+    SHA256 = "sha256"
+    """Of large files."""
+    GIT = "git"
+    """SHA-1 of git's header and the content."""
+    NONE = "none"
+    """It only names the file and its commit."""
+
+
 @dataclass(frozen=True)
 class RemoteFile:
     """One file as its repository lists it."""
@@ -21,8 +33,7 @@ class RemoteFile:
     size_bytes: int | None
     digest: str
     """Of its content; the same digest is the same content."""
-    is_sha256: bool
-    """Whether the digest can be recomputed from the content alone; of small files it is git's."""
+    digest_kind: DigestKind
 
 
 @dataclass(frozen=True)
@@ -95,9 +106,10 @@ class Hub:
 
 def _remote_file(file: Any, commit: str) -> RemoteFile:
     if file.lfs is not None:
-        return RemoteFile(file.size, file.lfs.sha256, is_sha256=True)
-    digest = file.blob_id or f"{commit}-{file.rfilename.replace('/', '-')}"
-    return RemoteFile(file.size, digest, is_sha256=False)
+        return RemoteFile(file.size, file.lfs.sha256, DigestKind.SHA256)
+    if file.blob_id is not None:
+        return RemoteFile(file.size, file.blob_id, DigestKind.GIT)
+    return RemoteFile(file.size, f"{commit}-{file.rfilename.replace('/', '-')}", DigestKind.NONE)
 
 
 def _licence(card: Any) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 
 from services.cli.errors import MISUSED, CliError
-from services.cli.hub.client import Hub, Listing, RemoteFile
+from services.cli.hub.client import DigestKind, Hub, Listing, RemoteFile
 from services.cli.hub.folders import RECEIPT
 from services.cli.hub.selection import Wanted
 
@@ -168,14 +168,25 @@ def human(byte_count: float) -> str:
 
 def _check_content(part: Path, remote: RemoteFile, wanted: Wanted) -> None:
     """Compares what arrived with the listing; what differs is thrown away, as more of it would not help."""
-    size = os.path.getsize(part)
-    wrong = remote.size_bytes is not None and size != remote.size_bytes
-    if not wrong and remote.is_sha256:
-        with part.open("rb") as file:
-            wrong = hashlib.file_digest(file, "sha256").hexdigest() != remote.digest
-    if wrong:
+    size = part.stat().st_size
+    has_size = remote.size_bytes is None or size == remote.size_bytes
+    if not has_size or _digest(part, remote) != remote.digest:
         part.unlink()
         raise CliError(
             f"{wanted.name} of {wanted.repository} is not what its repository lists ({size} bytes arrived).",
             "It was thrown away: run the same command again.",
         )
+
+
+def _digest(path: Path, remote: RemoteFile) -> str:
+    """Returns the content's digest of the kind that was listed; where none was, that itself."""
+    match remote.digest_kind:
+        case DigestKind.SHA256:
+            with path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        case DigestKind.GIT:
+            content = path.read_bytes()
+            blob = b"blob %d\0" % len(content) + content
+            return hashlib.sha1(blob, usedforsecurity=False).hexdigest()
+        case DigestKind.NONE:
+            return remote.digest
