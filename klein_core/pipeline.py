@@ -15,6 +15,7 @@ from klein_core.denoiser.sampler import Trajectory, packed_step
 from klein_core.denoiser.transformer import FlowTransformer
 from klein_core.errors import InvalidInput, Violation
 from klein_core.params import DEFAULT_LIMITS, GenerationParams, Limits
+from klein_core.quantization.loading import NO_QUANTIZATION
 from klein_core.text_encoder.encoder import TextEncoder
 from klein_core.vae_decoder.image import encode_image
 from klein_core.vae_decoder.stage import EncodedReference, VaeDecoder
@@ -45,6 +46,7 @@ class Pipeline:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        quantization: str = NO_QUANTIZATION,
         tiling: TilingPolicy = AUTOMATIC_TILING,
     ) -> Pipeline:
         """Loads a model.
@@ -53,6 +55,7 @@ class Pipeline:
             files: its folder in diffusers' layout, or where each part lies.
             device: where weights go and all is computed.
             dtype: `None` keeps each part's own.
+            quantization: what the plain weights of text encoder and transformer are made into.
             tiling: when the autoencoder makes large images in tiles.
 
         Raises:
@@ -60,8 +63,8 @@ class Pipeline:
         """
         variant = read_variant(files)
         return cls(
-            TextEncoder.from_folder(files, device=device, dtype=dtype),
-            FlowTransformer.from_folder(files, device=device, dtype=dtype),
+            TextEncoder.from_folder(files, device=device, dtype=dtype, quantization=quantization),
+            FlowTransformer.from_folder(files, device=device, dtype=dtype, quantization=quantization),
             VaeDecoder.from_folder(files, device=device, dtype=dtype, tiling=tiling),
             variant.is_distilled,
             variant.uses_reference_cache,
