@@ -15,7 +15,7 @@ from klein_core.denoiser.sampler import Trajectory, packed_step
 from klein_core.denoiser.transformer import FlowTransformer
 from klein_core.errors import InvalidInput, Violation
 from klein_core.params import DEFAULT_LIMITS, GenerationParams, Limits
-from klein_core.quantization.loading import NO_QUANTIZATION
+from klein_core.quantization.choices import NO_QUANTIZATION
 from klein_core.text_encoder.encoder import TextEncoder
 from klein_core.vae_decoder.image import encode_image
 from klein_core.vae_decoder.stage import EncodedReference, VaeDecoder

@@ -35,7 +35,8 @@ from klein_core.denoiser.positions import reference_rotations, span_rotations
 from klein_core.denoiser.reference_cache import REFERENCE_SIGMA, ReferenceCache, layers_of
 from klein_core.denoiser.scratch import Scratch
 from klein_core.denoiser.span import Span, check_references
-from klein_core.quantization.loading import NO_QUANTIZATION, StoredForms
+from klein_core.quantization.choices import NO_QUANTIZATION
+from klein_core.quantization.loading import StoredForms
 from klein_core.variants import TransformerConfig
 from klein_core.weights import load_weights
 
@@ -89,7 +90,7 @@ class FlowTransformer(nn.Module):
             files: a model's folder in diffusers' layout, or where each part lies.
             device: where the weights go.
             dtype: of activations and of weights that are not quantised; `None` is the checkpoint's own.
-            quantization: what the blocks' plain weights are made into, a key of `QUANTIZATIONS`.
+            quantization: what the blocks' plain weights are made into, one of `choices.QUANTIZATIONS`.
 
         Raises:
             CheckpointError: the configuration or the weights are not what this network needs.

@@ -13,6 +13,8 @@ from klein_core.checkpoint.layouts import Layout
 from klein_core.checkpoint.reader import Reader
 from klein_core.checkpoint.sources import Piece, is_companion
 from klein_core.errors import CheckpointError, refuse
+from klein_core.quantization import choices
+from klein_core.quantization.choices import NO_QUANTIZATION
 from klein_core.quantization.float4 import Float4Weight
 from klein_core.quantization.float8 import Float8Weight
 from klein_core.quantization.forms import Form, find_forms
@@ -31,11 +33,9 @@ from klein_core.quantization.notes import (
 )
 from klein_core.quantization.stored_weight import StoredWeight
 
-NO_QUANTIZATION = "none"
-QUANTIZATIONS: Mapping[str, type[Float8Weight] | type[Int8Weight] | None] = MappingProxyType(
-    {NO_QUANTIZATION: None, "fp8": Float8Weight, "int8": Int8Weight}
+_MADE: Mapping[str, type[Float8Weight] | type[Int8Weight]] = MappingProxyType(
+    {choices.FLOAT8: Float8Weight, choices.INT8: Int8Weight}
 )
-"""What plain weights can be made into while they are loaded."""
 
 _MARKER = ".comfy_quant"
 _MAXIMUM_MARKER_BYTES = 4096
@@ -50,7 +50,7 @@ class StoredForms:
         self, forms: Mapping[str, Form], quantization: str, quantisable: Callable[[str], bool]
     ) -> None:
         self._forms = forms
-        self._quantise = QUANTIZATIONS[quantization]
+        self._quantise = _MADE.get(quantization)
         self._quantisable = quantisable
 
     @classmethod
@@ -66,7 +66,7 @@ class StoredForms:
         """Reads headers and notes, no weights.
 
         Args:
-            quantization: a key of `QUANTIZATIONS`.
+            quantization: one of `choices.QUANTIZATIONS`.
             quantisable: tells parameters of the network that it may quantise.
             ignorable: tells checkpoint names that are not needed.
 

@@ -16,7 +16,8 @@ from klein_core.checkpoint.model_files import ModelFiles
 from klein_core.checkpoint.text_encoder import is_past, text_encoder_sources
 from klein_core.checkpoint_config import read_text_encoder_config
 from klein_core.errors import CheckpointError
-from klein_core.quantization.loading import NO_QUANTIZATION, StoredForms
+from klein_core.quantization.choices import NO_QUANTIZATION
+from klein_core.quantization.loading import StoredForms
 from klein_core.text_encoder.tokenizer import PromptTokenizer, TokenizedPrompt
 from klein_core.variants import TextEncoderConfig
 from klein_core.weights import load_weights
@@ -57,7 +58,7 @@ class TextEncoder:
             files: a model's folder in diffusers' layout, or where each part lies.
             device: where the weights go.
             dtype: of activations and of weights that are not quantised; `None` is the checkpoint's own.
-            quantization: what the layers' plain weights are made into, a key of `QUANTIZATIONS`.
+            quantization: what the layers' plain weights are made into, one of `choices.QUANTIZATIONS`.
 
         Raises:
             CheckpointError: files are missing, corrupt or of another shape than the configuration.

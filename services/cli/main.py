@@ -56,6 +56,14 @@ class DtypeName(StrEnum):
     F32 = "f32"
 
 
+class QuantizationName(StrEnum):
+    """What weights can be made into."""
+
+    NONE = "none"
+    FP8 = "fp8"
+    INT8 = "int8"
+
+
 class PrecisionName(StrEnum):
     """What the transformer's weights are published as."""
 
@@ -147,6 +155,9 @@ def up(
         str, typer.Option(metavar="auto|cpu|cuda|cuda:N|mps", help="Where to compute.")
     ] = "auto",
     dtype: Annotated[DtypeName, typer.Option(help="What to compute in.")] = DtypeName.CHECKPOINT,
+    quantization: Annotated[
+        QuantizationName, typer.Option(help="What plain weights are made into, to take half the memory.")
+    ] = QuantizationName.NONE,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads of each stage; 0 chooses.")] = 0,
     log_folder: Annotated[
         Path | None, typer.Option(help="Where logs stay; else a temporary folder, kept after failures.")
@@ -168,6 +179,7 @@ def up(
         port=port,
         device=device,
         dtype=dtype.value,
+        quantization=quantization.value,
         threads=threads,
         log_folder=log_folder,
     )

@@ -21,6 +21,7 @@ from klein_core.checkpoint.model_files import TOKENIZER, ModelFiles
 from klein_core.checkpoint_config import read_variant
 from klein_core.errors import CheckpointError
 from klein_core.pico.location import WEIGHTS
+from klein_core.quantization.choices import NO_QUANTIZATION
 from services.cli.child import Child, ChildSpec, StageDied, inherited_environment, wait_for_all
 from services.cli.errors import MISUSED, CliError
 from services.cli.hub.folders import find_model
@@ -56,6 +57,8 @@ class SuiteOptions:
     """The public API's port; 0 takes a free one."""
     device: str = "auto"
     dtype: str = "checkpoint"
+    quantization: str = NO_QUANTIZATION
+    """What plain weights of text encoder and transformer are made into."""
     threads: int = 0
     """Threads that each stage computes with; 0 takes `default_threads`."""
     log_folder: Path | None = None
@@ -207,6 +210,7 @@ class Suite:
             "KLEIN_VARIANT": self.options.variant,
             "KLEIN_DEVICE": self.options.device,
             "KLEIN_DTYPE": self.options.dtype,
+            "KLEIN_QUANTIZATION": self.options.quantization,
             "KLEIN_THREADS": str(self.options.threads or default_threads()),
         }
 

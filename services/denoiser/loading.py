@@ -43,7 +43,9 @@ def load_denoiser(settings: DenoiserSettings, preparation: Worker) -> Denoiser:
     files = settings.model_files(TRANSFORMER)
     sampling = read_sampling(files)
     report_memory(STAGE, device)
-    transformer = FlowTransformer.from_folder(files, device=device, dtype=resolve_dtype(settings.dtype))
+    transformer = FlowTransformer.from_folder(
+        files, device=device, dtype=resolve_dtype(settings.dtype), quantization=settings.quantization
+    )
     workload = Workload(
         model=_model(settings, sampling, transformer), device=device, text_tokens=_text_tokens(files)
     )

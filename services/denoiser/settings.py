@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from services.runtime.settings import SettingsError, StageSettings, setting
+from services.runtime.settings import SettingsError, StageSettings, quantization_setting, setting
 
 AUTOMATIC = "auto"
 _SIZE = re.compile(r"(\d{2,5})x(\d{2,5})")
@@ -22,6 +22,7 @@ class DenoiserSettings(StageSettings):
         minimum=0.01,
         maximum=3600,
     )
+    quantization: str = quantization_setting()
     packing: str = setting(
         AUTOMATIC,
         help="packed: requests share steps; exact: each image steps alone, bit for bit as in one process; "

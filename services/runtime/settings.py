@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from klein_core.checkpoint.model_files import ModelFiles
 from klein_core.pico.location import WEIGHTS as EMBEDDED_WEIGHTS
+from klein_core.quantization.choices import NO_QUANTIZATION, QUANTIZATIONS
 
 PREFIX = "KLEIN_"
 EMBEDDED_MODEL = "pico"
@@ -41,6 +42,15 @@ def setting(
     """
     metadata = {"help": help, "minimum": minimum, "maximum": maximum, "choices": tuple(choices)}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def quantization_setting() -> Any:
+    """Makes the field of the stages whose weights can be quantised while they are loaded."""
+    return setting(
+        NO_QUANTIZATION,
+        help="What plain weights are made into at load; quantised checkpoints stay as they are",
+        choices=QUANTIZATIONS,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

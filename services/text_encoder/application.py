@@ -55,7 +55,9 @@ class TextEncoderApplication(StageApplication):
         device = resolve_device(self._settings.device)
         report_memory(self.name, device)
         dtype = resolve_dtype(self._settings.dtype)
-        encoder = TextEncoder.from_folder(self._settings.model_files(TEXT_ENCODER), device, dtype)
+        encoder = TextEncoder.from_folder(
+            self._settings.model_files(TEXT_ENCODER), device, dtype, self._settings.quantization
+        )
         warm = encoder.encode([""])[0]
         self._encoder = encoder
         facts = stage_service_pb2.TextEncoderFacts(

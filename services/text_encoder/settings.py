@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from klein_core.checkpoint.model_files import ModelFiles
-from services.runtime.settings import StageSettings, setting
+from services.runtime.settings import StageSettings, quantization_setting, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +14,7 @@ class TextEncoderSettings(StageSettings):
     """What the text-encoder can be told."""
 
     port: int = setting(50051, help="Port of the gRPC server; 0 takes a free one", minimum=0, maximum=65535)
+    quantization: str = quantization_setting()
     tokenizer_path: str = setting(
         "", help="Folder of the tokenizer, instead of the model's; needed where the weights are a bare file"
     )

@@ -50,3 +50,15 @@ async def test_an_fp8_file_through_the_service(folder: Path):
     with one_thread(), torch.no_grad():
         assert torch.equal(pipeline.vae_decoder.decode(heard.latents[0]), expected)
     assert described.dtype == "bf16"
+
+
+async def test_plain_weights_quantised_at_load_through_the_service(tmp_path: Path):
+    save_tiny_checkpoint(tmp_path, dtype=torch.bfloat16)
+    with one_thread(), torch.no_grad():
+        pipeline = Pipeline.from_folder(tmp_path, quantization="int8")
+        embedding = pipeline.text_encoder.encode([PROMPT])[0].embedding
+        expected = next(pipeline.generate(PROMPT, width_px=64, height_px=64, seeds=[3]))
+    async with running_denoiser(tmp_path, quantization="int8") as channel:
+        heard = await denoise(channel, request(spec(seeds=[3]), Tensors(embedding)))
+    with one_thread(), torch.no_grad():
+        assert torch.equal(pipeline.vae_decoder.decode(heard.latents[0]), expected)
