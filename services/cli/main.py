@@ -113,7 +113,8 @@ def klein(
 
 @app.command(
     epilog="[bold]klein up[/]: the embedded model.\n\n"
-    "[bold]klein up --model ./FLUX.2-klein-4B --device cuda[/]: a downloaded one.\n\n"
+    "[bold]klein up --model klein-4b --device cuda[/]: one that [bold]klein pull klein-4b[/] fetched.\n\n"
+    "[bold]klein up --model ./FLUX.2-klein-4B[/]: a folder in the diffusers layout.\n\n"
     "[bold]klein up --transformer t.safetensors --vae v.safetensors --text-encoder q.safetensors "
     "--tokenizer ./tokenizer --variant klein-4b[/]: bare files.\n\n"
     "[bold]klein up --port 0 --verbose[/]: beside another suite, logs shown."
@@ -122,8 +123,8 @@ def up(
     model: Annotated[
         str,
         typer.Option(
-            metavar="pico|FOLDER|FILE",
-            help="The embedded model, a folder in the diffusers layout, or one file.",
+            metavar="pico|NAME|FOLDER|FILE",
+            help="The embedded model, one that `klein pull` fetched, a folder in the diffusers layout, or one file.",
         ),
     ] = "pico",
     transformer: Annotated[

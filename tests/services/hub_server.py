@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "a" * 40
+_REVISION = re.compile(f"/resolve/({COMMIT}|main)/")
 _NO_HEADERS: Mapping[str, str] = {}
 LFS_SUFFIXES = (".safetensors", ".bin")
 
@@ -124,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, json.dumps(listing | {"gated": "auto" if repository.gated else False}).encode())
 
     def _resolve(self, path: str, *, with_body: bool) -> None:
-        repository, name = self._found(path[1:].replace(f"/resolve/{COMMIT}/", "/", 1))
+        repository, name = self._found(_REVISION.sub("/", path[1:], count=1))
         if repository is None:
             self._refuse(404, "RepoNotFound")
         elif repository.gated and self._token() not in self.hub.allowed_tokens:
@@ -132,7 +134,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif name not in repository.files:
             self._refuse(404, "EntryNotFound")
         elif self.hub.content_host and name.endswith(LFS_SUFFIXES):
-            place = path[1:].replace(f"/resolve/{COMMIT}/", "/", 1)
+            place = _REVISION.sub("/", path[1:], count=1)
             self._send(302, b"", {"Location": f"{self.hub.content_host}/content/{place}"})
         else:
             self._send_file(repository, name, with_body=with_body)

@@ -19,6 +19,7 @@ from klein_core.known_variants import KNOWN_VARIANTS, SMALL_DECODER
 from klein_core.pipeline import Pipeline
 from services.cli.child import inherited_environment
 from services.cli.ports import free_ports
+from services.cli.suite import SuiteOptions, model_files, require_model
 from tests.services.hub_server import Hub, Repository, serving
 from tests.tiny.checkpoint import save_tiny_checkpoint
 from tests.tiny.layouts import bfl_transformer
@@ -143,7 +144,9 @@ def models(tmp_path: Path) -> Path:
     return tmp_path / "models"
 
 
-def test_a_known_model_is_pulled_with_only_what_is_needed_and_loads(pull, hub, models, tiny_files):
+def test_a_known_model_is_pulled_with_only_what_is_needed_and_loads(
+    pull, hub, models, tiny_files, monkeypatch
+):
     result = pull(NAME)
     assert result.exit_code == 0, result.said
     assert "Apache License 2.0" in result.out
@@ -168,6 +171,8 @@ def test_a_known_model_is_pulled_with_only_what_is_needed_and_loads(pull, hub, m
     assert all(pulled[name] == hub.repositories[MAIN].files[name] for name in needed)
     assert [path.name for path in models.iterdir()] == [NAME]
     assert Pipeline.from_folder(models / NAME).is_distilled
+    monkeypatch.setenv("KLEIN_MODELS_FOLDER", str(models))
+    assert require_model(model_files(SuiteOptions(model=NAME))) == NAME
 
     hub.requests.clear()
     again = pull(NAME)
@@ -375,6 +380,17 @@ def test_a_hub_that_does_not_help_is_told_in_a_sentence(pull, hub, models, tmp_p
     hub.status = 503
     assert "answered 503" in pull(NAME).err
     assert not models.exists()
+
+
+def test_what_another_program_downloaded_is_not_downloaded_again(pull, hub, environment, models, tiny_files):
+    script = f"from huggingface_hub import hf_hub_download as get; get({MAIN!r}, {TRANSFORMER!r})"
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, capture_output=True)
+    hub.requests.clear()
+    assert pull(NAME).exit_code == 0
+    assert f"{MAIN}/{TRANSFORMER}" not in hub.fetched
+    copied = models / NAME / TRANSFORMER
+    assert not copied.is_symlink()
+    assert copied.read_bytes() == tiny_files[TRANSFORMER]
 
 
 def test_a_folder_of_somebody_elses_is_left_alone(pull, hub, tmp_path):
