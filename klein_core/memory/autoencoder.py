@@ -70,3 +70,39 @@ def _middle_values(width: int, area: int, config: VaeConfig) -> int:
     """Attention keeps the input, the normalised pixels, query, key, value and the output."""
     attention = 7 if config.mid_block_add_attention else 0
     return width * area * max(4, attention)
+
+
+def weight_bytes(config: VaeConfig, value_bytes: int) -> int:
+    """Returns what the weights of both directions take; they are never quantised."""
+    latent = config.latent_channels
+    encoder = config.block_out_channels
+    decoder = tuple(reversed(config.decoder_block_out_channels or encoder))
+    values = _conv(config.in_channels, encoder[0]) + _conv(latent, decoder[0])
+    values += _levels(encoder, config.layers_per_block) + _levels(decoder, config.layers_per_block + 1)
+    values += sum(_middle_weights(width, config) for width in (encoder[-1], decoder[0]))
+    values += 2 * encoder[-1] + _conv(encoder[-1], 2 * latent)
+    values += 2 * decoder[-1] + _conv(decoder[-1], config.out_channels)
+    values += _conv(2 * latent, 2 * latent, 1) if config.use_quant_conv else 0
+    values += _conv(latent, latent, 1) if config.use_post_quant_conv else 0
+    return (values + 2 * config.packed_channels) * value_bytes
+
+
+def _levels(widths: tuple[int, ...], blocks: int) -> int:
+    values = sum(_conv(width, width) for width in widths[:-1])
+    for before, width in pairwise((widths[0], *widths)):
+        values += _residual_weights(before, width) + (blocks - 1) * _residual_weights(width, width)
+    return values
+
+
+def _residual_weights(before: int, width: int) -> int:
+    shortcut = _conv(before, width, 1) if before != width else 0
+    return 2 * before + _conv(before, width) + 2 * width + _conv(width, width) + shortcut
+
+
+def _middle_weights(width: int, config: VaeConfig) -> int:
+    attention = 2 * width + 4 * (width * width + width) if config.mid_block_add_attention else 0
+    return 2 * _residual_weights(width, width) + attention
+
+
+def _conv(before: int, width: int, side: int = 3) -> int:
+    return (before * side * side + 1) * width

@@ -286,6 +286,44 @@ def generate(
     run_generate(options, target, timeout, _console())
 
 
+@app.command(
+    epilog="[bold]klein plan --model klein-9b --device-memory 24GiB[/]: before downloading.\n\n"
+    "[bold]klein plan --model ./FLUX.2-klein-4B --device-memory 12GiB --sizes 2048x2048 --references 1[/]"
+)
+def plan(
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME|FOLDER|FILE",
+            help="A known name such as klein-4b, pico, a model's folder, or a transformer's file.",
+        ),
+    ],
+    device_memory: Annotated[str, typer.Option(metavar="SIZE", help="Of one device, such as 12GiB or 24GB.")],
+    sizes: Annotated[
+        str, typer.Option(metavar="WxH,…", help="Images that must be possible; the largest counts.")
+    ] = "1024x1024",
+    references: Annotated[int, typer.Option(help="References of each image, of a megapixel each.")] = 0,
+    batch: Annotated[int, typer.Option(help="Images in one step.")] = 1,
+    precision: Annotated[
+        list[str] | None, typer.Option(help="What the denoiser's weights may be; may be repeated; else any.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes.")] = False,
+) -> None:
+    """Tell what a model needs and how to start it on a device, without loading anything."""
+    from services.cli.plan import PlanOptions, run_plan
+
+    options = PlanOptions(
+        model=model,
+        device_memory=device_memory,
+        sizes=sizes,
+        references=references,
+        batch=batch,
+        precisions=tuple(precision or ()),
+        as_json=as_json,
+    )
+    raise typer.Exit(run_plan(options, Console()))
+
+
 @app.command(epilog="Exits with 0 only when every stage of every model serves: `klein status && …`.")
 def status(
     target: Target = DEFAULT_TARGET,

@@ -1,0 +1,49 @@
+"""What a matrix takes in each precision. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+_SCALE_BYTES = 4
+_NVFP4_BLOCK = 16
+_NVFP4_TILE_ROWS, _NVFP4_TILE_COLUMNS = 128, 4
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a part's weights are kept, and in what it computes."""
+
+    name: str
+    value_bytes: int
+    """Of activations, and of the weights that are never quantised."""
+    matrix_bytes: Callable[[int, int], int]
+    """(rows, columns) of a weight that is → what it takes."""
+    is_quantised: bool = False
+    """Whether a matrix may have to be unfolded for its product."""
+
+
+def _nvfp4_bytes(rows: int, columns: int) -> int:
+    block_columns = -(-columns // _NVFP4_BLOCK)
+    tiles = -(-rows // _NVFP4_TILE_ROWS) * -(-block_columns // _NVFP4_TILE_COLUMNS)
+    return rows * columns // 2 + tiles * _NVFP4_TILE_ROWS * _NVFP4_TILE_COLUMNS + _SCALE_BYTES
+
+
+def _byte_and_row_scales(rows: int, columns: int) -> int:
+    return rows * columns + rows * _SCALE_BYTES
+
+
+PRECISIONS: Mapping[str, Precision] = MappingProxyType(
+    {
+        each.name: each
+        for each in (
+            Precision("fp32", 4, lambda rows, columns: 4 * rows * columns),
+            Precision("bf16", 2, lambda rows, columns: 2 * rows * columns),
+            Precision("fp8", 2, _byte_and_row_scales, is_quantised=True),
+            Precision("int8", 2, _byte_and_row_scales, is_quantised=True),
+            Precision("nvfp4", 2, _nvfp4_bytes, is_quantised=True),
+        )
+    }
+)
+"""Every precision by its name, from the largest weights to the smallest."""

@@ -1,0 +1,197 @@
+"""`klein plan`: what each stage of a model needs, and what fits a device, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from klein_core.errors import Violation
+from klein_core.memory.plan import (
+    DENOISER,
+    STAGES,
+    TEXT_ENCODER,
+    Need,
+    Plan,
+    PlannedModel,
+    Workload,
+    make_plan,
+)
+from klein_core.memory.precision import PRECISIONS
+from klein_core.params import DEFAULT_LIMITS, size_violations
+from services.cli.errors import FAILED, MISUSED, CliError
+from services.cli.planned_model import planned_model
+
+_UNITS = {
+    "": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "t": 10**12,
+    "ki": 1 << 10,
+    "mi": 1 << 20,
+    "gi": 1 << 30,
+    "ti": 1 << 40,
+}
+_MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,6})x(\d{1,6})")
+_LARGEST_COUNT = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """What the command line said."""
+
+    model: str
+    device_memory: str
+    sizes: str = "1024x1024"
+    references: int = 0
+    batch: int = 1
+    precisions: tuple[str, ...] = ()
+    as_json: bool = False
+
+
+def run_plan(options: PlanOptions, console: Console) -> int:
+    """Prints the plan; returns 0 when all stages fit, together or apart.
+
+    Raises:
+        CliError: an option cannot be used, or there is no such model.
+    """
+    device_bytes = memory_bytes(options.device_memory)
+    workload = Workload(_sizes(options.sizes), _count("--references", options.references, 0), options.batch)
+    _count("--batch", options.batch, 1)
+    unknown = [name for name in options.precisions if name not in PRECISIONS]
+    if unknown:
+        raise CliError(f"--precision {unknown[0]} is not one of {', '.join(PRECISIONS)}.", exit_code=MISUSED)
+    model = planned_model(options.model)
+    plan = make_plan(model, workload, device_bytes, options.precisions)
+    if options.as_json:
+        console.print_json(json.dumps(_as_json(model, plan, device_bytes)))
+    else:
+        _show(model, plan, device_bytes, console)
+    return 0 if plan.together or all(plan.apart.values()) else FAILED
+
+
+def memory_bytes(text: str) -> int:
+    """Reads 12GiB, 24GB, 512M or a number of bytes.
+
+    Raises:
+        CliError: it is none of these.
+    """
+    match = _MEMORY.fullmatch(text.strip())
+    amount = float(match[1]) * _UNITS[(match[2] or "").lower()] if match else 0
+    if amount < 1:
+        raise CliError(
+            f"--device-memory {text} is no amount of memory.", "Write it as 12GiB or 24GB.", MISUSED
+        )
+    return int(amount)
+
+
+def _sizes(text: str) -> tuple[tuple[int, int], ...]:
+    return tuple(_size(entry.strip()) for entry in text.split(","))
+
+
+def _size(entry: str) -> tuple[int, int]:
+    match = _SIZE.fullmatch(entry)
+    if match is None:
+        raise CliError(f"--sizes has {entry!r}.", "Write sizes as 1024x1024,1536x1024.", MISUSED)
+    width, height = int(match[1]), int(match[2])
+    violations: list[Violation] = list(size_violations(width, height, DEFAULT_LIMITS))
+    if violations:
+        told = "; ".join(f"{each.field} {each.description}" for each in violations)
+        raise CliError(f"--sizes has {entry}: {told}.", exit_code=MISUSED)
+    return width, height
+
+
+def _count(flag: str, value: int, minimum: int) -> int:
+    if not minimum <= value <= _LARGEST_COUNT:
+        raise CliError(f"{flag} is {value}; must be in [{minimum}, {_LARGEST_COUNT}].", exit_code=MISUSED)
+    return value
+
+
+def _commands(model: PlannedModel, needs: Sequence[Need]) -> list[str]:
+    """Returns what starts these stages: one command for all of them, or one for a single stage."""
+    name, flags = model.name, _flags(model, needs)
+    published = {
+        need.precision for need in needs if need.stage == DENOISER and _is_pulled(model, need, flags)
+    }
+    pulls = [f"klein pull {name} --precision {precision}" for precision in published]
+    name = "-".join([name, *published])
+    told = " ".join(["--model", shlex.quote(name), "--device cuda", *flags])
+    return [*pulls, f"klein up {told}" if len(needs) > 1 else f"klein serve {needs[0].stage} {told}"]
+
+
+def _flags(model: PlannedModel, needs: Sequence[Need]) -> list[str]:
+    quantised = {need.precision for need in needs if need.stage == TEXT_ENCODER} - {model.text_stored}
+    quantised |= {
+        need.precision for need in needs if need.stage == DENOISER and not model.has_file(need.precision)
+    }
+    flags = [f"--quantization {name}" for name in sorted(quantised)]
+    return flags + ["--offload blocks"] * any(need.is_offloaded for need in needs)
+
+
+def _is_pulled(model: PlannedModel, need: Need, flags: Sequence[str]) -> bool:
+    """Whether its precision is that of a published file of its own."""
+    return need.precision in model.published and f"--quantization {need.precision}" not in flags
+
+
+def _as_json(model: PlannedModel, plan: Plan, device_bytes: int) -> dict[str, object]:
+    def told(need: Need | None) -> dict[str, object] | None:
+        return None if need is None else asdict(need) | {"device_bytes": need.device_bytes}
+
+    return {
+        "model": model.name,
+        "device_bytes": device_bytes,
+        "needs": [told(need) for need in plan.needs],
+        "together": None if plan.together is None else [told(need) for need in plan.together],
+        "apart": {stage: told(plan.apart[stage]) for stage in STAGES},
+        "commands": _suggested(model, plan),
+    }
+
+
+def _suggested(model: PlannedModel, plan: Plan) -> list[str]:
+    if plan.together is not None:
+        return _commands(model, plan.together)
+    return [line for need in plan.apart.values() if need is not None for line in _commands(model, [need])]
+
+
+def _show(model: PlannedModel, plan: Plan, device_bytes: int, console: Console) -> None:
+    table = Table("Stage", "Weights as", "Weights", "Working", "In all", "Fits")
+    for column in table.columns:
+        column.no_wrap = True
+    for column in table.columns[2:5]:
+        column.justify = "right"
+    for need in plan.needs:
+        fits = "yes" if need.device_bytes <= device_bytes else "no"
+        numbers = (need.weight_bytes, need.activation_bytes, need.device_bytes)
+        table.add_row(need.stage, need.name, *map(gibibytes, numbers), fits)
+    console.print(table)
+    console.print(_verdict(plan, device_bytes), highlight=False, soft_wrap=True)
+    for command in _suggested(model, plan):
+        console.print(f"    {command}", highlight=False, soft_wrap=True)
+
+
+def _verdict(plan: Plan, device_bytes: int) -> str:
+    memory = gibibytes(device_bytes)
+    if plan.together is not None:
+        total = gibibytes(sum(need.device_bytes for need in plan.together))
+        ways = ", ".join(f"{need.stage} {need.name}" for need in plan.together)
+        host = sum(need.host_bytes for need in plan.together)
+        kept = f"\nThe machine's memory keeps {gibibytes(host)} of blocks." if host else ""
+        return f"On one device of {memory} all stages fit in {total}: {ways}.{kept}"
+    fitting = [f"{stage} {need.name}" for stage, need in plan.apart.items() if need is not None]
+    lacking = [stage for stage, need in plan.apart.items() if need is None]
+    if lacking:
+        alone = f"; alone fit {', '.join(fitting)}" if fitting else ""
+        return f"{' and '.join(lacking)} fit no device of {memory} in any way{alone}."
+    return f"Not all stages fit one device of {memory}. Each on a device of its own: {', '.join(fitting)}."
+
+
+def gibibytes(count: int) -> str:
+    """Returns bytes as a person reads them."""
+    return f"{count / (1 << 30):.2f} GiB" if count >= 1 << 30 else f"{count / (1 << 20):.0f} MiB"
