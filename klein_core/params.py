@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from klein_core.errors import InvalidInput, Violation
@@ -13,6 +14,20 @@ SIZE_MULTIPLE_PX = 16
 """Width and height are multiples of this: 8 for the autoencoder times 2 for patches."""
 SEED_LIMIT = 2**63
 """Seeds are below this."""
+
+
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+"""Names that adapters may have: fit for a file, a command line and a log."""
+_SHOWN_CHARACTERS = 64
+
+
+@dataclass(frozen=True)
+class AdapterChoice:
+    """An adapter that a request names."""
+
+    name: str
+    scale: float = 1.0
+    """What its effect is multiplied with."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +43,9 @@ class Limits:
     image_count: int = 8
     prompt_characters: int = 32768
     guidance_scale: float = 100.0
+    adapter_count: int = 8
+    adapter_scale: float = 10.0
+    """Largest scale of an adapter, and with a minus sign the smallest."""
 
 
 DEFAULT_LIMITS = Limits()
@@ -54,6 +72,7 @@ class GenerationParams:
     guidance_scale: float | None = None
     """`None` becomes the model's default; 1 is no guidance."""
     reference_count: int = 0
+    adapters: tuple[AdapterChoice, ...] = ()
     limits: Limits = field(default=DEFAULT_LIMITS, repr=False)
 
     def __post_init__(self) -> None:
@@ -102,6 +121,7 @@ class GenerationParams:
                 "references",
                 f"has {self.reference_count} images; at most {self.limits.reference_count} are allowed",
             )
+        yield from adapter_violations(self.adapters, self.limits)
 
     def _guidance_violations(self) -> Iterator[Violation]:
         if self.is_distilled and self.negative_prompt:
@@ -149,3 +169,27 @@ def prompt_violations(name: str, prompt: str, limits: Limits = DEFAULT_LIMITS) -
     """Yields what is wrong with a prompt; an empty one is fine."""
     if len(prompt) > limits.prompt_characters:
         yield Violation(name, f"has {len(prompt)} characters; at most {limits.prompt_characters} are allowed")
+
+
+def adapter_violations(
+    adapters: Sequence[AdapterChoice], limits: Limits = DEFAULT_LIMITS
+) -> Iterator[Violation]:
+    """Yields what is wrong with a request's adapters as far as that can be known without their files."""
+    if len(adapters) > limits.adapter_count:
+        yield Violation("adapters", f"has {len(adapters)}; at most {limits.adapter_count} are allowed")
+    seen: set[str] = set()
+    for index, adapter in enumerate(adapters[: limits.adapter_count]):
+        if not ADAPTER_NAME.fullmatch(adapter.name):
+            yield Violation(
+                f"adapters[{index}].name",
+                f"is {adapter.name[:_SHOWN_CHARACTERS]!r}; must be 1 to 128 letters, digits, dots, hyphens and "
+                "underscores, the first a letter or digit",
+            )
+        elif adapter.name in seen:
+            yield Violation(f"adapters[{index}].name", f"is {adapter.name!r} again; name each adapter once")
+        seen.add(adapter.name)
+        if not abs(adapter.scale) <= limits.adapter_scale:
+            bound = f"{limits.adapter_scale:g}"
+            yield Violation(
+                f"adapters[{index}].scale", f"is {adapter.scale:g}; must be in [-{bound}, {bound}]"
+            )

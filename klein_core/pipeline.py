@@ -11,10 +11,13 @@ from torch import Tensor
 
 from klein_core.checkpoint.model_files import ModelFiles
 from klein_core.checkpoint_config import read_variant
+from klein_core.denoiser.adapters.adapter import Adapter, ScaledAdapter
+from klein_core.denoiser.adapters.layers import named_layers
+from klein_core.denoiser.adapters.reader import read_adapter
 from klein_core.denoiser.sampler import Trajectory, packed_step
 from klein_core.denoiser.transformer import FlowTransformer
 from klein_core.errors import InvalidInput, Violation
-from klein_core.params import DEFAULT_LIMITS, GenerationParams, Limits
+from klein_core.params import DEFAULT_LIMITS, AdapterChoice, GenerationParams, Limits
 from klein_core.quantization.choices import NO_QUANTIZATION
 from klein_core.text_encoder.encoder import TextEncoder
 from klein_core.vae_decoder.image import encode_image
@@ -70,6 +73,16 @@ class Pipeline:
             variant.uses_reference_cache,
         )
 
+    def read_adapter(self, path: Path) -> Adapter:
+        """Reads an adapter's file for `generate`; the model is not changed.
+
+        Raises:
+            CheckpointError: the adapter cannot be applied to this model; all reasons are named.
+        """
+        transformer = self.transformer
+        layers = named_layers(transformer)
+        return read_adapter(path, layers, device=transformer.device, dtype=transformer.dtype)
+
     def generate(
         self,
         prompt: str,
@@ -81,6 +94,7 @@ class Pipeline:
         seeds: Sequence[int] = (0,),
         step_count: int | None = None,
         guidance_scale: float | None = None,
+        adapters: Sequence[ScaledAdapter] = (),
         limits: Limits = DEFAULT_LIMITS,
         on_step: StepCallback | None = None,
     ) -> Iterator[Tensor]:
@@ -93,6 +107,7 @@ class Pipeline:
             references: image files.
             width_px, height_px: unset means the first reference's processed size, or 1024.
             step_count, guidance_scale: unset means the model's default.
+            adapters: from `read_adapter`, each with its scale; for this call alone.
 
         Raises:
             InvalidInput: an argument is outside its limits; every violation is named.
@@ -110,9 +125,10 @@ class Pipeline:
             step_count=step_count,
             guidance_scale=guidance_scale,
             reference_count=len(references),
+            adapters=tuple(AdapterChoice(adapter.name, scale) for adapter, scale in adapters),
             limits=limits,
         )
-        for index, trajectory in enumerate(self._trajectories(params, encoded)):
+        for index, trajectory in enumerate(self._trajectories(params, encoded, tuple(adapters))):
             yield self.vae_decoder.decode(self._denoise(trajectory, index, on_step))
 
     def generate_files(
@@ -145,14 +161,17 @@ class Pipeline:
         return encoded
 
     def _trajectories(
-        self, params: GenerationParams, references: Sequence[EncodedReference]
+        self,
+        params: GenerationParams,
+        references: Sequence[EncodedReference],
+        adapters: tuple[ScaledAdapter, ...],
     ) -> Iterator[Trajectory]:
         prompts = [params.prompt, params.negative_prompt or ""] if params.uses_guidance else [params.prompt]
         # One prompt a call, as the services do: the row count of a matrix product may change its last bit.
         embeddings = [self.text_encoder.encode([prompt])[0].embedding for prompt in prompts]
         latents = tuple(reference.latents for reference in references)
         is_cached = self.uses_reference_cache and bool(latents)
-        cache = self.transformer.reference_cache(latents) if is_cached else None
+        cache = self.transformer.reference_cache(latents, adapters) if is_cached else None
         for seed in params.seeds:
             yield Trajectory.from_noise(
                 seed=seed,
@@ -165,6 +184,7 @@ class Pipeline:
                 guidance_scale=params.guidance,
                 references=() if is_cached else latents,
                 reference_cache=cache,
+                adapters=adapters,
             )
 
     def _denoise(self, trajectory: Trajectory, index: int, on_step: StepCallback | None) -> Tensor:

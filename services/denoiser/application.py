@@ -34,7 +34,9 @@ class DenoiserApplication(Application):
         self._settings = settings
         self._denoiser: Denoiser | None = None
         self._preparation = Worker(f"{STAGE}-preparation", settings.queue_limit)
-        self._stage = stages.StageServicer(stage=STAGE, model=settings.model_name, load=self._load_told)
+        self._stage = stages.StageServicer(
+            stage=STAGE, model=settings.model_name, load=self._load_told, complete=self._tell_adapters
+        )
 
     def register(self, server: grpc.aio.Server) -> None:
         servicer = DenoiserServicer(self._require_loaded)
@@ -53,6 +55,7 @@ class DenoiserApplication(Application):
             default_guidance_scale=default_guidance_scale(model.is_distilled),
             embedding_channels=model.embedding_channels,
             latent_channels=model.latent_channels,
+            adapter_count=denoiser.limits.adapter_count,
         )
         self._stage.loaded(
             device=str(denoiser.workload.device),
@@ -67,6 +70,7 @@ class DenoiserApplication(Application):
     async def close(self) -> None:
         if self._denoiser is not None:
             await asyncio.to_thread(self._denoiser.engine.close)
+            self._denoiser.adapters.close()
         self._preparation.close()
 
     def utilization(self) -> float | None:
@@ -85,6 +89,11 @@ class DenoiserApplication(Application):
         if load.estimated_wait_seconds is not None:
             told.estimated_wait.CopyFrom(stages.duration(load.estimated_wait_seconds))
         return told
+
+    async def _tell_adapters(self, description: stage_service_pb2.DescribeStageResponse) -> None:
+        """Adds what the folder holds now, which changes while the stage serves."""
+        if self._denoiser is not None:
+            description.denoiser.adapters.extend(await self._denoiser.adapters.descriptions())
 
     def _require_loaded(self) -> Denoiser:
         if self._denoiser is None:

@@ -180,8 +180,9 @@ class Engine:
             return
         if self._cache_references is None:
             raise RuntimeError("a request names a reference cache, which this model has no use for")
+        run = self._runs[job]
         caches.make_room(wanted.size_bytes)
-        caches.add(wanted.key, self._cache_references(self._runs[job].cached_references))
+        caches.add(wanted.key, self._cache_references(run.cached_references, run.adapters))
         job.has_cache = True
 
     def _report(self, plan: Plan, finished: Sequence[Job]) -> None:

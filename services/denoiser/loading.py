@@ -10,12 +10,14 @@ from torch import Tensor
 from klein_core.checkpoint.layouts import TEXT_ENCODER, TRANSFORMER
 from klein_core.checkpoint.model_files import ModelFiles
 from klein_core.checkpoint_config import PipelineIndex, read_sampling
+from klein_core.denoiser.adapters.adapter import ScaledAdapter
 from klein_core.denoiser.reference_cache import ReferenceCache, bytes_per_token
 from klein_core.denoiser.sampler import Trajectory, packed_step
 from klein_core.denoiser.transformer import FlowTransformer
 from klein_core.variants import TextEncoderConfig, read_json
 from klein_core.weights_digest import weights_digest
 from services.denoiser.engine import Engine
+from services.denoiser.offered_adapters import OfferedAdapters
 from services.denoiser.reference_caches import ReferenceCaches
 from services.denoiser.request import Model, RequestLimits
 from services.denoiser.run import CacheReferences, Step
@@ -50,7 +52,8 @@ def load_denoiser(settings: DenoiserSettings, preparation: Worker) -> Denoiser:
         model=_model(settings, sampling, transformer), device=device, text_tokens=_text_tokens(files)
     )
     step, cache_references = step_of(transformer), cache_of(transformer)
-    return assemble(settings, workload, step, sizes_px, preparation, cache_references)
+    adapters = OfferedAdapters.of(settings, transformer)
+    return assemble(settings, workload, step, sizes_px, preparation, adapters, cache_references)
 
 
 def assemble(
@@ -59,6 +62,7 @@ def assemble(
     step: Step,
     sizes_px: Sequence[tuple[int, int]],
     preparation: Worker,
+    adapters: OfferedAdapters,
     cache_references: CacheReferences | None = None,
 ) -> Denoiser:
     """Puts a denoiser together around any `step`, after warming it up with images of `sizes_px`."""
@@ -75,8 +79,10 @@ def assemble(
             reference_count=settings.reference_limit,
             reference_tokens=settings.reference_token_limit,
             text_tokens=settings.text_token_limit,
+            adapter_count=settings.adapter_limit,
         ),
         receive_timeout_seconds=settings.receive_timeout_seconds,
+        adapters=adapters,
         preparation=preparation,
     )
 
@@ -95,9 +101,9 @@ def step_of(transformer: FlowTransformer) -> Step:
 def cache_of(transformer: FlowTransformer) -> CacheReferences:
     """Returns what the engine's thread calls for references that it has not seen."""
 
-    def cache(references: Sequence[Tensor]) -> ReferenceCache:
+    def cache(references: Sequence[Tensor], adapters: tuple[ScaledAdapter, ...]) -> ReferenceCache:
         with torch.inference_mode():
-            made = transformer.reference_cache(references)
+            made = transformer.reference_cache(references, adapters)
             synchronize(transformer.device)
         return made
 

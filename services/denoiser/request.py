@@ -10,7 +10,7 @@ from torch import Tensor
 
 from klein_api.v1 import denoiser_service_pb2, image_pb2, tensor_pb2
 from klein_core.errors import InvalidInput, Violation
-from klein_core.params import GenerationParams, Limits
+from klein_core.params import DEFAULT_LIMITS, AdapterChoice, GenerationParams, Limits
 from klein_core.variants import default_step_count
 from services.denoiser.job import Urgency
 from services.denoiser.tensor_intake import Expectation, TensorIntake
@@ -49,6 +49,7 @@ class RequestLimits:
     reference_count: int
     reference_tokens: int
     text_tokens: int
+    adapter_count: int = DEFAULT_LIMITS.adapter_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +170,15 @@ def _params(spec: denoiser_service_pb2.DenoiseSpec, model: Model, limits: Reques
         step_count=spec.step_count if spec.HasField("step_count") else None,
         guidance_scale=spec.guidance_scale if spec.HasField("guidance_scale") else None,
         reference_count=spec.reference_count,
-        limits=Limits(reference_count=limits.reference_count, image_count=limits.image_count),
+        adapters=tuple(
+            AdapterChoice(adapter.name, adapter.scale if adapter.HasField("scale") else 1.0)
+            for adapter in spec.adapters
+        ),
+        limits=Limits(
+            reference_count=limits.reference_count,
+            image_count=limits.image_count,
+            adapter_count=limits.adapter_count,
+        ),
     )
 
 

@@ -11,8 +11,10 @@ import grpc
 
 from klein_api.v1 import denoiser_service_pb2 as api
 from klein_api.v1 import denoiser_service_pb2_grpc
+from klein_core.denoiser.adapters.adapter import ScaledAdapter
 from services.denoiser.engine import Engine
 from services.denoiser.job import Job
+from services.denoiser.offered_adapters import OfferedAdapters
 from services.denoiser.outbox import Finished, Outbox
 from services.denoiser.request import Model, Order, RequestLimits, RequestReader
 from services.denoiser.responses import Message, Responses
@@ -33,6 +35,7 @@ class Denoiser:
     workload: Workload
     limits: RequestLimits
     receive_timeout_seconds: float
+    adapters: OfferedAdapters
     preparation: Worker
     """Where tensors are checked and noise is made: neither on the event loop nor between steps."""
 
@@ -52,7 +55,7 @@ class DenoiserServicer(denoiser_service_pb2_grpc.DenoiserServiceServicer):
         context.add_done_callback(request.cancel)  # type: ignore[arg-type] # the stubs want a class
         try:
             timeout_seconds = denoiser.receive_timeout_seconds
-            await receive(request_iterator, request.reader.accept, timeout_seconds=timeout_seconds)
+            await receive(request_iterator, request.accept, timeout_seconds=timeout_seconds)
             await request.submit()
             async for response in request.responses():
                 yield response
@@ -68,21 +71,33 @@ class _Request:
         self._outbox = Outbox(asyncio.get_running_loop())
         clock = denoiser.engine.clock
         self._deadline = None if remaining_seconds is None else clock() + remaining_seconds
-        self.reader = RequestReader(denoiser.model, denoiser.limits, self._reserve)
+        self._reader = RequestReader(denoiser.model, denoiser.limits, self._reserve)
         self._reservation: tuple[Order, Job] | None = None
+        self._adapters: asyncio.Task[tuple[ScaledAdapter, ...]] | None = None
+
+    def accept(self, request: api.DenoiseLatentsRequest) -> None:
+        """Takes the next part; raises what is wrong with it or, as soon as that is known, with an adapter."""
+        self._reader.accept(request)
+        if self._adapters is not None and self._adapters.done():
+            self._adapters.result()
 
     def _reserve(self, order: Order) -> None:
         spec = self._denoiser.workload.expected(order, self._deadline)
         self._reservation = (order, self._denoiser.engine.admit(spec, self._outbox))
+        if order.params.adapters:
+            # They load while the tensors arrive.
+            self._adapters = asyncio.create_task(self._denoiser.adapters.load(order.params.adapters))
+            self._adapters.add_done_callback(_heard)
 
     async def submit(self) -> None:
-        """Checks the tensors, makes the noise and joins the queue."""
-        await self._denoiser.preparation.run(self._prepare)
+        """Waits for the adapters, checks the tensors, makes the noise and joins the queue."""
+        adapters = () if self._adapters is None else await self._adapters
+        await self._denoiser.preparation.run(lambda: self._prepare(adapters))
 
-    def _prepare(self) -> None:
-        conditioning = self.reader.finish()
+    def _prepare(self, adapters: tuple[ScaledAdapter, ...]) -> None:
+        conditioning = self._reader.finish()
         order, job = self._admitted()
-        spec, run = self._denoiser.workload.prepared(order, self._deadline, conditioning)
+        spec, run = self._denoiser.workload.prepared(order, self._deadline, conditioning, adapters)
         self._denoiser.engine.submit(job, spec, run)
 
     async def responses(self) -> AsyncIterator[Message]:
@@ -103,5 +118,15 @@ class _Request:
 
     def cancel(self, _context: object = None) -> None:
         """Leaves at the next step boundary; no effect after the end."""
+        if self._adapters is not None:
+            self._adapters.cancel()
+            # gRPC keeps the call's objects for a while; the adapters' memory must not wait for that.
+            self._adapters = None
         if self._reservation is not None:
             self._denoiser.engine.cancel(self._reservation[1])
+
+
+def _heard(adapters: asyncio.Task[tuple[ScaledAdapter, ...]]) -> None:
+    """Takes note of a failure that nobody may be left to hear of."""
+    if not adapters.cancelled():
+        adapters.exception()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from services.runtime.settings import SettingsError, StageSettings, quantization_setting, setting
 
@@ -52,6 +53,13 @@ class DenoiserSettings(StageSettings):
         minimum=0,
         maximum=10**7,
     )
+    adapters_folder: str = setting(
+        "", help="Folder of the adapters that requests may name, NAME.safetensors each; empty offers none"
+    )
+    adapter_memory_mib: int = setting(
+        2048, help="MiB of device memory for adapters, those in use included", minimum=1, maximum=10**7
+    )
+    adapter_limit: int = setting(8, help="Adapters of one request", minimum=0, maximum=64)
     image_limit: int = setting(8, help="Images of one request", minimum=1, maximum=64)
     reference_limit: int = setting(10, help="References of one request", minimum=0, maximum=64)
     reference_token_limit: int = setting(
@@ -63,6 +71,11 @@ class DenoiserSettings(StageSettings):
         help="Sizes to warm up and measure before serving, such as 1024x1024,512x512; empty is none; "
         "auto is 1024x1024 on CUDA and 128x128 elsewhere",
     )
+
+    def check(self) -> None:
+        super().check()
+        if self.adapters_folder and not Path(self.adapters_folder).is_dir():
+            raise SettingsError(f"KLEIN_ADAPTERS_FOLDER is {self.adapters_folder!r}; it must be a folder")
 
     def packs(self, on_gpu: bool) -> bool:
         """Returns whether requests share steps."""

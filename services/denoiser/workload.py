@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from klein_core.denoiser.adapters.adapter import ScaledAdapter
 from klein_core.denoiser.sampler import Trajectory, initial_noise
 from klein_core.params import SIZE_MULTIPLE_PX
 from klein_core.variants import default_guidance_scale
@@ -69,34 +70,45 @@ class Workload:
         )
 
     def prepared(
-        self, order: Order, deadline: float | None, conditioning: Conditioning
+        self,
+        order: Order,
+        deadline: float | None,
+        conditioning: Conditioning,
+        adapters: tuple[ScaledAdapter, ...] = (),
     ) -> tuple[JobSpec, Run]:
         """Returns the job as it is and its trajectories, noise made. Slow: not for the event loop."""
         references = tuple(reference.to(self.device) for reference in conditioning.references)
-        cache = self._cache(conditioning.references)
+        cache = self._cache(conditioning.references, adapters)
         tokens = sum(map(_tokens, references))
         job = self._job(order, deadline, len(conditioning.prompt_embedding), tokens, cache)
         run = Run(
-            trajectories=self._trajectories(order, conditioning, () if cache else references),
+            trajectories=self._trajectories(order, conditioning, () if cache else references, adapters),
             cached_references=references if cache else (),
+            adapters=adapters,
             preview_interval_steps=order.preview_interval_steps,
             checkpoint_interval_steps=order.checkpoint_interval_steps,
         )
         return job, run
 
-    def _cache(self, references: Sequence[Tensor]) -> CacheSpec | None:
+    def _cache(self, references: Sequence[Tensor], adapters: tuple[ScaledAdapter, ...]) -> CacheSpec | None:
         model = self.model
         if not model.cached_token_bytes or not references:
             return None
         tokens = sum(map(_tokens, references))
         return CacheSpec(
-            key=references_key(references, model.name, model.weights_digest),
+            key=references_key(
+                references, model.name, model.weights_digest, *(adapter.identity for adapter in adapters)
+            ),
             tokens=tokens,
             size_bytes=tokens * model.cached_token_bytes,
         )
 
     def _trajectories(
-        self, order: Order, conditioning: Conditioning, references: tuple[Tensor, ...]
+        self,
+        order: Order,
+        conditioning: Conditioning,
+        references: tuple[Tensor, ...],
+        adapters: tuple[ScaledAdapter, ...],
     ) -> list[Trajectory]:
         """Makes one trajectory for each image: the unit that is stepped, alone or packed with others."""
         params = order.params
@@ -112,6 +124,7 @@ class Workload:
                 negative_prompt_embedding=negative,
                 guidance_scale=params.guidance,
                 references=references,
+                adapters=adapters,
             )
             for latents in conditioning.resume_latents or self._noises(order)
         ]

@@ -53,6 +53,7 @@ def _routed_model(
     model.distilled = facts.distilled
     model.default_step_count = facts.default_step_count
     model.default_guidance_scale = facts.default_guidance_scale
+    model.adapters.extend(facts.adapters)
     return model
 
 
@@ -65,4 +66,5 @@ def _limits(route: Route, limits: RequestLimits) -> ModelLimits:
         image_count=bounds.image_count,
         step_count=bounds.step_count,
         default_size_px=route.default_size_px,
+        adapter_count=bounds.adapter_count,
     )

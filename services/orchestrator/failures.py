@@ -4,7 +4,8 @@
 |---|---|
 | INVALID_ARGUMENT on fields of the caller's | INVALID_ARGUMENT, the violations under the public field names |
 | INVALID_ARGUMENT on anything else | INTERNAL: the stages disagree about a tensor |
-| NOT_FOUND | UNAVAILABLE: the stage serves another model than the routing table says |
+| NOT_FOUND with UNKNOWN_ADAPTER | the same: adapters' names are the caller's |
+| any other NOT_FOUND | UNAVAILABLE: the stage serves another model than the routing table says |
 | UNAVAILABLE, CANCELLED | UNAVAILABLE with the stage, its target and the reason |
 | RECEIVE_TIMEOUT | UNAVAILABLE: another stage was too slow, not the caller |
 | RESOURCE_EXHAUSTED, DEADLINE_EXCEEDED, INTERNAL and the rest | the same code and details |
@@ -19,7 +20,7 @@ import grpc
 from klein_core.errors import InvalidInput, Violation
 from services.orchestrator.routing import StageAddress
 from services.runtime.errors import StageUnavailable
-from services.runtime.status import PeerFailure, explain
+from services.runtime.status import UNKNOWN_ADAPTER, PeerFailure, explain
 
 PUBLIC_FIELDS: Mapping[str, str] = {
     "prompt": "prompt",
@@ -34,6 +35,7 @@ PUBLIC_FIELDS: Mapping[str, str] = {
     "format": "format",
     "quality": "quality",
     "preview_interval_steps": "preview_interval_steps",
+    "adapters": "adapters",
 }
 """Public names of the fields that the orchestrator passes on, by their names in stage requests."""
 
@@ -58,7 +60,7 @@ def failure_of(
     code, message = error.code(), error.details() or ""
     if code in _LOST or explain(error).reason == _RECEIVE_TIMEOUT:
         return StageUnavailable(f"{address.stage} at {address.target} is unavailable: {message}")
-    if code is grpc.StatusCode.NOT_FOUND:
+    if code is grpc.StatusCode.NOT_FOUND and explain(error).reason != UNKNOWN_ADAPTER:
         return StageUnavailable(
             f"{address.stage} at {address.target} does not serve {address.model!r}, "
             f"as the routing table says: {message}"
@@ -75,7 +77,7 @@ def _invalid_input(
     public = [
         Violation(fields.get(violation.field, violation.field), violation.description)
         for violation in violations
-        if violation.field in fields or violation.field.startswith("references[")
+        if violation.field in fields or violation.field.startswith(("references[", "adapters["))
     ]
     if public and len(public) == len(violations):
         return InvalidInput(public)

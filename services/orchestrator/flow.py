@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from klein_api.v1.denoiser_service_pb2 import DenoiseLatentsRequest, DenoiseLatentsResponse, DenoiseSpec
-from klein_api.v1.image_pb2 import ImageFormat
+from klein_api.v1.image_pb2 import Adapter, ImageFormat
 from klein_api.v1.image_service_pb2 import (
     GeneratedImage,
     GenerationQueued,
@@ -215,6 +215,7 @@ class Flow:
             reference_count=params.reference_count,
             priority=self._request.priority,
             preview_interval_steps=self._request.preview_interval_steps,
+            adapters=[Adapter(name=adapter.name, scale=adapter.scale) for adapter in params.adapters],
         )
 
     def _decode_spec(self, index: int) -> DecodeSpec:
@@ -226,11 +227,14 @@ class Flow:
         )
 
     def _file_metadata(self, params: GenerationParams, index: int) -> dict[str, str]:
-        return {
+        metadata = {
             "model": self._request.route.name,
             "seed": str(params.seeds[index]),
             "steps": str(params.steps),
         }
+        if params.adapters:
+            metadata["adapters"] = ", ".join(f"{each.name}:{each.scale:g}" for each in params.adapters)
+        return metadata
 
     def _image_event(self, index: int, image: DecodedImage, *, is_preview: bool = False) -> ImageEvent:
         description = GeneratedImage(

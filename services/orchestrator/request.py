@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from klein_api.v1.image_pb2 import ImageFormat, Priority
 from klein_api.v1.image_service_pb2 import ImageSpec
 from klein_core.errors import InvalidInput, Violation
-from klein_core.params import DEFAULT_LIMITS, GenerationParams, Limits
+from klein_core.params import DEFAULT_LIMITS, AdapterChoice, GenerationParams, Limits
 from services.orchestrator.routing import Route
 from services.orchestrator.stages import RouteFacts
 
@@ -27,6 +27,7 @@ class RequestLimits:
     reference_count: int = DEFAULT_LIMITS.reference_count
     reference_bytes: int = 20 * 1024 * 1024
     image_count: int = DEFAULT_LIMITS.image_count
+    adapter_count: int = DEFAULT_LIMITS.adapter_count
 
     @property
     def request_bytes(self) -> int:
@@ -39,6 +40,7 @@ class RequestLimits:
             pixel_count=route.maximum_pixel_count,
             reference_count=self.reference_count,
             image_count=self.image_count,
+            adapter_count=self.adapter_count,
         )
 
 
@@ -128,6 +130,10 @@ def _params(spec: ImageSpec, route: Route, facts: RouteFacts, limits: RequestLim
             spec.guidance_scale if spec.HasField("guidance_scale") else facts.default_guidance_scale
         ),
         reference_count=len(spec.references),
+        adapters=tuple(
+            AdapterChoice(adapter.name, adapter.scale if adapter.HasField("scale") else 1.0)
+            for adapter in spec.adapters
+        ),
         limits=bounds,
     )
 

@@ -44,6 +44,9 @@ class OrchestratorSettings(ServerSettings):
     maximum_image_count: int = setting(
         DEFAULT_LIMITS.image_count, help="Most images of one request", minimum=1, maximum=64
     )
+    maximum_adapter_count: int = setting(
+        DEFAULT_LIMITS.adapter_count, help="Most adapters of one request", minimum=0, maximum=64
+    )
     maximum_request_seconds: float = setting(
         3600.0, help="Longest time that a request may take, deadline or not", minimum=1, maximum=86400
     )
@@ -81,5 +84,8 @@ class OrchestratorSettings(ServerSettings):
 
     def limits(self) -> RequestLimits:
         return RequestLimits(
-            self.maximum_reference_count, self.maximum_reference_bytes, self.maximum_image_count
+            self.maximum_reference_count,
+            self.maximum_reference_bytes,
+            self.maximum_image_count,
+            self.maximum_adapter_count,
         )

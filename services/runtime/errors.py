@@ -6,7 +6,10 @@ ServiceError
 ├── DeadlinePassed        the caller's time is over
 ├── ReceiveTimeout        the caller's stream stalled or never ended
 ├── StageUnavailable      loading, draining or lost; another replica may do it
-└── UnknownModel          the name is not served here
+├── UnknownModel          the name is not served here
+├── UnknownAdapter        the name is not in the adapters' folder
+├── UnusableAdapter       its file cannot be applied to this model
+└── AdapterMemoryFull     the adapters that run now leave no room; come back later
 
 `klein_core.errors` has the model's own errors; `services.runtime.status` maps both to gRPC.
 """
@@ -19,6 +22,8 @@ from klein_core.errors import DeviceFault
 
 _SHOWN_CHARACTERS = 64
 """More of a caller's own words is not repeated: a status travels in headers, whose size is bounded."""
+_SHOWN_NAMES = 20
+_SHOWN_REASON = 1000
 
 
 class ServiceError(Exception):
@@ -77,10 +82,49 @@ class UnknownModel(ServiceError):
 
     def __init__(self, field: str, name: str, known: Sequence[str]) -> None:
         self.field = field
-        self.name = name if len(name) <= _SHOWN_CHARACTERS else name[:_SHOWN_CHARACTERS] + "…"
+        self.name = _shortened(name)
         self.known = tuple(known)
         listed = ", ".join(known) if known else "none"
         super().__init__(f"{field}: there is no model {self.name!r} here; known: {listed}")
+
+
+class UnknownAdapter(ServiceError):
+    """The request names an adapter that is not offered here."""
+
+    def __init__(self, field: str, name: str, known: Sequence[str]) -> None:
+        self.field = field
+        self.name = _shortened(name)
+        self.known = tuple(known)
+        shown = ", ".join(self.known[:_SHOWN_NAMES]) or "none"
+        rest = len(self.known) - _SHOWN_NAMES
+        more = f" and {rest} more" if rest > 0 else ""
+        super().__init__(f"{field}: there is no adapter {self.name!r} here; known: {shown}{more}")
+
+
+class UnusableAdapter(ServiceError):
+    """The adapter's file is broken, of a kind that is not applied, or for another model."""
+
+    def __init__(self, field: str, name: str, reason: str) -> None:
+        self.field = field
+        self.name = _shortened(name)
+        self.reason = reason if len(reason) <= _SHOWN_REASON else reason[:_SHOWN_REASON] + "…"
+        super().__init__(f"{field}: the adapter {self.name!r} cannot be used: {self.reason}")
+
+
+class AdapterMemoryFull(ServiceError):
+    """Adapters that requests hold now take all the memory that adapters may take."""
+
+    def __init__(self, name: str, limit_bytes: int) -> None:
+        self.name = _shortened(name)
+        self.limit_bytes = limit_bytes
+        super().__init__(
+            f"the adapter {self.name!r} does not fit beside those that other requests use now "
+            f"({limit_bytes / 2**20:.0f} MiB in all); retry"
+        )
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "…"
 
 
 class DeviceOutOfMemory(DeviceFault):

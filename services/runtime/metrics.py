@@ -103,7 +103,12 @@ CACHE_REQUESTS = Counter(
     "Look-ups in the orchestrator's caches and in the denoiser's; `outcome` is hit or miss.",
     ["kind", "outcome"],
 )
-CACHE_BYTES = Gauge("klein_cache_bytes", "Bytes held in a cache; reference_cache is device memory.", ["kind"])
+CACHE_BYTES = Gauge(
+    "klein_cache_bytes", "Bytes held in a cache; reference_cache and adapter are device memory.", ["kind"]
+)
+ADAPTER_LOADS = Counter(
+    "klein_adapter_loads", "Adapter files read to the device; `outcome` is loaded or refused.", ["outcome"]
+)
 CACHE_EVICTIONS = Counter("klein_cache_evictions", "Entries that made room for others.", ["kind"])
 REQUEST_SECONDS = Histogram(
     "klein_request_duration_seconds",

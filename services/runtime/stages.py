@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from importlib import metadata
 
 import grpc
@@ -17,6 +17,7 @@ SERVICE_NAME = "klein_api.v1.StageService"
 Facts = (
     stage_service_pb2.TextEncoderFacts | stage_service_pb2.DenoiserFacts | stage_service_pb2.VaeDecoderFacts
 )
+Complete = Callable[[stage_service_pb2.DescribeStageResponse], Awaitable[None]]
 
 
 def software_version() -> str:
@@ -34,9 +35,18 @@ class StageServicer(stage_service_pb2_grpc.StageServiceServicer):
         stage: text-encoder, denoiser or vae-decoder.
         model: the name that requests may give.
         load: returns how busy the stage is.
+        complete: adds to each description what changes while the stage serves.
     """
 
-    def __init__(self, *, stage: str, model: str, load: Callable[[], stage_service_pb2.StageLoad]) -> None:
+    def __init__(
+        self,
+        *,
+        stage: str,
+        model: str,
+        load: Callable[[], stage_service_pb2.StageLoad],
+        complete: Complete | None = None,
+    ) -> None:
+        self._complete = complete
         self.stage = stage
         self.model = model
         self._load = load
@@ -76,6 +86,8 @@ class StageServicer(stage_service_pb2_grpc.StageServiceServicer):
         response = stage_service_pb2.DescribeStageResponse()
         response.CopyFrom(self._description)
         response.load.CopyFrom(self._load())
+        if self._complete is not None:
+            await self._complete(response)
         return response
 
 

@@ -4,6 +4,9 @@
 |---|---|---|
 | InvalidInput | INVALID_ARGUMENT | BadRequest with every violation |
 | UnknownModel | NOT_FOUND | BadRequest with the field, ErrorInfo UNKNOWN_MODEL |
+| UnknownAdapter | NOT_FOUND | BadRequest with the field, ErrorInfo UNKNOWN_ADAPTER |
+| UnusableAdapter | FAILED_PRECONDITION | BadRequest with the field, ErrorInfo UNUSABLE_ADAPTER |
+| AdapterMemoryFull | RESOURCE_EXHAUSTED | ErrorInfo ADAPTER_MEMORY_FULL, RetryInfo |
 | QueueFull | RESOURCE_EXHAUSTED | ErrorInfo QUEUE_FULL, RetryInfo |
 | DeviceOutOfMemory | RESOURCE_EXHAUSTED | ErrorInfo OUT_OF_MEMORY, RetryInfo |
 | DeadlineUnreachable | RESOURCE_EXHAUSTED | ErrorInfo DEADLINE_UNREACHABLE |
@@ -31,6 +34,7 @@ from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-unty
 
 from klein_core.errors import DeviceFault, InvalidInput, Violation
 from services.runtime.errors import (
+    AdapterMemoryFull,
     DeadlinePassed,
     DeadlineUnreachable,
     DeviceOutOfMemory,
@@ -38,12 +42,16 @@ from services.runtime.errors import (
     ReceiveTimeout,
     ServiceError,
     StageUnavailable,
+    UnknownAdapter,
     UnknownModel,
+    UnusableAdapter,
 )
 
 DOMAIN = "klein-suite"
 """`ErrorInfo.domain` of every status made here."""
 DETAILS_KEY = "grpc-status-details-bin"
+UNKNOWN_ADAPTER = "UNKNOWN_ADAPTER"
+"""`ErrorInfo.reason` of a NOT_FOUND that is about an adapter."""
 _OUT_OF_MEMORY_RETRY_SECONDS = 1.0
 _log = logging.getLogger("klein.errors")
 
@@ -113,6 +121,11 @@ def status_of(error: BaseException) -> RichStatus:
             violation = Violation(error.field, text.removeprefix(f"{error.field}: "))
             info = _info("UNKNOWN_MODEL", model=error.name, known=", ".join(error.known))
             return RichStatus(code.NOT_FOUND, text, (_bad_request([violation]), info))
+        case UnknownAdapter() | UnusableAdapter():
+            return _adapter_status(error)
+        case AdapterMemoryFull():
+            details = (_info("ADAPTER_MEMORY_FULL", adapter=error.name), _retry(_OUT_OF_MEMORY_RETRY_SECONDS))
+            return RichStatus(code.RESOURCE_EXHAUSTED, text, details)
         case QueueFull():
             info = _info("QUEUE_FULL", limit=error.limit)
             return RichStatus(code.RESOURCE_EXHAUSTED, text, (info, _retry(error.retry_after_seconds)))
@@ -141,6 +154,15 @@ def status_of(error: BaseException) -> RichStatus:
             return _logged(error, RichStatus(code.UNAVAILABLE, message, (_info("DEVICE_FAULT"),)))
         case _:
             return _internal(error)
+
+
+def _adapter_status(error: UnknownAdapter | UnusableAdapter) -> RichStatus:
+    text = str(error)
+    request = _bad_request([Violation(error.field, text.removeprefix(f"{error.field}: "))])
+    if isinstance(error, UnusableAdapter):
+        info = _info("UNUSABLE_ADAPTER", adapter=error.name)
+        return RichStatus(grpc.StatusCode.FAILED_PRECONDITION, text, (request, info))
+    return RichStatus(grpc.StatusCode.NOT_FOUND, text, (request, _info(UNKNOWN_ADAPTER, adapter=error.name)))
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseException) -> NoReturn:

@@ -21,6 +21,9 @@ from torch import Tensor
 from klein_api.v1 import denoiser_service_pb2 as api
 from klein_api.v1.denoiser_service_pb2_grpc import DenoiserServiceStub
 from klein_core.checkpoint_config import read_pipeline_index
+from klein_core.denoiser.adapters.adapter import ScaledAdapter
+from klein_core.denoiser.adapters.layers import named_layers
+from klein_core.denoiser.adapters.reader import read_adapter
 from klein_core.denoiser.checkpoint import checkpoint_names
 from klein_core.denoiser.reference_cache import ReferenceCache
 from klein_core.denoiser.sampler import Trajectory, packed_step
@@ -289,21 +292,49 @@ async def denoise(
 
 
 def alone(
-    folder: Path, wish: api.DenoiseSpec, tensors: Tensors, steps: int, scale: float = 1.0
+    folder: Path,
+    wish: api.DenoiseSpec,
+    tensors: Tensors,
+    steps: int,
+    scale: float = 1.0,
+    adapters_folder: Path | None = None,
 ) -> list[Tensor]:
     """Denoises in this process, each image in steps of its own."""
-    return [states[-1] for states, _ in histories(folder, wish, tensors, steps, scale)]
+    return [states[-1] for states, _ in histories(folder, wish, tensors, steps, scale, adapters_folder)]
 
 
 def histories(
-    folder: Path, wish: api.DenoiseSpec, tensors: Tensors, steps: int, scale: float = 1.0
+    folder: Path,
+    wish: api.DenoiseSpec,
+    tensors: Tensors,
+    steps: int,
+    scale: float = 1.0,
+    adapters_folder: Path | None = None,
 ) -> list[tuple[list[Tensor], list[Tensor]]]:
     """Denoises in this process; returns latents and previews after each step, for each seed."""
     with one_thread():
         transformer = FlowTransformer.from_folder(folder)
         is_cached = read_pipeline_index(folder).uses_reference_cache and tensors.references
-        cache = transformer.reference_cache(tensors.references) if is_cached else None
-        return [_history(transformer, wish, tensors, seed, steps, scale, cache) for seed in wish.seeds]
+        adapters = _adapters(transformer, wish, adapters_folder)
+        cache = transformer.reference_cache(tensors.references, adapters) if is_cached else None
+        return [
+            _history(transformer, wish, tensors, seed, steps, scale, cache, adapters) for seed in wish.seeds
+        ]
+
+
+def _adapters(
+    transformer: FlowTransformer, wish: api.DenoiseSpec, folder: Path | None
+) -> tuple[ScaledAdapter, ...]:
+    if folder is None:
+        return ()
+    layers = named_layers(transformer)
+    return tuple(
+        ScaledAdapter(
+            read_adapter(folder / f"{each.name}.safetensors", layers, device="cpu", dtype=transformer.dtype),
+            each.scale if each.HasField("scale") else 1.0,
+        )
+        for each in wish.adapters
+    )
 
 
 def _history(
@@ -314,6 +345,7 @@ def _history(
     steps: int,
     scale: float,
     cache: ReferenceCache | None,
+    adapters: tuple[ScaledAdapter, ...],
 ) -> tuple[list[Tensor], list[Tensor]]:
     trajectory = Trajectory.from_noise(
         seed=seed,
@@ -326,6 +358,7 @@ def _history(
         guidance_scale=scale,
         references=() if cache else tensors.references,
         reference_cache=cache,
+        adapters=adapters,
     )
     states, previews = [], []
     while not trajectory.finished:

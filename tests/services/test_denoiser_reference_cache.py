@@ -50,10 +50,10 @@ def builds(monkeypatch) -> Builds:
     def watched(transformer):
         build = cache_of(transformer)
 
-        def cache(references: Sequence[Tensor]):
+        def cache(references: Sequence[Tensor], adapters):
             builds.tokens.append(sum(r.shape[0] * r.shape[1] for r in references))
             builds.before()
-            return build(references)
+            return build(references, adapters)
 
         return cache
 

@@ -10,6 +10,7 @@ import torch
 from klein_core.checkpoint.model_files import ModelFiles
 from services.denoiser import loading
 from services.denoiser.loading import assemble
+from services.denoiser.offered_adapters import OfferedAdapters
 from services.denoiser.request import Model
 from services.denoiser.settings import DenoiserSettings
 from services.denoiser.step_times import StepTimes
@@ -84,7 +85,8 @@ def test_the_budget_is_none_when_exact_and_else_as_set_or_measured(monkeypatch, 
     device = FakeDevice(2 * 1536)
     monkeypatch.setattr(time, "perf_counter", lambda: device.now)
     preparation = Worker("test-preparation", 1)
-    denoiser = assemble(DenoiserSettings(**given), WORKLOAD, device.step, [], preparation)
+    adapters = OfferedAdapters(DenoiserSettings(), {}, torch.device("cpu"), torch.float32)
+    denoiser = assemble(DenoiserSettings(**given), WORKLOAD, device.step, [], preparation, adapters)
     preparation.close()
     assert denoiser.engine.load(WORKLOAD.newcomer(512)).capacity == max(1, budget // 1536)
 

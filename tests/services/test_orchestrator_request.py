@@ -5,6 +5,7 @@ from __future__ import annotations
 import grpc
 import pytest
 
+from klein_api.v1.image_pb2 import Adapter
 from klein_api.v1.image_service_pb2 import GenerateImageRequest, ImageSpec, StreamGenerateImageRequest
 from services.runtime.status import explain
 from tests.services.fake_tensors import reference_file
@@ -37,6 +38,13 @@ async def suite():
         ({"image_count": -3}, "image_count", "is -3"),
         ({"image_count": 2147483647}, "image_count", "[1, 8]"),
         ({"references": [REFERENCE] * 5}, "references", "at most 4"),
+        ({"adapters": [Adapter(name=f"a{i}") for i in range(9)]}, "adapters", "has 9; at most 8"),
+        ({"adapters": [Adapter(name="../secret")]}, "adapters[0].name", "is '../secret'; must be"),
+        ({"adapters": [Adapter(name="a"), Adapter()]}, "adapters[1].name", "is ''; must be"),
+        ({"adapters": [Adapter(name="a"), Adapter(name="a")]}, "adapters[1].name", "is 'a' again"),
+        ({"adapters": [Adapter(name="a", scale=10.5)]}, "adapters[0].scale", "is 10.5; must be in [-10, 10]"),
+        ({"adapters": [Adapter(name="a", scale=float("nan"))]}, "adapters[0].scale", "is nan"),
+        ({"adapters": [Adapter(name="a", scale=float("-inf"))]}, "adapters[0].scale", "is -inf"),
         ({"references": [REFERENCE, b""]}, "references[1]", "is empty"),
         ({"references": [REFERENCE, bytes(1025)]}, "references[1]", "at most 1024"),
         ({"references": [REFERENCE, b"no image"]}, "references[1]", "is not an image"),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from klein_core.denoiser.adapters.term import Term
@@ -65,6 +66,19 @@ class Adapter:
     segments: Mapping[str, tuple[Segment, ...]]
     """Name of a `Linear` of the transformer → what is added to its product."""
 
+    def to(self, device: torch.device | str) -> Adapter:
+        """Returns the same adapter on another device."""
+        moved: dict[int, Term] = {}
+        for segments in self.segments.values():
+            for term in (segment.term for segment in segments):
+                if id(term) not in moved:
+                    moved[id(term)] = type(term)(*(tensor.to(device) for tensor in term))
+        placed = {
+            layer: tuple(replace(segment, term=moved[id(segment.term)]) for segment in segments)
+            for layer, segments in self.segments.items()
+        }
+        return replace(self, segments=placed)
+
     @property
     def size_bytes(self) -> int:
         """Bytes on the device."""
@@ -82,3 +96,8 @@ class ScaledAdapter(NamedTuple):
 
     adapter: Adapter
     scale: float = 1.0
+
+    @property
+    def identity(self) -> str:
+        """What decides its effect, for keys of whatever is computed with it."""
+        return f"{self.adapter.digest} {self.scale!r}"

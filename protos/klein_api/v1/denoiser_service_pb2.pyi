@@ -116,6 +116,7 @@ class DenoiseSpec(_message.Message):
     PREVIEW_INTERVAL_STEPS_FIELD_NUMBER: _builtins.int
     CHECKPOINT_INTERVAL_STEPS_FIELD_NUMBER: _builtins.int
     RESUME_STEP_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The denoiser's model name; empty means whichever the stage serves. Another name is NOT_FOUND."""
     width_px: _builtins.int
@@ -142,6 +143,12 @@ class DenoiseSpec(_message.Message):
     def seeds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """One seed for each image [0, 2^63 - 1]; at least one."""
 
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[_image_pb2.Adapter]:
+        """Adapters to apply, each name once, at most `DenoiserFacts.adapter_count`. An unknown name is NOT_FOUND, an adapter
+        that does not fit the model FAILED_PRECONDITION.
+        """
+
     def __init__(
         self,
         *,
@@ -156,10 +163,11 @@ class DenoiseSpec(_message.Message):
         preview_interval_steps: _builtins.int = ...,
         checkpoint_interval_steps: _builtins.int = ...,
         resume_step: _builtins.int = ...,
+        adapters: _abc.Iterable[_image_pb2.Adapter] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_step_count", b"_step_count", "guidance_scale", b"guidance_scale", "step_count", b"step_count"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_step_count", b"_step_count", "checkpoint_interval_steps", b"checkpoint_interval_steps", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "model", b"model", "preview_interval_steps", b"preview_interval_steps", "priority", b"priority", "reference_count", b"reference_count", "resume_step", b"resume_step", "seeds", b"seeds", "step_count", b"step_count", "width_px", b"width_px"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_step_count", b"_step_count", "adapters", b"adapters", "checkpoint_interval_steps", b"checkpoint_interval_steps", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "model", b"model", "preview_interval_steps", b"preview_interval_steps", "priority", b"priority", "reference_count", b"reference_count", "resume_step", b"resume_step", "seeds", b"seeds", "step_count", b"step_count", "width_px", b"width_px"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015

@@ -4,6 +4,7 @@ isort:skip_file
 """
 
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
@@ -75,3 +76,31 @@ PRIORITY_STANDARD: Priority.ValueType  # 2
 PRIORITY_BATCH: Priority.ValueType  # 3
 """May wait; never starves."""
 Global___Priority: _TypeAlias = Priority  # noqa: Y015
+
+@_typing.final
+class Adapter(_message.Message):
+    """An adapter (LoRA, LoKr or LoHa) and how strongly it is applied, to this request alone."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name: letters, digits, dots, hyphens and underscores, at most 128, of which the first is a letter or digit."""
+    scale: _builtins.float
+    """What its effect is multiplied with [-10, 10]; unset means 1."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        scale: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "scale", b"scale"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "name", b"name", "scale", b"scale"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__scale: _TypeAlias = _typing.Literal["scale"]  # noqa: Y015
+    _WhichOneofArgType__scale: _TypeAlias = _typing.Literal["_scale", b"_scale"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__scale) -> _WhichOneofReturnType__scale | None: ...
+
+Global___Adapter: _TypeAlias = Adapter  # noqa: Y015

@@ -40,6 +40,7 @@ class ImageSpec(_message.Message):
     FORMAT_FIELD_NUMBER: _builtins.int
     QUALITY_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name from ListModels; empty means the default model. Another name is NOT_FOUND."""
     prompt: _builtins.str
@@ -70,6 +71,12 @@ class ImageSpec(_message.Message):
     def references(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """Image files, at most `ModelLimits.reference_count` of `ModelLimits.reference_bytes` each."""
 
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[_image_pb2.Adapter]:
+        """Adapters to apply, each name once, at most `ModelLimits.adapter_count`; names are those of ListModels. An unknown
+        name is NOT_FOUND, an adapter that does not fit the model FAILED_PRECONDITION.
+        """
+
     def __init__(
         self,
         *,
@@ -86,10 +93,11 @@ class ImageSpec(_message.Message):
         format: _image_pb2.ImageFormat.ValueType = ...,
         quality: _builtins.int | None = ...,
         priority: _image_pb2.Priority.ValueType = ...,
+        adapters: _abc.Iterable[_image_pb2.Adapter] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_image_count", b"_image_count", "_negative_prompt", b"_negative_prompt", "_quality", b"_quality", "_seed", b"_seed", "_step_count", b"_step_count", "_width_px", b"_width_px", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "image_count", b"image_count", "negative_prompt", b"negative_prompt", "quality", b"quality", "seed", b"seed", "step_count", b"step_count", "width_px", b"width_px"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_image_count", b"_image_count", "_negative_prompt", b"_negative_prompt", "_quality", b"_quality", "_seed", b"_seed", "_step_count", b"_step_count", "_width_px", b"_width_px", "format", b"format", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "image_count", b"image_count", "model", b"model", "negative_prompt", b"negative_prompt", "priority", b"priority", "prompt", b"prompt", "quality", b"quality", "references", b"references", "seed", b"seed", "step_count", b"step_count", "width_px", b"width_px"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_image_count", b"_image_count", "_negative_prompt", b"_negative_prompt", "_quality", b"_quality", "_seed", b"_seed", "_step_count", b"_step_count", "_width_px", b"_width_px", "adapters", b"adapters", "format", b"format", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "image_count", b"image_count", "model", b"model", "negative_prompt", b"negative_prompt", "priority", b"priority", "prompt", b"prompt", "quality", b"quality", "references", b"references", "seed", b"seed", "step_count", b"step_count", "width_px", b"width_px"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
@@ -528,6 +536,7 @@ class RoutedModel(_message.Message):
     DEFAULT_GUIDANCE_SCALE_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
     STAGES_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     serving: _builtins.bool
@@ -548,6 +557,10 @@ class RoutedModel(_message.Message):
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___RoutedStage]:
         """Its stages, in a request's order."""
 
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[_stage_service_pb2.AdapterDescription]:
+        """Adapters that requests may name, by name. Meaningful when its denoiser serves."""
+
     def __init__(
         self,
         *,
@@ -558,10 +571,11 @@ class RoutedModel(_message.Message):
         default_guidance_scale: _builtins.float = ...,
         limits: Global___ModelLimits | None = ...,
         stages: _abc.Iterable[Global___RoutedStage] | None = ...,
+        adapters: _abc.Iterable[_stage_service_pb2.AdapterDescription] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_guidance_scale", b"default_guidance_scale", "default_step_count", b"default_step_count", "distilled", b"distilled", "limits", b"limits", "name", b"name", "serving", b"serving", "stages", b"stages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "default_guidance_scale", b"default_guidance_scale", "default_step_count", b"default_step_count", "distilled", b"distilled", "limits", b"limits", "name", b"name", "serving", b"serving", "stages", b"stages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -579,6 +593,7 @@ class ModelLimits(_message.Message):
     IMAGE_COUNT_FIELD_NUMBER: _builtins.int
     STEP_COUNT_FIELD_NUMBER: _builtins.int
     DEFAULT_SIZE_PX_FIELD_NUMBER: _builtins.int
+    ADAPTER_COUNT_FIELD_NUMBER: _builtins.int
     reference_count: _builtins.int
     """References."""
     reference_bytes: _builtins.int
@@ -591,6 +606,8 @@ class ModelLimits(_message.Message):
     """Steps."""
     default_size_px: _builtins.int
     """Width and height of a request that gives none and has no reference."""
+    adapter_count: _builtins.int
+    """Adapters of one request."""
     def __init__(
         self,
         *,
@@ -600,10 +617,11 @@ class ModelLimits(_message.Message):
         image_count: _builtins.int = ...,
         step_count: _builtins.int = ...,
         default_size_px: _builtins.int = ...,
+        adapter_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_size_px", b"default_size_px", "image_count", b"image_count", "pixel_count", b"pixel_count", "reference_bytes", b"reference_bytes", "reference_count", b"reference_count", "step_count", b"step_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_count", b"adapter_count", "default_size_px", b"default_size_px", "image_count", b"image_count", "pixel_count", b"pixel_count", "reference_bytes", b"reference_bytes", "reference_count", b"reference_count", "step_count", b"step_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n klein_api/v1/stage_service.proto\x12\x0cklein_api.v1\x1a\x1egoogle/protobuf/duration.proto\"\x16\n\x14\x44\x65scribeStageRequest\"\xdd\x02\n\x15\x44\x65scribeStageResponse\x12\r\n\x05stage\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07serving\x18\x03 \x01(\x08\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x0f\n\x07version\x18\x06 \x01(\t\x12\x16\n\x0eweights_digest\x18\x0b \x01(\t\x12%\n\x04load\x18\x07 \x01(\x0b\x32\x17.klein_api.v1.StageLoad\x12\x36\n\x0ctext_encoder\x18\x08 \x01(\x0b\x32\x1e.klein_api.v1.TextEncoderFactsH\x00\x12/\n\x08\x64\x65noiser\x18\t \x01(\x0b\x32\x1b.klein_api.v1.DenoiserFactsH\x00\x12\x34\n\x0bvae_decoder\x18\n \x01(\x0b\x32\x1d.klein_api.v1.VaeDecoderFactsH\x00\x42\x07\n\x05\x66\x61\x63ts\"\x98\x01\n\tStageLoad\x12\x14\n\x0cqueued_count\x18\x01 \x01(\x05\x12\x15\n\rrunning_count\x18\x02 \x01(\x05\x12\x13\n\x0bqueue_limit\x18\x03 \x01(\x05\x12\x36\n\x0e\x65stimated_wait\x18\x04 \x01(\x0b\x32\x19.google.protobuf.DurationH\x00\x88\x01\x01\x42\x11\n\x0f_estimated_wait\"G\n\x10TextEncoderFacts\x12\x17\n\x0fsequence_length\x18\x01 \x01(\x05\x12\x1a\n\x12\x65mbedding_channels\x18\x02 \x01(\x05\"\x93\x01\n\rDenoiserFacts\x12\x11\n\tdistilled\x18\x01 \x01(\x08\x12\x1a\n\x12\x64\x65\x66\x61ult_step_count\x18\x02 \x01(\x05\x12\x1e\n\x16\x64\x65\x66\x61ult_guidance_scale\x18\x03 \x01(\x02\x12\x1a\n\x12\x65mbedding_channels\x18\x04 \x01(\x05\x12\x17\n\x0flatent_channels\x18\x05 \x01(\x05\"*\n\x0fVaeDecoderFacts\x12\x17\n\x0flatent_channels\x18\x01 \x01(\x05\x32h\n\x0cStageService\x12X\n\rDescribeStage\x12\".klein_api.v1.DescribeStageRequest\x1a#.klein_api.v1.DescribeStageResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n klein_api/v1/stage_service.proto\x12\x0cklein_api.v1\x1a\x1egoogle/protobuf/duration.proto\"\x16\n\x14\x44\x65scribeStageRequest\"\xdd\x02\n\x15\x44\x65scribeStageResponse\x12\r\n\x05stage\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07serving\x18\x03 \x01(\x08\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x0f\n\x07version\x18\x06 \x01(\t\x12\x16\n\x0eweights_digest\x18\x0b \x01(\t\x12%\n\x04load\x18\x07 \x01(\x0b\x32\x17.klein_api.v1.StageLoad\x12\x36\n\x0ctext_encoder\x18\x08 \x01(\x0b\x32\x1e.klein_api.v1.TextEncoderFactsH\x00\x12/\n\x08\x64\x65noiser\x18\t \x01(\x0b\x32\x1b.klein_api.v1.DenoiserFactsH\x00\x12\x34\n\x0bvae_decoder\x18\n \x01(\x0b\x32\x1d.klein_api.v1.VaeDecoderFactsH\x00\x42\x07\n\x05\x66\x61\x63ts\"\x98\x01\n\tStageLoad\x12\x14\n\x0cqueued_count\x18\x01 \x01(\x05\x12\x15\n\rrunning_count\x18\x02 \x01(\x05\x12\x13\n\x0bqueue_limit\x18\x03 \x01(\x05\x12\x36\n\x0e\x65stimated_wait\x18\x04 \x01(\x0b\x32\x19.google.protobuf.DurationH\x00\x88\x01\x01\x42\x11\n\x0f_estimated_wait\"G\n\x10TextEncoderFacts\x12\x17\n\x0fsequence_length\x18\x01 \x01(\x05\x12\x1a\n\x12\x65mbedding_channels\x18\x02 \x01(\x05\"\xde\x01\n\rDenoiserFacts\x12\x11\n\tdistilled\x18\x01 \x01(\x08\x12\x1a\n\x12\x64\x65\x66\x61ult_step_count\x18\x02 \x01(\x05\x12\x1e\n\x16\x64\x65\x66\x61ult_guidance_scale\x18\x03 \x01(\x02\x12\x1a\n\x12\x65mbedding_channels\x18\x04 \x01(\x05\x12\x17\n\x0flatent_channels\x18\x05 \x01(\x05\x12\x32\n\x08\x61\x64\x61pters\x18\x06 \x03(\x0b\x32 .klein_api.v1.AdapterDescription\x12\x15\n\radapter_count\x18\x07 \x01(\x05\"x\n\x12\x41\x64\x61pterDescription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0c\n\x04rank\x18\x03 \x01(\x05\x12\x13\n\x0blayer_count\x18\x04 \x01(\x05\x12\x12\n\nsize_bytes\x18\x05 \x01(\x03\x12\x0f\n\x07problem\x18\x06 \x01(\t\"*\n\x0fVaeDecoderFacts\x12\x17\n\x0flatent_channels\x18\x01 \x01(\x05\x32h\n\x0cStageService\x12X\n\rDescribeStage\x12\".klein_api.v1.DescribeStageRequest\x1a#.klein_api.v1.DescribeStageResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,9 +41,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TEXTENCODERFACTS']._serialized_start=613
   _globals['_TEXTENCODERFACTS']._serialized_end=684
   _globals['_DENOISERFACTS']._serialized_start=687
-  _globals['_DENOISERFACTS']._serialized_end=834
-  _globals['_VAEDECODERFACTS']._serialized_start=836
-  _globals['_VAEDECODERFACTS']._serialized_end=878
-  _globals['_STAGESERVICE']._serialized_start=880
-  _globals['_STAGESERVICE']._serialized_end=984
+  _globals['_DENOISERFACTS']._serialized_end=909
+  _globals['_ADAPTERDESCRIPTION']._serialized_start=911
+  _globals['_ADAPTERDESCRIPTION']._serialized_end=1031
+  _globals['_VAEDECODERFACTS']._serialized_start=1033
+  _globals['_VAEDECODERFACTS']._serialized_end=1075
+  _globals['_STAGESERVICE']._serialized_start=1077
+  _globals['_STAGESERVICE']._serialized_end=1181
 # @@protoc_insertion_point(module_scope)

@@ -3,9 +3,11 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -183,6 +185,8 @@ class DenoiserFacts(_message.Message):
     DEFAULT_GUIDANCE_SCALE_FIELD_NUMBER: _builtins.int
     EMBEDDING_CHANNELS_FIELD_NUMBER: _builtins.int
     LATENT_CHANNELS_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    ADAPTER_COUNT_FIELD_NUMBER: _builtins.int
     distilled: _builtins.bool
     """True for step-distilled models, which take neither guidance nor a negative prompt."""
     default_step_count: _builtins.int
@@ -193,6 +197,12 @@ class DenoiserFacts(_message.Message):
     """Channels of the prompt embedding that it takes."""
     latent_channels: _builtins.int
     """Channels of the latents that it takes and makes."""
+    adapter_count: _builtins.int
+    """Adapters of one request."""
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterDescription]:
+        """Adapters that requests may name, by name; what its folder holds at this moment."""
+
     def __init__(
         self,
         *,
@@ -201,14 +211,58 @@ class DenoiserFacts(_message.Message):
         default_guidance_scale: _builtins.float = ...,
         embedding_channels: _builtins.int = ...,
         latent_channels: _builtins.int = ...,
+        adapters: _abc.Iterable[Global___AdapterDescription] | None = ...,
+        adapter_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_guidance_scale", b"default_guidance_scale", "default_step_count", b"default_step_count", "distilled", b"distilled", "embedding_channels", b"embedding_channels", "latent_channels", b"latent_channels"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_count", b"adapter_count", "adapters", b"adapters", "default_guidance_scale", b"default_guidance_scale", "default_step_count", b"default_step_count", "distilled", b"distilled", "embedding_channels", b"embedding_channels", "latent_channels", b"latent_channels"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DenoiserFacts: _TypeAlias = DenoiserFacts  # noqa: Y015
+
+@_typing.final
+class AdapterDescription(_message.Message):
+    """An adapter that a denoiser offers, as far as the header of its file tells."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    LAYER_COUNT_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name."""
+    kind: _builtins.str
+    """LoRA, LoKr or LoHa, or several of them joined by a plus sign; empty when it has a problem."""
+    rank: _builtins.int
+    """The largest rank; 0 when no factor of it is of low rank."""
+    layer_count: _builtins.int
+    """Layers that it changes."""
+    size_bytes: _builtins.int
+    """Bytes of its tensors in the file."""
+    problem: _builtins.str
+    """Why it cannot be used, in one sentence; empty when it can."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        kind: _builtins.str = ...,
+        rank: _builtins.int = ...,
+        layer_count: _builtins.int = ...,
+        size_bytes: _builtins.int = ...,
+        problem: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "layer_count", b"layer_count", "name", b"name", "problem", b"problem", "rank", b"rank", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdapterDescription: _TypeAlias = AdapterDescription  # noqa: Y015
 
 @_typing.final
 class VaeDecoderFacts(_message.Message):
