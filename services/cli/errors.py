@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from klein_core.errors import Violation
-from services.runtime.status import StatusDetails, explain
+from services.runtime.status import UNKNOWN_ADAPTER, StatusDetails, explain
 
 FAILED = 1
 MISUSED = 2
@@ -28,6 +28,7 @@ _FLAGS = {
     "format": "--format",
     "quality": "--quality",
     "model": "--model",
+    "adapters": "--adapter",
 }
 
 
@@ -71,6 +72,8 @@ def call_error(error: grpc.aio.AioRpcError, target: str) -> CliError:
             return CliError(_sentence(details), "Ask the server's operator for access.")
         case grpc.StatusCode.CANCELLED:
             return CliError("The call was cancelled.", exit_code=INTERRUPTED)
+        case grpc.StatusCode.FAILED_PRECONDITION:
+            return CliError(_sentence(details), "The server's operator can mend it.")
         case code:
             return CliError(f"{_sentence(details)} ({code.name})", "The server's log has more about it.")
 
@@ -78,7 +81,8 @@ def call_error(error: grpc.aio.AioRpcError, target: str) -> CliError:
 def _not_found(details: StatusDetails, target: str) -> CliError:
     descriptions = "; ".join(violation.description for violation in details.violations)
     sentence = _period(descriptions) if descriptions else _sentence(details)
-    return CliError(sentence, f"`klein status --target {target}` lists the models.", MISUSED)
+    command, what = ("adapters",) * 2 if details.reason == UNKNOWN_ADAPTER else ("status", "models")
+    return CliError(sentence, f"`klein {command} --target {target}` lists the {what}.", MISUSED)
 
 
 def _unavailable(details: StatusDetails, target: str) -> CliError:

@@ -42,12 +42,15 @@ class GenerateOptions:
     image_format: str | None = None
     quality: int | None = None
     model: str = ""
+    adapters: tuple[str, ...] = ()
+    """NAME or NAME:SCALE each."""
 
     def image_spec(self) -> api.ImageSpec:
         """The request. Limits are the server's to check, as only it knows them.
 
         Raises:
-            CliError: a reference cannot be read, a size cannot be understood, a number or a text fits no request.
+            CliError: a reference cannot be read, a size or an adapter cannot be understood, a number or a text fits no
+                request.
         """
         width_px, height_px = parse_size(self.size) if self.size else (None, None)
         try:
@@ -65,6 +68,7 @@ class GenerateOptions:
                 format=_FORMATS[self.format_name()],
                 quality=self.quality,
                 priority=image_pb2.PRIORITY_INTERACTIVE,
+                adapters=[parse_adapter(text) for text in self.adapters],
             )
         except UnicodeEncodeError as error:
             raise CliError("The words given are not valid UTF-8.", exit_code=MISUSED) from error
@@ -152,6 +156,21 @@ def parse_size(text: str) -> tuple[int, int]:
         raise CliError(f"--size {text!r} is no size.", "Write WIDTHxHEIGHT, for example 1024x768.", MISUSED)
     width_px = int(match[1])
     return width_px, int(match[2]) if match[2] else width_px
+
+
+def parse_adapter(text: str) -> image_pb2.Adapter:
+    """Reads `NAME` or `NAME:SCALE`.
+
+    Raises:
+        CliError: the scale is no number.
+    """
+    name, colon, scale = text.partition(":")
+    try:
+        return image_pb2.Adapter(name=name, scale=float(scale) if colon else None)
+    except ValueError:
+        raise CliError(
+            f"--adapter {text!r} has no number after the colon.", "Write NAME or NAME:0.8.", MISUSED
+        ) from None
 
 
 def _read(path: Path) -> bytes:

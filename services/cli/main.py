@@ -159,6 +159,10 @@ def up(
     quantization: Annotated[
         QuantizationName, typer.Option(help="What plain weights are made into, to take half the memory.")
     ] = QuantizationName.NONE,
+    adapters: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Adapters that requests may name: NAME.safetensors each."),
+    ] = None,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads of each stage; 0 chooses.")] = 0,
     log_folder: Annotated[
         Path | None, typer.Option(help="Where logs stay; else a temporary folder, kept after failures.")
@@ -181,6 +185,7 @@ def up(
         device=device,
         dtype=dtype.value,
         quantization=quantization.value,
+        adapters=adapters,
         threads=threads,
         log_folder=log_folder,
     )
@@ -227,6 +232,7 @@ def pull(
 @app.command(
     epilog='[bold]klein generate "a green star" -o star.png[/]\n\n'
     '[bold]klein generate "make the background blue" --reference star.png -o blue.webp[/]\n\n'
+    '[bold]klein generate "a star" --adapter watercolour:0.8 -o star.png[/]: what `klein adapters` lists\n\n'
     '[bold]klein generate "a ring" --size 128x192 --seed 7 --count 4 -o ring.png[/]: ring-1.png … ring-4.png'
 )
 def generate(
@@ -261,6 +267,15 @@ def generate(
     ] = None,
     quality: Annotated[int | None, typer.Option(help="Quality of JPEG and WebP, 1 to 100.")] = None,
     model: Annotated[str, typer.Option(help="A model that the server routes; else its default.")] = "",
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            "-a",
+            metavar="NAME[:SCALE]",
+            help="A LoRA of the server's, -10 to 10, by default 1; may be repeated.",
+        ),
+    ] = None,
     target: Target = DEFAULT_TARGET,
     timeout: Annotated[
         float, typer.Option(min=0.001, metavar="SECONDS", help="Longest wait for all of it.")
@@ -282,6 +297,7 @@ def generate(
         image_format=image_format.value if image_format else None,
         quality=quality,
         model=model,
+        adapters=tuple(adapter or ()),
     )
     run_generate(options, target, timeout, _console())
 
@@ -322,6 +338,21 @@ def plan(
         as_json=as_json,
     )
     raise typer.Exit(run_plan(options, Console()))
+
+
+@app.command(
+    epilog="Names are what [bold]klein generate --adapter NAME:0.8[/] takes. Exits with 0 only when all can be used."
+)
+def adapters(
+    target: Target = DEFAULT_TARGET,
+    timeout: Annotated[
+        float, typer.Option(min=0.001, metavar="SECONDS", help="Longest wait for an answer.")
+    ] = 10.0,
+) -> None:
+    """List the adapters that requests may name: kind, rank, layers, size, problems."""
+    from services.cli.adapters import run_adapters
+
+    raise typer.Exit(run_adapters(target, timeout, Console()))
 
 
 @app.command(epilog="Exits with 0 only when every stage of every model serves: `klein status && …`.")

@@ -22,7 +22,7 @@ def run_status(target: str, timeout_seconds: float, console: Console) -> int:
     Raises:
         CliError: the orchestrator does not answer.
     """
-    answer = asyncio.run(_list_models(target, timeout_seconds))
+    answer = asyncio.run(list_models(target, timeout_seconds))
     console.print(status_table(answer))
     for line in problems(answer):
         console.print(Text(line, "red"), soft_wrap=True)
@@ -32,7 +32,8 @@ def run_status(target: str, timeout_seconds: float, console: Console) -> int:
     return 0 if all_serve else FAILED
 
 
-async def _list_models(target: str, timeout_seconds: float) -> api.ListModelsResponse:
+async def list_models(target: str, timeout_seconds: float) -> api.ListModelsResponse:
+    """Asks an orchestrator for its models; raises CliError when it does not answer."""
     try:
         async with connect(target) as stub:
             return await stub.ListModels(api.ListModelsRequest(), timeout=timeout_seconds)

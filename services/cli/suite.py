@@ -63,6 +63,8 @@ class SuiteOptions:
     """Threads that each stage computes with; 0 takes `default_threads`."""
     log_folder: Path | None = None
     """`None` makes a folder among the temporary files, which goes when all ended well."""
+    adapters: Path | None = None
+    """Folder of the adapters that requests may name."""
     settings: Mapping[str, str] = field(default_factory=dict)
     """More KLEIN_* variables for every process."""
 
@@ -79,6 +81,8 @@ class Suite:
         self.options = options
         self.files = model_files(options)
         self.model_name = require_model(self.files)
+        if options.adapters is not None and not options.adapters.is_dir():
+            raise CliError(f"--adapters {options.adapters} is no folder.", exit_code=MISUSED)
         self.log_folder = options.log_folder or Path(tempfile.mkdtemp(prefix="klein-"))
         self.log_folder.mkdir(parents=True, exist_ok=True)
         *stage_ports, free = free_ports(len(PROCESSES))
@@ -211,6 +215,7 @@ class Suite:
             "KLEIN_DEVICE": self.options.device,
             "KLEIN_DTYPE": self.options.dtype,
             "KLEIN_QUANTIZATION": self.options.quantization,
+            "KLEIN_ADAPTERS_FOLDER": str(self.options.adapters.resolve()) if self.options.adapters else "",
             "KLEIN_THREADS": str(self.options.threads or default_threads()),
         }
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 import torch
@@ -15,10 +16,14 @@ from PIL import Image
 
 from klein_api.v1 import image_pb2
 from klein_api.v1 import image_service_pb2 as api
+from klein_api.v1.image_pb2 import Adapter
+from klein_core.denoiser.adapters.adapter import ScaledAdapter
 from klein_core.pico.location import WEIGHTS
 from klein_core.pipeline import Pipeline
 from services.cli.client import Generation, connect, generate
 from services.cli.suite import Suite, SuiteOptions
+from services.runtime.status import explain
+from tests.tiny.adapters import FORMATS
 from tests.tiny.checkpoint import save_tiny_checkpoint
 
 READY_SECONDS = 120.0
@@ -95,6 +100,8 @@ class Running:
     target: str
     pipeline: Pipeline
     default_size: tuple[int, int]
+    adapters: Path | None
+    """Folder of `plain` and `kron`; pico has none."""
 
     def ask(self, *cases: Case) -> list[Generation]:
         """Sends all requests at once, each from a client of its own."""
@@ -112,14 +119,19 @@ class Running:
 @pytest.fixture(scope="module", params=["tiny", "pico", "base"])
 def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("suite")
-    if request.param != "pico":
-        save_tiny_checkpoint(folder / "model", distilled=request.param == "tiny")
+    adapters = None if request.param == "pico" else folder / "adapters"
+    if adapters is not None:
+        tiny = save_tiny_checkpoint(folder / "model", distilled=request.param == "tiny")
+        adapters.mkdir()
+        for name, form in (("plain", "ai-toolkit"), ("kron", "lokr-both")):
+            FORMATS[form].write(tiny.transformer).save(adapters / f"{name}.safetensors")
     model = "pico" if request.param == "pico" else str(folder / "model")
     options = SuiteOptions(
         model=model,
         device="cpu",
         threads=1,
         log_folder=folder / "logs",
+        adapters=adapters,
         settings={"KLEIN_DEFAULT_SIZE_PX": "128"},
     )
     threads = torch.get_num_threads()
@@ -128,7 +140,7 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     with Suite(options) as suite:
         suite.wait_until_ready(timeout_seconds=READY_SECONDS)
         pipeline = Pipeline.from_folder(WEIGHTS if request.param == "pico" else Path(model))
-        yield Running(suite.target, pipeline, (128, 128))
+        yield Running(suite.target, pipeline, (128, 128), adapters)
     torch.set_num_threads(threads)
 
 
@@ -163,6 +175,42 @@ def test_eight_clients_at_once_each_get_the_pipelines_bytes(running: Running) ->
     for case, generation in zip(cases, running.ask(*cases), strict=True):
         expected = case.expected(running.pipeline, running.default_size)
         assert [image.data for image in generation.images] == expected, case.prompt[:40]
+
+
+def test_requests_with_different_adapters_at_once_each_get_the_pipelines_bytes(running: Running) -> None:
+    if running.adapters is None:
+        pytest.skip("pico has no adapters")
+    wishes = ([("plain", 0.5)], [("kron", -1.0)], [], [("kron", 0.3), ("plain", 1.0)])
+    read = {
+        name: running.pipeline.read_adapter(running.adapters / f"{name}.safetensors")
+        for name in ("plain", "kron")
+    }
+    case = of_variant(CASES["edit"], running.pipeline)
+    cases = [
+        replace(
+            case,
+            options=case.options | {"adapters": [Adapter(name=name, scale=scale) for name, scale in wish]},
+        )
+        for wish in wishes
+    ]
+    different = set()
+    for wish, generation in zip(wishes, running.ask(*cases), strict=True):
+        adapters = [ScaledAdapter(read[name], scale) for name, scale in wish]
+        told = replace(case, options=case.options | {"adapters": adapters})
+        [image] = generation.images
+        assert [image.data] == told.expected(running.pipeline, running.default_size)
+        different.add(image.data)
+    assert len(different) == len(wishes)
+
+
+def test_an_unknown_adapter_is_not_found(running: Running) -> None:
+    case = Case("a star", size=(64, 64), options={"adapters": [Adapter(name="nothing")]})
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        running.ask(case)
+    told = explain(failure.value)
+    assert told.code is grpc.StatusCode.NOT_FOUND
+    assert told.violations[0].field == "adapters[0].name"
+    assert ("known: none" if running.adapters is None else "known: kron, plain") in told.message
 
 
 def test_a_summary_accounts_for_the_request(running: Running) -> None:

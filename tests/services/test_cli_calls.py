@@ -15,7 +15,7 @@ from klein_core.errors import InvalidInput, Violation
 from services.cli.child import inherited_environment
 from services.cli.main import main
 from services.cli.ports import free_ports
-from services.runtime.errors import QueueFull, StageUnavailable, UnknownModel
+from services.runtime.errors import QueueFull, StageUnavailable, UnknownAdapter, UnknownModel, UnusableAdapter
 from tests.services.answering_orchestrator import Orchestrator, serving
 
 Result = tuple[int, str, str]
@@ -55,7 +55,20 @@ def test_every_flag_reaches_the_request(
     exit_code, _, err = klein(
         *("generate", "a star", "--reference", first, "--reference", second, "--negative-prompt", "a heart"),
         *("--size", "64x96", "--steps", 7, "--guidance", 2.5, "--seed", 41, "--count", 2, "--format", "webp"),
-        *("--quality", 80, "--model", "fake", "--target", target, "-o", tmp_path / "star.webp"),
+        *(
+            "--quality",
+            80,
+            "--model",
+            "fake",
+            "--adapter",
+            "ink",
+            "-a",
+            "oil.v2:-0.5",
+            "--target",
+            target,
+            "-o",
+            tmp_path / "star.webp",
+        ),
     )
     assert (exit_code, err) == (0, "")
     assert orchestrator.specs == [
@@ -73,6 +86,7 @@ def test_every_flag_reaches_the_request(
             format=image_pb2.IMAGE_FORMAT_WEBP,
             quality=80,
             priority=image_pb2.PRIORITY_INTERACTIVE,
+            adapters=[image_pb2.Adapter(name="ink"), image_pb2.Adapter(name="oil.v2", scale=-0.5)],
         )
     ]
     assert (tmp_path / "star-1.webp").read_bytes() == b"picture 0"
@@ -142,6 +156,13 @@ def test_nothing_running_is_one_sentence_and_a_hint(klein: Klein, tmp_path: Path
             ["2 values", "--size (width_px) is 70; no\n", "--reference[1] (references[1]) is no image"],
         ),
         (UnknownModel("model", "nono", ["pico"]), 2, ["There is no model 'nono'", "pico", "klein status"]),
+        (
+            UnknownAdapter("adapters[0].name", "nono", ["ink", "oil"]),
+            2,
+            ["There is no adapter 'nono'", "ink, oil", "klein adapters"],
+        ),
+        (UnusableAdapter("adapters[0].name", "ink", "it is truncated"), 1, ["it is truncated", "operator"]),
+        (InvalidInput([Violation("adapters[0].scale", "is 99; no")]), 2, ["--adapter[0].scale", "is 99; no"]),
         (QueueFull(3, 4.0), 1, ["full", "4 s"]),
         (StageUnavailable("the denoiser is loading"), 1, ["The denoiser is loading.", "klein status"]),
         (ZeroDivisionError("secret"), 1, ["INTERNAL", "log"]),
@@ -244,6 +265,31 @@ def test_status_is_good_only_when_all_stages_serve(
     assert word in row
     assert denoiser.problem in out
     assert "3/64" in out
+
+
+@pytest.mark.parametrize("problem", ["", "ink.safetensors: for layers that this model does not have: up"])
+def test_adapters_are_listed_with_what_is_wrong_with_them(
+    klein: Klein, target: str, orchestrator: Orchestrator, problem: str
+) -> None:
+    listed = [
+        stage_api.AdapterDescription(name="oil", kind="LoRA", rank=16, layer_count=80, size_bytes=5 << 20),
+        stage_api.AdapterDescription(name="ink", kind="LoKr", layer_count=3, size_bytes=700, problem=problem),
+    ]
+    models = [api.RoutedModel(name="fake", adapters=listed), api.RoutedModel(name="bare")]
+    orchestrator.models = api.ListModelsResponse(models=models, default_model="fake")
+    got, out, _ = klein("adapters", "--target", target)
+    assert got == (1 if problem else 0)
+    oil, ink = (next(line for line in out.splitlines() if line.startswith(name)) for name in ("oil", "ink"))
+    assert oil.split() == ["oil", "LoRA", "16", "80", "5.0", "MiB"]
+    assert ("unusable" in ink) == bool(problem)
+    assert problem in out
+    assert "bare offers no adapters" in out
+
+
+def test_a_scale_that_is_no_number_is_misuse(klein: Klein, tmp_path: Path) -> None:
+    got, _, err = klein("generate", "a star", "--adapter", "ink:strong", "-o", tmp_path / "p.png")
+    assert got == 2
+    assert "'ink:strong' has no number" in err
 
 
 def test_status_without_models_is_not_good(klein: Klein, target: str) -> None:
