@@ -7,7 +7,7 @@ read. See `klein_core.checkpoint` for the files, the layouts of names and the re
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from klein_core.checkpoint.files import Checkpoint, open_checkpoint
 from klein_core.checkpoint.layouts import Layout
+from klein_core.checkpoint.matching import match_tensors
 from klein_core.checkpoint.reader import DTYPES, Reader
 from klein_core.checkpoint.sources import NO_SOURCES, Piece, Sources
 from klein_core.errors import listed, refuse
@@ -87,7 +88,10 @@ def load_weights(
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = open_checkpoint(checkpoint)
     targets = module.state_dict()
-    plan = _plan(targets, checkpoint, sources, layout, ignorable, quantised)
+    is_companion = quantised.is_companion if quantised else lambda name: False
+    match = match_tensors(targets, checkpoint, sources, layout, ignorable, is_companion)
+    match.refuse(checkpoint.place)
+    plan = match.plan
     taken = {name for name in plan if quantised and quantised.takes(name, plan[name], checkpoint)}
     plain = {name: pieces for name, pieces in plan.items() if name not in taken}
     _check_shapes(plan, targets, _shapes(plan, checkpoint, quantised), checkpoint.place)
@@ -147,44 +151,6 @@ def _put(module: nn.Module, loaded: Mapping[str, Tensor], stored: Mapping[str, S
     if on_meta:
         raise RuntimeError(f"non-persistent tensors must be real before loading: {listed(on_meta)}")
     share_buffer(module)
-
-
-def _plan(
-    targets: Iterable[str],
-    checkpoint: Checkpoint,
-    sources: Sources,
-    layout: Layout | None,
-    ignorable: Callable[[str], bool],
-    quantised: QuantisedWeights | None,
-) -> dict[str, tuple[Piece, ...]]:
-    """Maps each parameter to its pieces, or refuses with every name that does not fit."""
-    prefix = layout.prefix if layout else ""
-    stored = {name for name in checkpoint.files if layout is None or layout.owns(name)}
-    available = {name for name in stored if not ignorable(name)}
-    plan: dict[str, tuple[Piece, ...]] = {}
-    missing: list[str] = []
-    half: list[str] = []
-    for target in targets:
-        own = Piece(prefix + target)
-        pieces = sources.get(target, (own,))
-        names = list(dict.fromkeys(piece.name for piece in pieces))
-        present = [name for name in names if name in available]
-        if len(present) == len(names):
-            plan[target] = pieces
-        elif not present and own.name in available:
-            plan[target] = (own,)
-        elif present:
-            half.append(f"{target} (has {', '.join(present)} of {', '.join(names)})")
-        elif not ignorable(target):
-            missing.extend(names)
-    used = {piece.name for pieces in plan.values() for piece in pieces}
-    halves = {piece.name for target in targets for piece in sources.get(target, ())} if half else set()
-    extra = {
-        name for name in available - used - halves if quantised is None or not quantised.is_companion(name)
-    }
-    problems = [("missing:", missing), ("half of a fused group:", half), ("not part of this model:", extra)]
-    refuse(checkpoint.place, problems)
-    return plan
 
 
 def _shapes(

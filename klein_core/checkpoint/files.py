@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from klein_core.errors import CheckpointError, listed, refuse
-from klein_core.safetensors_header import Header, StoredTensor, read_header
+from klein_core.safetensors_header import Header, StoredTensor, open_regular, read_header
 from klein_core.variants import read_json
 
 _INDEX_SUFFIX = ".safetensors.index.json"
@@ -46,6 +46,16 @@ class Checkpoint:
     def entry(self, name: str) -> StoredTensor:
         """Returns dtype, shape and place of a tensor; raises as `header`."""
         return self.header(self.files[name]).tensors[name]
+
+    def content(self, name: str) -> bytes:
+        """Reads a small tensor's bytes; raises as `header`, and when the file was cut since."""
+        entry, path = self.entry(name), self.files[name]
+        with open_regular(path) as file:
+            file.seek(entry.start)
+            content = file.read(entry.byte_count)
+        if len(content) < entry.byte_count:
+            raise CheckpointError(f"{path}: {name} cannot be read: the file was cut since it was opened")
+        return content
 
     def metadata(self) -> dict[str, str]:
         """Returns what the writers of all the files said; raises as `header`."""

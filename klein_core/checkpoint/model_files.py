@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from klein_core.checkpoint.files import Checkpoint, is_inside, open_checkpoint
 from klein_core.errors import CheckpointError
@@ -30,6 +31,12 @@ class ModelFiles:
     def of(cls, files: ModelFiles | Path | str) -> ModelFiles:
         """Takes a model's folder or file for the whole model."""
         return files if isinstance(files, ModelFiles) else cls(model=Path(files))
+
+    @classmethod
+    def alone(cls, component: str, place: Path) -> ModelFiles:
+        """Takes a file or folder for one component, and nothing for the others."""
+        named: dict[str, Any] = {component: place}
+        return cls(**named)
 
     def place(self, component: str) -> Path:
         """Returns the file or folder of `transformer`, `vae` or `text_encoder`; it need not be there.

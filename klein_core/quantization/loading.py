@@ -25,22 +25,13 @@ from klein_core.quantization.notes import (
     INT8,
     NVFP4_LINEAR,
     NVFP4_TILED,
-    LayerNote,
-    Notes,
-    comfy_notes,
-    general_form,
-    parsed_marker,
 )
+from klein_core.quantization.stored_notes import MARKER, read_notes
 from klein_core.quantization.stored_weight import StoredWeight
 
 _MADE: Mapping[str, type[Float8Weight] | type[Int8Weight]] = MappingProxyType(
     {choices.FLOAT8: Float8Weight, choices.INT8: Int8Weight}
 )
-
-_MARKER = ".comfy_quant"
-_MAXIMUM_MARKER_BYTES = 4096
-# Prefixes that a header's table of layers may have or lack, whatever the file's own names do.
-_TABLE_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
 
 
 class StoredForms:
@@ -75,7 +66,7 @@ class StoredForms:
                 asked for of weights that have one. The message lists the names.
         """
         names = {name for name in checkpoint.files if layout.owns(name) and not ignorable(name)}
-        notes = _read_notes(checkpoint, names, layout.prefix)
+        notes = read_notes(checkpoint, names, layout.prefix)
         forms = find_forms(checkpoint.place, {name: checkpoint.entry(name) for name in names}, notes)
         if forms and quantization != NO_QUANTIZATION:
             kinds = ", ".join(sorted({form.kind for form in forms.values()}))
@@ -99,7 +90,7 @@ class StoredForms:
     def needs(self, pieces: tuple[Piece, ...], checkpoint: Checkpoint) -> Collection[str]:
         forms = [self._forms[piece.name] for piece in pieces if piece.name in self._forms]
         return {piece.name for piece in pieces} | {
-            name for form in forms for suffix, name in form.companions.items() if suffix != _MARKER
+            name for form in forms for suffix, name in form.companions.items() if suffix != MARKER
         }
 
     def load(
@@ -139,7 +130,7 @@ class StoredForms:
 def _read(name: str, form: Form, reader: Reader) -> StoredWeight:
     """Reads one stored tensor and its scales, whole."""
     values = reader.read(name)
-    scales = {suffix: reader.read(other) for suffix, other in form.companions.items() if suffix != _MARKER}
+    scales = {suffix: reader.read(other) for suffix, other in form.companions.items() if suffix != MARKER}
     refuse(
         reader.checkpoint.place,
         [
@@ -164,45 +155,3 @@ def _read(name: str, form: Form, reader: Reader) -> StoredWeight:
 
 def _is_finite(scale: Tensor) -> bool:
     return bool(scale.float().isfinite().all())
-
-
-def _read_notes(checkpoint: Checkpoint, names: Collection[str], prefix: str) -> Notes:
-    metadata: dict[str, str] = {}
-    layers: dict[str, LayerNote] = {}
-    for path in sorted({checkpoint.files[name] for name in names}):
-        header = checkpoint.header(path)
-        metadata |= header.metadata
-        for layer, note in comfy_notes(path, header.metadata).items():
-            own = _own_name(layer, checkpoint.files, prefix)
-            # A file may hold other components, and layers that this network does not need.
-            if own + ".weight" in names or own + ".weight" not in checkpoint.files:
-                layers[own] = note
-    for layer, note in _read_markers(checkpoint, names).items():
-        if layers.setdefault(layer, note) != note:
-            raise CheckpointError(f"{checkpoint.place}: {layer}{_MARKER} contradicts the header: {note}")
-    return Notes(layers, general_form(checkpoint.place, metadata))
-
-
-def _own_name(layer: str, files: Collection[str], prefix: str) -> str:
-    """Returns a layer of the header's table as the checkpoint's tensors name it."""
-    bare = {layer.removeprefix(other) for other in _TABLE_PREFIXES}
-    candidates = [layer, prefix + layer, *(prefix + name for name in bare), *bare]
-    return next((name for name in candidates if name + ".weight" in files), layer)
-
-
-def _read_markers(checkpoint: Checkpoint, names: Collection[str]) -> dict[str, LayerNote]:
-    markers = [name for name in names if name.endswith(_MARKER)]
-    entries = {name: checkpoint.entry(name) for name in markers}
-    wrong = [
-        name
-        for name, entry in entries.items()
-        if entry.dtype != "U8" or len(entry.shape) != 1 or entry.byte_count > _MAXIMUM_MARKER_BYTES
-    ]
-    refuse(checkpoint.place, [(f"not at most {_MAXIMUM_MARKER_BYTES} bytes of text:", wrong)])
-    with Reader(checkpoint, markers) as reader:
-        return {
-            name.removesuffix(_MARKER): parsed_marker(
-                checkpoint.place, name.removesuffix(_MARKER), bytes(reader.read(name).tolist())
-            )
-            for name in markers
-        }

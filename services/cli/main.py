@@ -355,6 +355,22 @@ def adapters(
     raise typer.Exit(run_adapters(target, timeout, Console()))
 
 
+@app.command(
+    epilog="[bold]klein inspect ./flux-2-klein-4b-fp8.safetensors[/]\n\n"
+    "Exits with 0 only when everything that it holds could be loaded."
+)
+def inspect(
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="A safetensors file, a model's or a component's folder.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Show what a file holds without loading it: model, layout, precision, what is missing."""
+    from services.cli.inspect import run_inspect
+
+    raise typer.Exit(run_inspect(path, Console(), as_json=as_json))
+
+
 @app.command(epilog="Exits with 0 only when every stage of every model serves: `klein status && …`.")
 def status(
     target: Target = DEFAULT_TARGET,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
@@ -16,23 +18,31 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from klein_core.variants import TextEncoderConfig, TransformerConfig, VaeConfig
 from tests.tiny.layouts import bfl_transformer, bfl_vae
 
+ITEM_BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1}
 Config = TransformerConfig | VaeConfig | TextEncoderConfig
 
 
 def hollow_file(folder: Path, component: str, config: Config, style: str) -> Path:
     """Writes one component's file, all of whose values are zero and cost nothing."""
-    tensors = _meta_tensors(config)
+    tensors = meta_tensors(config)
     if style == "bfl":
         tensors = bfl_transformer(tensors) if component == "transformer" else bfl_vae(tensors)
     return write_hollow(folder / f"{component}.safetensors", tensors)
 
 
-def write_hollow(path: Path, tensors: dict[str, Tensor]) -> Path:
-    """Writes tensors that may be on `meta`, as bfloat16 zeros."""
-    header, end = {}, 0
+def write_hollow(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    dtypes: Mapping[str, str] = MappingProxyType({}),
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> Path:
+    """Writes the shapes of tensors that may be on `meta`, as zeros; bfloat16 where `dtypes` says nothing."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
     for name, tensor in tensors.items():
-        size = 2 * prod(tensor.shape)
-        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [end, end + size]}
+        dtype = dtypes.get(name, "BF16")
+        size = ITEM_BYTES[dtype] * prod(tensor.shape)
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [end, end + size]}
         end += size
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text)
@@ -40,7 +50,8 @@ def write_hollow(path: Path, tensors: dict[str, Tensor]) -> Path:
     return path
 
 
-def _meta_tensors(config: Config) -> dict[str, Tensor]:
+def meta_tensors(config: Config) -> dict[str, Tensor]:
+    """Returns a full-size component's tensors as diffusers names them, without values."""
     with torch.device("meta"):
         match config:
             case TransformerConfig():
