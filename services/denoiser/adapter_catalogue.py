@@ -11,6 +11,8 @@ from klein_core.denoiser.adapters.reader import describe_adapter
 from klein_core.errors import CheckpointError
 from services.denoiser.adapter_folder import AdapterFolder
 
+_Described = tuple[FileState, AdapterDescription]
+
 
 class AdapterCatalogue:
     """Describes adapters by the headers of their files, each read once for as long as it stays the same.
@@ -23,23 +25,27 @@ class AdapterCatalogue:
     def __init__(self, folder: AdapterFolder, layers: Layers) -> None:
         self._folder = folder
         self._layers = layers
-        self._known: dict[str, tuple[FileState, AdapterDescription]] = {}
+        self._known: dict[str, _Described] = {}
 
     def descriptions(self) -> list[AdapterDescription]:
         """Returns all adapters by name, the unusable ones with their problem. Slow: not for the event loop."""
-        known = self._known
+        found: dict[str, _Described] = {}
+        for name in self._folder.names():
+            path = self._folder.path(name)
+            described = None if path is None else self._described(name, path)
+            if described is not None:
+                found[name] = described
         # Replaced as a whole, so that callers on several threads do not meet half a table.
-        self._known = {
-            name: self._described(name, path, known.get(name))
-            for name in self._folder.names()
-            if (path := self._folder.path(name)) is not None
-        }
-        return [description for _, description in self._known.values()]
+        self._known = found
+        return [description for _, description in found.values()]
 
-    def _described(
-        self, name: str, path: Path, known: tuple[FileState, AdapterDescription] | None
-    ) -> tuple[FileState, AdapterDescription]:
-        state = FileState.of(path)
+    def _described(self, name: str, path: Path) -> _Described | None:
+        """Returns what is known of a file in its present state; `None` when it has just gone."""
+        try:
+            state = FileState.of(path)
+        except CheckpointError:
+            return None
+        known = self._known.get(name)
         if known is not None and known[0] == state:
             return known
         try:

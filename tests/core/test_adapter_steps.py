@@ -23,6 +23,7 @@ from klein_core.denoiser.sampler import Trajectory, packed_step
 from klein_core.denoiser.scratch import Scratch
 from klein_core.denoiser.span import Span
 from klein_core.denoiser.transformer import FlowTransformer
+from klein_core.quantization.stored_weight import StoredWeight
 from tests.tiny.adapters import FORMATS, merged
 from tests.tiny.transformer import oracle_velocity, random_span, relative_error, tiny_oracle, twin
 
@@ -43,7 +44,10 @@ UNTOUCHED = digest(OURS)
 
 
 def load(folder: Path, kind: str, seed: int = 0, transformer: FlowTransformer = OURS) -> Adapter:
-    path = FORMATS[kind].write(ORACLE, seed=seed).save(folder / f"{kind}.safetensors")
+    oracle = tiny_oracle(
+        num_layers=transformer.config.num_layers, num_single_layers=transformer.config.num_single_layers
+    )
+    path = FORMATS[kind].write(oracle, seed=seed).save(folder / f"{kind}.safetensors")
     return read_adapter(path, named_layers(transformer), device="cpu", dtype=transformer.dtype)
 
 
@@ -232,6 +236,24 @@ def test_bfloat16(tmp_path: Path):
     assert result.dtype == torch.bfloat16
     assert relative_error(result, exact) < 0.05
     assert relative_error(plain, exact) > 0.2
+
+
+@pytest.mark.parametrize("quantization", ["fp8", "int8"])
+def test_quantised_weights_take_adapters(tmp_path: Path, quantization: str):
+    """What an adapter adds is the same as beside plain weights of the same values."""
+    oracle = tiny_oracle(num_layers=1, num_single_layers=2)
+    oracle.save_pretrained(tmp_path / "transformer")
+    quantised = FlowTransformer.from_folder(tmp_path, quantization=quantization)
+    plain = twin(oracle)
+    for name, linear in quantised.linears.items():
+        if isinstance(linear.weight, StoredWeight):
+            plain.linears[name].weight.copy_(linear.weight.dense(torch.float32))
+    adapter = load(tmp_path, "diffusers", transformer=plain)
+    mix = [with_adapters(random_span([(3, 4)]), (adapter, 0.8)), random_span([(2, 2)], seed=2)]
+    with torch.no_grad():
+        for ours, theirs in zip(quantised(mix), plain(mix), strict=True):
+            assert relative_error(ours, theirs) < 1e-4
+    assert any(isinstance(linear.weight, StoredWeight) for linear in quantised.linears.values())
 
 
 @pytest.mark.timeout(600)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import Flux2Transformer2DModel
 
+from klein_core.denoiser.adapters.adapter import ScaledAdapter
 from klein_core.denoiser.span import Span
 from klein_core.denoiser.transformer import FlowTransformer
 from klein_core.pipeline import Pipeline
+from tests.tiny.adapters import FORMATS
 from tests.tiny.checkpoint import save_tiny_checkpoint
 
 pytestmark = [
@@ -23,6 +27,32 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint")
     save_tiny_checkpoint(folder)
     return folder
+
+
+def test_adapters_in_a_packed_step_equal_each_span_alone(checkpoint: Path, tmp_path: Path) -> None:
+    pipeline = Pipeline.from_folder(checkpoint, device="cuda")
+    model = pipeline.transformer
+    oracle = Flux2Transformer2DModel.from_pretrained(checkpoint / "transformer")
+    read = [
+        pipeline.read_adapter(FORMATS[form].write(oracle).save(tmp_path / f"{form}.safetensors"))
+        for form in ("kohya", "lokr-w2", "loha")
+    ]
+    generator = torch.Generator().manual_seed(0)
+
+    def span(rows: int, *adapters: ScaledAdapter) -> Span:
+        prompt = torch.randn(64, model.config.joint_attention_dim, generator=generator)
+        latents = torch.randn(rows, 6, model.config.in_channels, generator=generator)
+        return Span(prompt.cuda(), latents.cuda(), (), 0.7, adapters=adapters)
+
+    one, other, third = (ScaledAdapter(adapter, 0.5) for adapter in read)
+    spans = [span(8, one), span(8), span(8, other, one), span(8, one), span(4, third), span(4)]
+    with torch.no_grad():
+        together = model(spans)
+        plain = model([replace(each, adapters=()) for each in spans])
+        for each, got, unadapted in zip(spans, together, plain, strict=True):
+            alone = model([each])[0]
+            assert float((got - alone).norm() / alone.norm()) <= 1e-5
+            assert torch.equal(got, unadapted) == (not each.adapters)
 
 
 def test_pictures_are_those_of_the_cpu(checkpoint: Path) -> None:

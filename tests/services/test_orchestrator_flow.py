@@ -8,6 +8,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from klein_api.v1 import image_pb2
+from klein_api.v1.image_pb2 import Adapter
 from klein_api.v1.image_service_pb2 import (
     GenerateImageRequest,
     ImageSpec,
@@ -237,6 +238,21 @@ async def test_what_other_weights_made_is_not_used_again():
         # Each stage was asked once for each set of its weights; what the first ones made is still good at the end.
         assert suite.text_encoder.prompts == ["fox"] * 2
         assert suite.vae_decoder.references == references * 2
+
+
+async def test_adapters_reach_the_denoiser_and_leave_the_caches_alone():
+    """Prompts and references are encoded without adapters, so what was encoded before is good for any."""
+    async with FakeSuite().running() as suite:
+        spec = {"prompt": "a star", "references": [reference_file(96, 80)], "seed": 1}
+        first = await generate(suite, **spec)
+        wanted = [Adapter(name="ink"), Adapter(name="oil", scale=-0.5)]
+        again = await generate(suite, **spec, adapters=wanted)
+    cached = {t.operation: t.call_count for t in again.summary.stage_timings}
+    assert cached == {"encode-prompt": 0, "encode-reference": 0, "denoise": 1, "decode": 1}
+    assert not suite.denoiser.specs[0].adapters
+    told = [(adapter.name, adapter.scale) for adapter in suite.denoiser.specs[1].adapters]
+    assert told == [("ink", 1.0), ("oil", -0.5)]
+    assert len(first.images) == len(again.images) == 1
 
 
 async def test_without_a_cache_everything_is_encoded_anew():
