@@ -97,6 +97,18 @@ def test_a_whole_run_equals_the_loop_of_the_pipeline(oracle, ours, guidance_scal
     assert relative_error(run(ours, trajectory)[0], latents) < 1e-5
 
 
+def test_a_guided_images_pair_is_one_forward_beside_other_images(ours, monkeypatch):
+    calls = []
+    forward = FlowTransformer.forward
+    monkeypatch.setattr(
+        FlowTransformer, "forward", lambda self, spans: calls.append(len(spans)) or forward(self, spans)
+    )
+    guided = start(1, guidance_scale=4.0, negative_prompt_embedding=torch.ones(7, 24))
+    packed_step(ours, [guided])
+    packed_step(ours, [start(2), guided])
+    assert calls == [2, 3]
+
+
 def test_guidance_of_one_or_less_ignores_the_negative_prompt():
     assert len(start(guidance_scale=1.0, negative_prompt_embedding=torch.zeros(7, 24)).spans) == 1
 

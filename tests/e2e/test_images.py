@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
@@ -116,18 +117,11 @@ class Running:
         return asyncio.run(all_of_them())
 
 
-@pytest.fixture(scope="module", params=["tiny", "pico", "base"])
-def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    folder = tmp_path_factory.mktemp("suite")
-    adapters = None if request.param == "pico" else folder / "adapters"
-    if adapters is not None:
-        tiny = save_tiny_checkpoint(folder / "model", distilled=request.param == "tiny")
-        adapters.mkdir()
-        for name, form in (("plain", "ai-toolkit"), ("kron", "lokr-both")):
-            FORMATS[form].write(tiny.transformer).save(adapters / f"{name}.safetensors")
-    model = "pico" if request.param == "pico" else str(folder / "model")
+@contextmanager
+def running_suite(folder: Path, model: Path | str, adapters: Path | None = None) -> Iterator[Running]:
+    """Runs all services with a model, and its pipeline in this process."""
     options = SuiteOptions(
-        model=model,
+        model=str(model),
         device="cpu",
         threads=1,
         log_folder=folder / "logs",
@@ -139,9 +133,31 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     torch.set_num_threads(1)
     with Suite(options) as suite:
         suite.wait_until_ready(timeout_seconds=READY_SECONDS)
-        pipeline = Pipeline.from_folder(WEIGHTS if request.param == "pico" else Path(model))
+        pipeline = Pipeline.from_folder(WEIGHTS if model == "pico" else Path(model))
         yield Running(suite.target, pipeline, (128, 128), adapters)
     torch.set_num_threads(threads)
+
+
+def save_with_adapters(folder: Path, **variant: bool) -> tuple[Path, Path]:
+    """Writes a tiny model and two adapters for it; returns the model's folder and theirs."""
+    tiny = save_tiny_checkpoint(folder / "model", **variant)
+    adapters = folder / "adapters"
+    adapters.mkdir()
+    for name, form in (("plain", "ai-toolkit"), ("kron", "lokr-both")):
+        FORMATS[form].write(tiny.transformer).save(adapters / f"{name}.safetensors")
+    return folder / "model", adapters
+
+
+@pytest.fixture(scope="module", params=["tiny", "pico", "base"])
+def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("suite")
+    model, adapters = (
+        ("pico", None)
+        if request.param == "pico"
+        else save_with_adapters(folder, distilled=request.param == "tiny")
+    )
+    with running_suite(folder, model, adapters) as running:
+        yield running
 
 
 def of_variant(case: Case, pipeline: Pipeline) -> Case:
@@ -177,15 +193,13 @@ def test_eight_clients_at_once_each_get_the_pipelines_bytes(running: Running) ->
         assert [image.data for image in generation.images] == expected, case.prompt[:40]
 
 
-def test_requests_with_different_adapters_at_once_each_get_the_pipelines_bytes(running: Running) -> None:
-    if running.adapters is None:
-        pytest.skip("pico has no adapters")
+def assert_adapters_do_not_mix(running: Running, case: Case) -> None:
+    """Asks at once with four different choices of adapters."""
     wishes = ([("plain", 0.5)], [("kron", -1.0)], [], [("kron", 0.3), ("plain", 1.0)])
     read = {
         name: running.pipeline.read_adapter(running.adapters / f"{name}.safetensors")
         for name in ("plain", "kron")
     }
-    case = of_variant(CASES["edit"], running.pipeline)
     cases = [
         replace(
             case,
@@ -201,6 +215,12 @@ def test_requests_with_different_adapters_at_once_each_get_the_pipelines_bytes(r
         assert [image.data] == told.expected(running.pipeline, running.default_size)
         different.add(image.data)
     assert len(different) == len(wishes)
+
+
+def test_requests_with_different_adapters_at_once_each_get_the_pipelines_bytes(running: Running) -> None:
+    if running.adapters is None:
+        pytest.skip("pico has no adapters")
+    assert_adapters_do_not_mix(running, of_variant(CASES["edit"], running.pipeline))
 
 
 def test_an_unknown_adapter_is_not_found(running: Running) -> None:
@@ -224,3 +244,14 @@ def test_a_summary_accounts_for_the_request(running: Running) -> None:
     assert summary.input_megapixels == pytest.approx((96 * 80 + 64 * 128) / 1e6)
     assert summary.request_id
     assert summary.total_duration.ToTimedelta().total_seconds() > 0
+
+
+def test_references_that_are_cached_give_the_pipelines_bytes_at_first_and_again(tmp_path: Path) -> None:
+    names = ["edit", "two references", "edit to another size", "text-to-image"]
+    with running_suite(tmp_path, *save_with_adapters(tmp_path, reference_cache=True)) as running:
+        assert running.pipeline.uses_reference_cache
+        cases = [CASES[name] for name in names] * 2
+        for case, generation in zip(cases, running.ask(*cases), strict=True):
+            expected = case.expected(running.pipeline, running.default_size)
+            assert [image.data for image in generation.images] == expected
+        assert_adapters_do_not_mix(running, CASES["edit"])
