@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
@@ -9,22 +11,25 @@ from torch import Tensor
 class DenseBuffer:
     """Lends room for one dequantised layer; the next loan overwrites the last one.
 
-    One model runs on one thread, so at most one layer is unfolded at a time. While gradients are recorded or a
-    program is traced every value has to stay, and each loan is memory of its own.
+    A thread computes one layer at a time; each has rooms of its own. While gradients are recorded or a program is
+    traced every value has to stay, and each loan is memory of its own.
     """
 
     def __init__(self) -> None:
-        self._rooms: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._of_thread = threading.local()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> DenseBuffer:
+        """A copied model unfolds its layers elsewhere."""
+        return DenseBuffer()
 
     def lend(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Returns a matrix of that shape, holding whatever was there before."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return torch.empty(shape, dtype=dtype, device=device)
+        rooms: dict[tuple[torch.device, torch.dtype], Tensor] = self._of_thread.__dict__
         size = shape[0] * shape[1]
-        room = self._rooms.get((device, dtype))
-        if room is None or room.numel() < size:
+        if (device, dtype) not in rooms or rooms[device, dtype].numel() < size:
             # Dropped first, so that the old and the new one never exist together.
-            room = None
-            self._rooms.pop((device, dtype), None)
-            room = self._rooms[device, dtype] = torch.empty(size, dtype=dtype, device=device)
-        return room[:size].view(shape)
+            rooms.pop((device, dtype), None)
+            rooms[device, dtype] = torch.empty(size, dtype=dtype, device=device)
+        return rooms[device, dtype][:size].view(shape)

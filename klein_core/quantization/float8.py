@@ -50,8 +50,11 @@ class Float8Weight(StoredWeight):
         return self.values.shape[1]
 
     def decoded(self, start: int, stop: int) -> Tensor:
-        floats = self.values[start:stop].view(self.element)
-        return floats.float().mul_(self._scale_of(start, stop))
+        codes, scale = self.values[start:stop], self._scale_of(start, stop)
+        if codes.device.type != "cpu":
+            return codes.view(self.element).float().mul_(scale)
+        floats, factor = _by_way_of_halves(codes, self.element)
+        return floats.mul_(scale * factor)
 
     def cut(self, start: int, stop: int) -> Self:
         scale = self._scale_of(start, stop)
@@ -104,6 +107,25 @@ class Float8Weight(StoredWeight):
         if self.input_scale is not None:
             return self.input_scale.expand(len(tokens), 1).contiguous()
         return (tokens.float().abs().amax(dim=1, keepdim=True) / LARGEST).clamp(min=SMALLEST_SCALE)
+
+
+def is_finite(codes: Tensor, element: torch.dtype) -> bool:
+    """Whether none of the bytes is infinite or not a number."""
+    first_other = 0x7F if element == torch.float8_e4m3fn else 0x7C
+    return int((codes.view(torch.uint8) & 0x7F).amax()) < first_other
+
+
+def _by_way_of_halves(codes: Tensor, element: torch.dtype) -> tuple[Tensor, float]:
+    """Returns fp32 values and the factor that they lack.
+
+    torch converts 8-bit floats on the CPU one by one; shifted into halves, which the CPU converts itself, they take
+    a quarter of the time. Halves have e5m2's exponent, and e4m3's with 8 more; both factors are exact.
+    """
+    wide = codes.view(torch.int8).to(torch.int16)
+    if element == torch.float8_e5m2:
+        return (wide << 8).view(torch.float16).float(), 1.0
+    # The sign was extended over the bit below it, which is the exponent's highest.
+    return (wide << 7 & ~0x4000).view(torch.float16).float(), 256.0
 
 
 def float8(values: Tensor, scale: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from klein_core.errors import CheckpointError, refuse
 from klein_core.quantization import choices
 from klein_core.quantization.choices import NO_QUANTIZATION
 from klein_core.quantization.float4 import Float4Weight
-from klein_core.quantization.float8 import Float8Weight
+from klein_core.quantization.float8 import Float8Weight, is_finite
 from klein_core.quantization.forms import Form, find_forms
 from klein_core.quantization.int8 import Int8Weight
 from klein_core.quantization.notes import (
@@ -143,6 +143,7 @@ def _read(name: str, form: Form, reader: Reader) -> StoredWeight:
     scale, input_scale = scales[".weight_scale"], scales.get(".input_scale")
     if form.kind in (FLOAT8, FLOAT8_WIDE):
         element = torch.float8_e4m3fn if form.kind == FLOAT8 else torch.float8_e5m2
+        refuse(reader.checkpoint.place, [("not finite:", [] if is_finite(values, element) else [name])])
         return Float8Weight(values, scale, input_scale, element=element)
     if form.kind == NVFP4_TILED:
         return Float4Weight(values, scale, scales[".weight_scale_2"], input_scale)

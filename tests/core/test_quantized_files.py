@@ -197,6 +197,10 @@ REFUSED_FP8: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     ),
     "input scale": (having(f"{QKV}.input_scale", torch.ones(32)), rf"dtype or shape \({QKV}.input_scale\)"),
     "NaN": (having(f"{QKV}.weight_scale", torch.tensor(float("nan"))), f"not finite: {QKV}.weight_scale"),
+    "NaN weight": (
+        having(f"{QKV}.weight", torch.full((96, 32), float("nan")).to(torch.float8_e4m3fn)),
+        f"not finite: {QKV}.weight",
+    ),
     "second scale": (having(f"{QKV}.weight_scale_2", torch.ones(())), f"with .weight_scale_2: {QKV}.weight"),
     "smoothing": (having(f"{QKV}.pre_quant_scale", torch.ones(32)), f"with .pre_quant_scale: {QKV}.weight"),
     "orphan": (having("img_out.weight_scale", torch.ones(())), "describe no tensor: img_out.weight_scale"),

@@ -13,7 +13,7 @@ from torch import Tensor
 from klein_core.denoiser.linear import Linear
 from klein_core.quantization import devices, e2m1, stored_weight
 from klein_core.quantization.float4 import Float4Weight, quantised_inputs
-from klein_core.quantization.float8 import Float8Weight
+from klein_core.quantization.float8 import Float8Weight, is_finite
 from klein_core.quantization.int8 import Int8Weight
 from klein_core.quantization.layers import place
 from klein_core.quantization.stored_weight import StoredWeight, share_buffer
@@ -176,6 +176,17 @@ def test_one_buffer_as_large_as_the_largest_layer_serves_all():
     assert first.data_ptr() == second.data_ptr()
     with torch.enable_grad():
         assert layers[0].weight.dense(torch.float32).data_ptr() != first.data_ptr()
+
+
+@pytest.mark.parametrize("element", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_every_eight_bit_float_is_what_torch_says(element: torch.dtype):
+    codes = torch.arange(256, dtype=torch.uint8)
+    finite = codes[codes.view(element).float().isfinite()]
+    assert is_finite(finite, element)
+    assert all(not is_finite(code[None], element) for code in codes if code not in finite)
+    scale = torch.tensor([0.0123])
+    stored = Float8Weight(finite[None], scale, element=element)
+    assert torch.equal(stored.dense(torch.float32), finite[None].view(element).float() * scale)
 
 
 def test_which_products_a_device_computes_itself():
