@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 
 Capability = tuple[int, int]
@@ -28,7 +26,6 @@ def multiplies_float4(capability: Capability | None) -> bool:
     )
 
 
-@lru_cache
 def capability_of(device: torch.device) -> Capability | None:
     """Returns the device's CUDA capability; `None` elsewhere, also on ROCm, whose 8-bit floats are others."""
     if device.type != "cuda" or torch.version.cuda is None:

@@ -25,6 +25,7 @@ from klein_core.quantization.tiles import BLOCK, swizzled_shape
 from klein_core.variants import TransformerConfig
 from tests.tiny.layouts import bfl_transformer
 from tests.tiny.quantised import comfy_header, is_block_matrix, quantised_file, write_float8, write_nvfp4
+from tests.tiny.transformer import random_span
 
 PROMPT = "a large red heart on a yellow background"
 LEAST_PSNR_DB = {"fp8": 42.0, "int8": 45.0, "nvfp4": 36.0}
@@ -105,6 +106,14 @@ def test_a_picture_with_inputs_in_eight_bits_too(
     monkeypatch.setattr(stored_weight, "capability_of", lambda device: (9, 0))
     transformer = FlowTransformer.from_folder(WEIGHTS, dtype=DTYPE, quantization="fp8")
     assert psnr_db(paint(with_transformer(pico, transformer)), picture) > LEAST_PSNR_DB["fp8"]
+
+
+def test_compiled_blocks_give_the_same_bits():
+    plain, compiled = (FlowTransformer.from_folder(WEIGHTS, quantization="fp8") for _ in range(2))
+    compiled.compile_blocks(backend="eager")
+    span = random_span([(2, 2)], joint_attention_dim=384, in_channels=128)
+    with torch.inference_mode():
+        assert torch.equal(compiled([span])[0], plain([span])[0])
 
 
 def test_which_layers_are_quantised_at_load(pico: Pipeline):
