@@ -8,6 +8,13 @@ import torch
 from torch import Tensor
 
 
+class _Rooms(threading.local):
+    """What one thread unfolds into, by device and type."""
+
+    def __init__(self) -> None:
+        self.rooms: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+
 class DenseBuffer:
     """Lends room for one dequantised layer; the next loan overwrites the last one.
 
@@ -16,7 +23,7 @@ class DenseBuffer:
     """
 
     def __init__(self) -> None:
-        self._of_thread = threading.local()
+        self._of_thread = _Rooms()
 
     def __deepcopy__(self, memo: dict[int, object]) -> DenseBuffer:
         """A copied model unfolds its layers elsewhere."""
@@ -26,7 +33,7 @@ class DenseBuffer:
         """Returns a matrix of that shape, holding whatever was there before."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return torch.empty(shape, dtype=dtype, device=device)
-        rooms: dict[tuple[torch.device, torch.dtype], Tensor] = self._of_thread.__dict__
+        rooms = self._of_thread.rooms
         size = shape[0] * shape[1]
         if (device, dtype) not in rooms or rooms[device, dtype].numel() < size:
             # Dropped first, so that the old and the new one never exist together.
