@@ -137,6 +137,22 @@ def inspect_place(place: Path) -> Report:
     return Report(place, components, checkpoint.metadata(), ())
 
 
+def check_component(component: str, files: ModelFiles) -> None:
+    """Checks by configuration and headers that a component's files are there and name what it needs.
+
+    Raises:
+        CheckpointError: they do not; with names.
+    """
+    checkpoint, config = files.open(component), _READERS[component](files)
+    layout = find_layout(component, checkpoint)
+    sources, ignorable = _sources(config, layout)
+    match = match_tensors(sources, checkpoint, sources, layout, ignorable, is_companion)
+    match.refuse(checkpoint.place)
+    for pieces in match.plan.values():
+        for piece in pieces:
+            checkpoint.entry(piece.name)
+
+
 def _inspect_model(folder: Path) -> Report:
     files = ModelFiles(model=folder)
     components: list[ComponentReport] = []

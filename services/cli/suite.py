@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 
+from klein_core.checkpoint.inspection import check_component
 from klein_core.checkpoint.layouts import TEXT_ENCODER, TRANSFORMER, VAE
 from klein_core.checkpoint.model_files import TOKENIZER, ModelFiles
 from klein_core.checkpoint_config import read_variant
@@ -271,7 +272,7 @@ def require_model(files: ModelFiles) -> str:
     try:
         read_variant(files)
         for component in COMPONENTS.values():
-            files.open(component)
+            check_component(component, files)
         if not files.tokenizer_folder.is_dir():
             raise CheckpointError(f"{files.tokenizer_folder} is missing")
     except CheckpointError as error:
