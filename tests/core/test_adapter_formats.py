@@ -111,6 +111,7 @@ def test_rank_stabilised(tmp_path: Path):
         ("ai-toolkit",),
         ("ai-toolkit-diffusers", "peft-authors"),
         ("peft",),
+        ("lokr-square",),
     ],
     ids="+".join,
 )

@@ -133,6 +133,8 @@ class Format:
     plain_metadata: dict[str, str] = field(default_factory=dict)
     rank: int = 3
     dtype: torch.dtype = torch.float32
+    left_shape: tuple[int, int] = (4, 2)
+    """Of a Kronecker product's first factor; diffusers takes no other than those of LyCORIS' own rule."""
 
     def write(self, oracle: Flux2Transformer2DModel, seed: int = 0) -> Written:
         generator = torch.Generator().manual_seed(seed)
@@ -189,7 +191,8 @@ def _lokr(*decomposed: str) -> Callable[..., tuple[dict[str, Tensor], Tensor]]:
     def write(
         form: Format, shape: tuple[int, int], generator: torch.Generator
     ) -> tuple[dict[str, Tensor], Tensor]:
-        sizes = {"w1": (4, 2), "w2": (shape[0] // 4, shape[1] // 2)}
+        rows, columns = form.left_shape
+        sizes = {"w1": form.left_shape, "w2": (shape[0] // rows, shape[1] // columns)}
         parts: dict[str, Tensor] = {}
         factors = []
         for name, (rows, columns) in sizes.items():
@@ -240,6 +243,7 @@ FORMATS = {
     "kohya-no-alpha": Format(authors_targets, "lora_unet_", underscored=True, **_KOHYA),
     "one-trainer": Format(diffusers_targets, "lora_transformer_", alpha=2, underscored=True, **_KOHYA),
     "lokr": Format(authors_targets, "diffusion_model.", kind="lokr", alpha=7),
+    "lokr-square": Format(authors_targets, "diffusion_model.", kind="lokr-w2", alpha=2, left_shape=(4, 4)),
     "lokr-w2": Format(authors_targets, "diffusion_model.", kind="lokr-w2", alpha=2),
     "lokr-both": Format(diffusers_targets, "lycoris_", kind="lokr-both", alpha=2, underscored=True),
     "loha": Format(authors_targets, "lora_unet_", kind="loha", alpha=2, underscored=True),
