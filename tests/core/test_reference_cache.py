@@ -24,9 +24,17 @@ from klein_core.denoiser.transformer import FlowTransformer
 from klein_core.errors import InvalidInput
 from klein_core.known_variants import KNOWN_VARIANTS
 from klein_core.pipeline import Pipeline
+from klein_core.quantization.stored_weight import StoredWeight
 from tests.core.test_pipeline import PROMPT, Pair, pictures, png
 from tests.tiny.checkpoint import save_tiny_checkpoint
-from tests.tiny.transformer import oracle_velocity, random_span, relative_error, tiny_oracle, twin
+from tests.tiny.transformer import (
+    oracle_velocity,
+    random_span,
+    relative_error,
+    save_tiny_transformer,
+    tiny_oracle,
+    twin,
+)
 
 TOLERANCE = 1e-5
 REFERENCES = [[(3, 4)], [(2, 6), (4, 4), (5, 3)]]
@@ -223,6 +231,19 @@ def test_what_a_cache_takes_is_known_before(ours):
     assert cache.size_bytes == 19 * bytes_per_token(ours.config, torch.float32)
     klein = KNOWN_VARIANTS["klein-9b-kv"].transformer
     assert bytes_per_token(klein, torch.bfloat16) == 524_288
+
+
+@pytest.mark.parametrize("quantization", ["fp8", "int8"])
+def test_quantised_weights_cache_what_they_stand_for(tmp_path: Path, quantization: str):
+    save_tiny_transformer(tmp_path)
+    stored = FlowTransformer.from_folder(tmp_path, quantization=quantization)
+    plain = FlowTransformer.from_folder(tmp_path)
+    for name, layer in stored.linears.items():
+        if isinstance(layer.weight, StoredWeight):
+            plain.linears[name].weight.copy_(layer.weight.dense(torch.float32))
+    assert isinstance(stored.linears["single_transformer_blocks.2.attn.to_qkv_mlp_proj"].weight, StoredWeight)
+    span = random_span([(4, 6), (3, 4), (2, 2)])
+    assert relative_error(stored([cached(stored, span)])[0], plain([cached(plain, span)])[0]) < TOLERANCE
 
 
 def test_refuses_references_and_caches_that_do_not_fit(ours):

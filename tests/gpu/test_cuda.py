@@ -84,3 +84,21 @@ def test_a_packed_step_equals_each_span_alone(checkpoint: Path, dtype: torch.dty
         alone = [model([span])[0] for span in spans]
     for one, other in zip(together, alone, strict=True):
         assert float((one - other).float().norm() / other.float().norm()) <= tolerance
+
+
+def test_cached_references_give_the_pictures_of_the_cpu(tmp_path: Path) -> None:
+    save_tiny_checkpoint(tmp_path, reference_cache=True)
+    on_cpu, on_cuda = (
+        FlowTransformer.from_folder(tmp_path, device=device, dtype=torch.float32)
+        for device in ("cpu", "cuda")
+    )
+    generator = torch.Generator().manual_seed(0)
+    channels, joint = on_cpu.config.in_channels, on_cpu.config.joint_attention_dim
+    references = [torch.randn(rows, 5, channels, generator=generator) for rows in (4, 7)]
+    span = Span(torch.randn(64, joint, generator=generator), torch.randn(8, 6, channels, generator=generator))
+    with torch.no_grad():
+        wanted, got = (
+            model([replace(span, reference_cache=model.reference_cache(references))])[0].cpu()
+            for model in (on_cpu, on_cuda)
+        )
+    assert float((got - wanted).norm() / wanted.norm()) <= 1e-4
