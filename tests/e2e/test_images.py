@@ -22,6 +22,7 @@ from klein_core.denoiser.adapters.adapter import ScaledAdapter
 from klein_core.pico.location import WEIGHTS
 from klein_core.pipeline import Pipeline
 from services.cli.client import Generation, connect, generate
+from services.cli.status import list_models
 from services.cli.suite import Suite, SuiteOptions
 from services.runtime.status import explain
 from tests.tiny.adapters import FORMATS
@@ -221,6 +222,13 @@ def test_requests_with_different_adapters_at_once_each_get_the_pipelines_bytes(r
     if running.adapters is None:
         pytest.skip("pico has no adapters")
     assert_adapters_do_not_mix(running, of_variant(CASES["edit"], running.pipeline))
+
+
+def test_adapters_are_listed(running: Running) -> None:
+    [model] = asyncio.run(list_models(running.target, 30.0)).models
+    listed = [(adapter.name, adapter.kind, adapter.problem) for adapter in model.adapters]
+    assert listed == ([] if running.adapters is None else [("kron", "LoKr", ""), ("plain", "LoRA", "")])
+    assert model.limits.adapter_count == 8
 
 
 def test_an_unknown_adapter_is_not_found(running: Running) -> None:
