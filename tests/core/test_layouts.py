@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -60,6 +61,21 @@ def assert_equal(one: nn.Module, other: nn.Module) -> None:
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
+@contextmanager
+def read_names(monkeypatch) -> Iterator[list[str]]:
+    """Lists the tensors whose bytes are read inside the block, one entry a reading."""
+    names: list[str] = []
+    fill = Reader._fill
+
+    def counted(self, name, first, values):
+        names.append(name)
+        fill(self, name, first, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Reader, "_fill", counted)
+        yield names
+
+
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
 @pytest.mark.parametrize("writer", [dict, bfl_transformer])
 def test_a_transformer_is_the_same_from_either_layout_and_behind_any_prefix(folder, copy, writer, prefix):
@@ -86,7 +102,7 @@ def test_a_text_encoder_is_the_same_with_or_without_a_prefix_and_a_head(folder, 
     assert_equal(ours.model, TextEncoder.from_folder(folder).model)
 
 
-def test_a_part_of_a_file_that_holds_a_whole_model_is_found(folder, tmp_path):
+def test_a_stage_finds_its_part_of_a_whole_model_s_file_and_reads_no_other(folder, tmp_path, monkeypatch):
     whole = {
         **prefixed(bfl_transformer(load_file(folder / FILES["transformer"])), "model.diffusion_model."),
         **prefixed(bfl_vae(load_file(folder / FILES["vae"])), "first_stage_model."),
@@ -99,8 +115,16 @@ def test_a_part_of_a_file_that_holds_a_whole_model_is_found(folder, tmp_path):
         (tmp_path / component).mkdir()
         save_file(whole, tmp_path / path)
         (tmp_path / component / "config.json").write_bytes((folder / component / "config.json").read_bytes())
-    assert_equal(FlowTransformer.from_folder(tmp_path), FlowTransformer.from_folder(folder))
-    assert_equal(VaeDecoder.from_folder(tmp_path).autoencoder, VaeDecoder.from_folder(folder).autoencoder)
+    with read_names(monkeypatch) as names:
+        transformer = FlowTransformer.from_folder(tmp_path)
+    assert names
+    assert all(name.startswith("model.diffusion_model.") for name in names)
+    with read_names(monkeypatch) as names:
+        autoencoder = VaeDecoder.from_folder(tmp_path).autoencoder
+    assert names
+    assert all(name.startswith("first_stage_model.") for name in names)
+    assert_equal(transformer, FlowTransformer.from_folder(folder))
+    assert_equal(autoencoder, VaeDecoder.from_folder(folder).autoencoder)
     shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
     assert_equal(TextEncoder.from_folder(tmp_path).model, TextEncoder.from_folder(folder).model)
 
@@ -111,6 +135,22 @@ def test_diffusers_reads_the_authors_layout_as_we_do(folder):
     converted = single_file_utils.convert_flux2_transformer_checkpoint_to_diffusers(bfl_transformer(tensors))
     assert converted.keys() == tensors.keys()
     assert all(torch.equal(converted[name], tensors[name]) for name in tensors)
+
+
+def test_diffusers_reads_the_authors_autoencoder_as_we_do(folder):
+    """Its conversion of the layout's ancestor, which has the two 1×1 convolutions outside."""
+    tensors = load_file(folder / FILES["vae"])
+    authors = {
+        name.replace("encoder.quant_conv", "quant_conv").replace(
+            "decoder.post_quant_conv", "post_quant_conv"
+        ): tensor
+        for name, tensor in bfl_vae(tensors).items()
+        if not name.startswith("bn.")
+    }
+    levels = {"down_block_types": range(4), "up_block_types": range(4)}
+    converted = single_file_utils.convert_ldm_vae_checkpoint(authors, levels)
+    assert converted.keys() == {name for name in tensors if not name.startswith("bn.")}
+    assert all(torch.equal(converted[name], tensors[name]) for name in converted)
 
 
 def test_the_halves_of_the_head_are_told_apart_by_layout(folder, copy):
@@ -181,22 +221,11 @@ def test_another_component_s_file_is_called_what_it_is(folder):
 
 def test_a_stage_reads_each_needed_tensor_once_and_no_other(folder, copy, monkeypatch):
     """Also not the language head, the norm and the layer after the last tap, nor the other stages' files."""
-    read: list[tuple[str, int, int]] = []
-    fill = Reader._fill
-
-    def counted(self, name, first, values):
-        read.append((name, first, len(values)))
-        fill(self, name, first, values)
-
-    monkeypatch.setattr(Reader, "_fill", counted)
     changed = copy("text_encoder", lambda t: t | {"lm_head.weight": torch.ones(320, 32)})
-    encoder = TextEncoder.from_folder(changed)
-    names = [name for name, _, _ in read]
+    with read_names(monkeypatch) as names:
+        encoder = TextEncoder.from_folder(changed)
     assert sorted(names) == sorted("model." + name for name in encoder.model.state_dict())
     assert not any(name.startswith(("model.layers.3.", "lm_head", "model.norm")) for name in names)
-    assert sum(count for _, _, count in read) == sum(
-        value.numel() for value in encoder.model.state_dict().values()
-    )
 
 
 def _without(tensors: Tensors, *names: str) -> Tensors:

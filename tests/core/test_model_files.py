@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -23,6 +25,7 @@ from klein_core.checkpoint_config import (
 from klein_core.errors import CheckpointError
 from klein_core.known_variants import KNOWN_VARIANTS, SMALL_DECODER
 from klein_core.pipeline import Pipeline
+from klein_core.variants import TransformerConfig
 from tests.core.hollow import hollow_file
 from tests.tiny.checkpoint import save_tiny_checkpoint
 from tests.tiny.layouts import bare_text_encoder, bfl_transformer, bfl_vae, prefixed
@@ -94,6 +97,26 @@ def test_full_size_text_encoders_are_known_by_their_shapes(tmp_path, name):
     row = KNOWN_VARIANTS[name]
     file = hollow_file(tmp_path, "text_encoder", row.text_encoder, "transformers")
     assert shapes.text_encoder_config(open_checkpoint(file)) == row.text_encoder
+
+
+PEAK = """
+import resource, sys
+from pathlib import Path
+from klein_core.checkpoint.model_files import ModelFiles
+from klein_core.denoiser.transformer import FlowTransformer
+peak_bytes = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_bytes()
+network = FlowTransformer.from_folder(ModelFiles.alone("transformer", Path(sys.argv[1])))
+print((peak_bytes() - before) / sum(parameter.nbytes for parameter in network.parameters()))
+"""
+
+
+def test_loading_needs_little_more_memory_than_the_weights(tmp_path):
+    """The largest tensor is an eighth of this network; a copy of it would show."""
+    shape = TransformerConfig(num_layers=1, num_single_layers=1, num_attention_heads=12)
+    file = hollow_file(tmp_path, "transformer", shape, "diffusers")
+    done = subprocess.run([sys.executable, "-c", PEAK, file], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 1.1
 
 
 def test_a_bare_transformer_s_variant_is_named_or_asked_for(tmp_path):
