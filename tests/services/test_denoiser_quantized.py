@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from klein_api.v1 import stage_service_pb2
 from klein_api.v1.stage_service_pb2_grpc import StageServiceStub
 from klein_core.pipeline import Pipeline
+from services.cli.suite import Suite, SuiteOptions
 from tests.services.denoiser_server import (
     Tensors,
     denoise,
@@ -62,3 +63,9 @@ async def test_plain_weights_quantised_at_load_through_the_service(tmp_path: Pat
         heard = await denoise(channel, request(spec(seeds=[3]), Tensors(embedding)))
     with one_thread(), torch.no_grad():
         assert torch.equal(pipeline.vae_decoder.decode(heard.latents[0]), expected)
+
+
+def test_klein_up_tells_its_stages():
+    suite = Suite(SuiteOptions(quantization="int8"))
+    for stage in ("denoiser", "text-encoder"):
+        assert suite._settings(stage)["KLEIN_QUANTIZATION"] == "int8"
