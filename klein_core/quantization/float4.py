@@ -23,10 +23,16 @@ _ROW_ALIGNMENT = 16
 
 
 class Float4Weight(StoredWeight):
-    """Value = float · block scale · scale."""
+    """Value = float · block scale · scale, and · the column's smoothing where there is one.
+
+    Attributes:
+        smoothing: fp32 (columns,), which the layer's inputs are multiplied with before anything else; the writer
+            divided the columns by it, so that a few loud inputs cost the others less. `None` is 1.
+    """
 
     block_scales: Tensor
     pairs: Tensor
+    smoothing: Tensor | None
 
     def __init__(
         self,
@@ -41,6 +47,7 @@ class Float4Weight(StoredWeight):
         """`values` (rows, columns / 2) bytes; `block_scales` swizzled e4m3 (rows, columns / 16), padded to tiles."""
         super().__init__(values, scale, input_scale, dtype=dtype, full_precision=full_precision)
         self.register_buffer("block_scales", block_scales.view(torch.uint8))
+        self.register_buffer("smoothing", None)
         self.register_buffer("pairs", e2m1.pair_table(values.device), persistent=False)
 
     @classmethod
@@ -59,12 +66,13 @@ class Float4Weight(StoredWeight):
         values = _in_blocks(e2m1.decoded(self.values[start:stop], self.pairs))
         scales = self._block_scales(start, stop).view(torch.float8_e4m3fn).float()
         scales = scales.mul_(self._scale_of(start, stop))
-        return values.mul_(scales[..., None]).flatten(1)
+        unfolded = values.mul_(scales[..., None]).flatten(1)
+        return unfolded if self.smoothing is None else unfolded.mul_(self.smoothing)
 
     def cut(self, start: int, stop: int) -> Self:
         tiles = swizzled(self._block_scales(start, stop))
         scale = self._scale_of(start, stop)
-        return type(self)(
+        part = type(self)(
             self.values[start:stop],
             tiles,
             scale,
@@ -72,9 +80,13 @@ class Float4Weight(StoredWeight):
             dtype=self.dtype,
             full_precision=self.full_precision,
         )
+        part.smoothing = self.smoothing
+        return part
 
     @classmethod
     def stacked(cls, parts: Sequence[Self]) -> Self:
+        if any(part.smoothing is not None for part in parts):
+            raise ValueError("the inputs of smoothed weights differ; such weights cannot be stacked")
         values = torch.cat([part.values for part in parts])
         tiles = swizzled(torch.cat([part._block_scales(0, len(part.values)) for part in parts]))
         first = parts[0]
@@ -98,7 +110,7 @@ class Float4Weight(StoredWeight):
 
         Inputs take the file's static scale, or else each token its own, so that requests in one step stay apart.
         """
-        exact = tokens.float()
+        exact = tokens.float() if self.smoothing is None else tokens.float() * self.smoothing
         input_scale = self._input_scale(exact)
         packed, tiles = quantised_inputs(exact, input_scale)
         weight = self.values[start:stop].view(torch.float4_e2m1fn_x2).t()

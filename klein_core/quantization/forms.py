@@ -25,10 +25,11 @@ from klein_core.quantization.tiles import BLOCK, swizzled_shape
 from klein_core.safetensors_header import StoredTensor
 
 _WEIGHT = ".weight"
-_SCALE, _SECOND_SCALE, _INPUT_SCALE, _MARKER = (
+_SCALE, _SECOND_SCALE, _INPUT_SCALE, _SMOOTHING, _MARKER = (
     ".weight_scale",
     ".weight_scale_2",
     ".input_scale",
+    ".pre_quant_scale",
     ".comfy_quant",
 )
 _CODED: Mapping[str, Collection[str]] = {
@@ -107,7 +108,8 @@ def _form(
         return f"of a shape that {kind} cannot have:"
     expected = {_SCALE, _SECOND_SCALE} if "nvfp4" in kind else {_SCALE}
     missing = expected - companions.keys()
-    extra = companions.keys() - expected - {_INPUT_SCALE, _MARKER}
+    optional = {_INPUT_SCALE, _MARKER} | ({_SMOOTHING} if kind == NVFP4_TILED else set())
+    extra = companions.keys() - expected - optional
     if missing or extra:
         which = ", ".join(
             [*(f"without {suffix}" for suffix in missing), *(f"with {suffix}" for suffix in extra)]
@@ -150,6 +152,8 @@ def _values_shape(kind: str, tensor: StoredTensor) -> tuple[int, int] | None:
 
 def _scale_fits(kind: str, suffix: str, shape: tuple[int, int], scale: StoredTensor) -> bool:
     rows, columns = shape
+    if suffix == _SMOOTHING:
+        return scale.dtype in _PLAIN and scale.shape == (columns,)
     if suffix != _SCALE:
         return scale.dtype == "F32" and scale.shape in ((), (1,))
     if kind == NVFP4_TILED:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -97,8 +97,8 @@ class StoredForms:
         self, shape: torch.Size, pieces: tuple[Piece, ...], reader: Reader, dtype: torch.dtype
     ) -> StoredWeight | Tensor:
         """Reads one parameter; plain numbers where pieces of several forms make it, which nothing can hold as one."""
-        forms = {self._forms[piece.name].kind if piece.name in self._forms else None for piece in pieces}
-        if len(forms) == 1 and None not in forms:
+        forms = [self._forms.get(piece.name) for piece in pieces]
+        if _make_one(forms):
             parts = [self._stored(piece, reader, dtype) for piece in pieces]
             return parts[0] if len(parts) == 1 else type(parts[0]).stacked(parts)
         dense = self._dense(shape, pieces, reader, dtype)
@@ -127,6 +127,13 @@ class StoredForms:
         return weight if len(rows) == form.shape[0] else weight.cut(rows.start, rows.stop)
 
 
+def _make_one(forms: Sequence[Form | None]) -> bool:
+    """Whether tensors stored in these forms can be rows of one quantised weight."""
+    kinds = {form.kind if form else None for form in forms}
+    is_smoothed = any(form and ".pre_quant_scale" in form.companions for form in forms)
+    return len(kinds) == 1 and None not in kinds and not (is_smoothed and len(forms) > 1)
+
+
 def _read(name: str, form: Form, reader: Reader) -> StoredWeight:
     """Reads one stored tensor and its scales, whole."""
     values = reader.read(name)
@@ -146,7 +153,10 @@ def _read(name: str, form: Form, reader: Reader) -> StoredWeight:
         refuse(reader.checkpoint.place, [("not finite:", [] if is_finite(values, element) else [name])])
         return Float8Weight(values, scale, input_scale, element=element)
     if form.kind == NVFP4_TILED:
-        return Float4Weight(values, scale, scales[".weight_scale_2"], input_scale)
+        weight = Float4Weight(values, scale, scales[".weight_scale_2"], input_scale)
+        if ".pre_quant_scale" in scales:
+            weight.smoothing = scales[".pre_quant_scale"].float()
+        return weight
     if form.kind == NVFP4_LINEAR:
         return Float4Weight.from_linear(values, scale, scales[".weight_scale_2"], input_scale)
     if form.kind == INT8:

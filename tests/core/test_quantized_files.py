@@ -30,6 +30,7 @@ from tests.tiny.quantised import (
     write_int8,
     write_modelopt_nvfp4,
     write_nvfp4,
+    write_smoothed_nvfp4,
 )
 from tests.tiny.text_encoder import save_tiny_text_encoder
 from tests.tiny.transformer import random_span, tiny_oracle
@@ -155,6 +156,15 @@ def test_fp8_in_diffusers_names(tmp_path: Path, plain: Tensors, per_row: bool):
     else:
         save(tmp_path, file.tensors, quantization_config={"quant_method": "modelopt", "quant_algo": "FP8"})
     assert_reads_exactly(tmp_path, file, tmp_path, BLOCK_LAYERS)
+
+
+def test_smoothed_nvfp4(tmp_path: Path, official: Tensors):
+    file = quantised_file(official, write_smoothed_nvfp4, is_block_matrix)
+    save(tmp_path, file.tensors | comfy_markers(file.layers, "nvfp4"))
+    assert_reads_exactly(tmp_path, file, tmp_path, BLOCK_LAYERS)
+    wrong = file.tensors | {f"{QKV}.pre_quant_scale": torch.ones(96)} | comfy_markers(file.layers, "nvfp4")
+    with pytest.raises(CheckpointError, match=rf"dtype or shape \({QKV}.pre_quant_scale\)"):
+        FlowTransformer.from_folder(save(tmp_path, wrong))
 
 
 def test_every_matrix_may_be_quantised_even_the_head(tmp_path: Path, official: Tensors):

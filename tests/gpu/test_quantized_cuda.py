@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 DEVICE = torch.device("cuda")
-BOUNDS = {"fp8": 0.04, "fp8 a row": 0.04, "nvfp4": 0.15, "modelopt nvfp4": 0.15, "int8": 0.01}
+BOUNDS = dict.fromkeys(KINDS, 0.15) | {"fp8": 0.04, "fp8 a row": 0.04, "int8": 0.01}
 
 
 @pytest.fixture(autouse=True)
