@@ -12,7 +12,7 @@ from klein_core.checkpoint.files import Checkpoint
 from klein_core.checkpoint.layouts import Layout
 from klein_core.checkpoint.reader import Reader
 from klein_core.checkpoint.sources import Piece, is_companion
-from klein_core.errors import CheckpointError, refuse
+from klein_core.errors import refuse
 from klein_core.quantization import choices
 from klein_core.quantization.choices import NO_QUANTIZATION
 from klein_core.quantization.float4 import Float4Weight
@@ -57,23 +57,19 @@ class StoredForms:
         """Reads headers and notes, no weights.
 
         Args:
-            quantization: one of `choices.QUANTIZATIONS`.
+            quantization: one of `choices.QUANTIZATIONS`; has no effect on weights that are quantised already.
             quantisable: tells parameters of the network that it may quantise.
             ignorable: tells checkpoint names that are not needed.
 
         Raises:
-            CheckpointError: how a tensor is stored is not told, told twice, or not supported; or a quantization is
-                asked for of weights that have one. The message lists the names.
+            CheckpointError: how a tensor is stored is not told, told twice, or not supported. The message lists the
+                names.
         """
         names = {name for name in checkpoint.files if layout.owns(name) and not ignorable(name)}
         notes = read_notes(checkpoint, names, layout.prefix)
         forms = find_forms(checkpoint.place, {name: checkpoint.entry(name) for name in names}, notes)
-        if forms and quantization != NO_QUANTIZATION:
-            kinds = ", ".join(sorted({form.kind for form in forms.values()}))
-            raise CheckpointError(
-                f"{checkpoint.place} is quantised already ({kinds}); its quantization can only be {NO_QUANTIZATION}"
-            )
-        return cls(forms, quantization, quantisable)
+        # A suite may have one part's file quantised and be told to quantise the other: what is quantised stays so.
+        return cls(forms, NO_QUANTIZATION if forms else quantization, quantisable)
 
     def is_companion(self, name: str) -> bool:
         return is_companion(name)

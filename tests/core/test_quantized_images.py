@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from klein_core.denoiser.transformer import FlowTransformer, is_block_product
-from klein_core.errors import CheckpointError
 from klein_core.pico.location import WEIGHTS
 from klein_core.pipeline import Pipeline
 from klein_core.quantization import stored_weight
@@ -129,10 +128,14 @@ def test_which_layers_are_quantised_at_load(pico: Pipeline):
     assert all(".norm_" in name for name in plain - outside)
 
 
-def test_a_quantised_file_is_not_quantised_again(tmp_path: Path):
+def test_what_is_quantised_stays_as_it_is(tmp_path: Path):
+    """One setting serves a suite of which one part's file is quantised and the other's is plain."""
     folder = pico_file(tmp_path, write_float8, "float8_e4m3fn")
-    with pytest.raises(CheckpointError, match=r"is quantised already \(fp8\)"):
-        FlowTransformer.from_folder(folder, quantization="int8")
+    as_stored, told_otherwise = (
+        FlowTransformer.from_folder(folder, quantization=kind).state_dict() for kind in ("none", "int8")
+    )
+    assert as_stored.keys() == told_otherwise.keys()
+    assert all(torch.equal(as_stored[name], told_otherwise[name]) for name in as_stored)
 
 
 def stored_on_meta(kind: str, rows: int, columns: int) -> StoredWeight:
