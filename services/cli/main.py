@@ -72,6 +72,13 @@ class PrecisionName(StrEnum):
     NVFP4 = "nvfp4"
 
 
+class OffloadName(StrEnum):
+    """What is kept in the machine's memory instead of a GPU's."""
+
+    NONE = "none"
+    BLOCKS = "blocks"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; every failure becomes a sentence on standard error and an exit code."""
     try:
@@ -163,6 +170,10 @@ def up(
         Path | None,
         typer.Option(metavar="FOLDER", help="Adapters that requests may name: NAME.safetensors each."),
     ] = None,
+    offload: Annotated[
+        OffloadName,
+        typer.Option(help="What stays in the machine's memory and is brought to a GPU ahead of its use."),
+    ] = OffloadName.NONE,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads of each stage; 0 chooses.")] = 0,
     log_folder: Annotated[
         Path | None, typer.Option(help="Where logs stay; else a temporary folder, kept after failures.")
@@ -186,6 +197,7 @@ def up(
         dtype=dtype.value,
         quantization=quantization.value,
         adapters=adapters,
+        offload=offload.value,
         threads=threads,
         log_folder=log_folder,
     )

@@ -60,6 +60,8 @@ class SuiteOptions:
     dtype: str = "checkpoint"
     quantization: str = NO_QUANTIZATION
     """What plain weights of text encoder and transformer are made into."""
+    offload: str = "none"
+    """`blocks` leaves the denoiser's blocks in the machine's memory."""
     threads: int = 0
     """Threads that each stage computes with; 0 takes `default_threads`."""
     log_folder: Path | None = None
@@ -217,6 +219,7 @@ class Suite:
             "KLEIN_DTYPE": self.options.dtype,
             "KLEIN_QUANTIZATION": self.options.quantization,
             "KLEIN_ADAPTERS_FOLDER": str(self.options.adapters.resolve()) if self.options.adapters else "",
+            "KLEIN_OFFLOAD": self.options.offload,
             "KLEIN_THREADS": str(self.options.threads or default_threads()),
         }
 

@@ -11,6 +11,7 @@ from klein_core.checkpoint.layouts import TEXT_ENCODER, TRANSFORMER
 from klein_core.checkpoint.model_files import ModelFiles
 from klein_core.checkpoint_config import PipelineIndex, read_sampling
 from klein_core.denoiser.adapters.adapter import ScaledAdapter
+from klein_core.denoiser.offload import offload_blocks
 from klein_core.denoiser.reference_cache import ReferenceCache, bytes_per_token
 from klein_core.denoiser.sampler import Trajectory, packed_step
 from klein_core.denoiser.transformer import FlowTransformer
@@ -23,12 +24,13 @@ from services.denoiser.request import Model, RequestLimits
 from services.denoiser.run import CacheReferences, Step
 from services.denoiser.scheduler import Scheduler, SchedulerLimits
 from services.denoiser.servicer import Denoiser
-from services.denoiser.settings import DenoiserSettings
+from services.denoiser.settings import OFFLOAD_BLOCKS, DenoiserSettings
 from services.denoiser.step_metrics import STAGE
 from services.denoiser.step_times import StepTimes
 from services.denoiser.warmup import BUDGET_SIDE_PX, measure_budget, synchronize, warm_up
 from services.denoiser.workload import Workload
 from services.runtime.devices import report_memory, resolve_device, resolve_dtype, set_threads
+from services.runtime.settings import SettingsError
 from services.runtime.worker import Worker
 
 
@@ -45,15 +47,37 @@ def load_denoiser(settings: DenoiserSettings, preparation: Worker) -> Denoiser:
     files = settings.model_files(TRANSFORMER)
     sampling = read_sampling(files)
     report_memory(STAGE, device)
-    transformer = FlowTransformer.from_folder(
-        files, device=device, dtype=resolve_dtype(settings.dtype), quantization=settings.quantization
-    )
+    transformer = load_transformer(settings, files, device)
     workload = Workload(
         model=_model(settings, sampling, transformer), device=device, text_tokens=_text_tokens(files)
     )
     step, cache_references = step_of(transformer), cache_of(transformer)
     adapters = OfferedAdapters.of(settings, transformer)
     return assemble(settings, workload, step, sizes_px, preparation, adapters, cache_references)
+
+
+def load_transformer(settings: DenoiserSettings, files: ModelFiles, device: torch.device) -> FlowTransformer:
+    """Loads the network onto the device, or leaves its blocks in the machine's memory.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be loaded.
+        SettingsError: blocks are to stay where they would be anyway.
+    """
+    streams = settings.offload == OFFLOAD_BLOCKS
+    if streams and device.type != "cuda":
+        raise SettingsError(
+            f"KLEIN_OFFLOAD is {settings.offload!r}, which is for CUDA devices; on {device} weights are in the "
+            "machine's memory already"
+        )
+    transformer = FlowTransformer.from_folder(
+        files,
+        device="cpu" if streams else device,
+        dtype=resolve_dtype(settings.dtype),
+        quantization=settings.quantization,
+    )
+    if streams:
+        offload_blocks(transformer, device)
+    return transformer
 
 
 def assemble(

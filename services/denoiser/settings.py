@@ -9,6 +9,8 @@ from pathlib import Path
 from services.runtime.settings import SettingsError, StageSettings, quantization_setting, setting
 
 AUTOMATIC = "auto"
+OFFLOAD_BLOCKS = "blocks"
+OFFLOADS = ("none", OFFLOAD_BLOCKS)
 _SIZE = re.compile(r"(\d{2,5})x(\d{2,5})")
 
 
@@ -24,6 +26,12 @@ class DenoiserSettings(StageSettings):
         maximum=3600,
     )
     quantization: str = quantization_setting()
+    offload: str = setting(
+        "none",
+        help="blocks: weights stay in the machine's memory and each block is brought to the GPU ahead of its use; "
+        "slower, the same pictures",
+        choices=OFFLOADS,
+    )
     packing: str = setting(
         AUTOMATIC,
         help="packed: requests share steps; exact: each image steps alone, bit for bit as in one process; "
