@@ -6,7 +6,7 @@ place that the one before left. Values are copied as they are, quantised ones to
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -39,9 +39,10 @@ class CudaLane:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
-        self._filled = [torch.cuda.Event() for _ in range(PLACES)]
-        self._used = [torch.cuda.Event() for _ in range(PLACES)]
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        new_event: Callable[[], torch.cuda.Event] = torch.cuda.Event
+        self._filled = [new_event() for _ in range(PLACES)]
+        self._used = [new_event() for _ in range(PLACES)]
 
     def fill(self, place: int, room: Tensor, block: Tensor) -> None:
         with torch.cuda.stream(self._stream):

@@ -115,3 +115,12 @@ async def test_a_warmed_up_server_knows_the_wait_of_its_first_request(tmp_path, 
 def test_the_text_length_is_the_checkpoints_or_kleins(tmp_path):
     assert loading._text_tokens(ModelFiles.of(tmp_path)) == 512
     assert loading._text_tokens(ModelFiles.of(save_checkpoint(tmp_path, distilled=True))) == 7
+
+
+def test_blocks_are_offloaded_from_cuda_devices_only(tmp_path):
+    folder = save_checkpoint(tmp_path, distilled=True)
+    preparation = Worker("test-preparation", 1)
+    settings = DenoiserSettings(model_path=str(folder), device="cpu", offload="blocks")
+    with pytest.raises(SettingsError, match=r"KLEIN_OFFLOAD is 'blocks'.*cpu"):
+        loading.load_denoiser(settings, preparation)
+    preparation.close()
