@@ -297,7 +297,9 @@ def test_the_pipeline_computes_references_once_a_call(pair: Pair, monkeypatch: p
     monkeypatch.setattr(
         FlowTransformer,
         "reference_cache",
-        lambda self, references: built.append(len(references)) or original(self, references),
+        lambda self, references, adapters: (
+            built.append(len(references)) or original(self, references, adapters)
+        ),
     )
     files = [png(p) for p in pictures(2)]
     images = list(pair.ours.generate(PROMPT, references=files, seeds=[1, 2], step_count=2))
