@@ -20,8 +20,9 @@ from benchmarks.measure import Bar, command, describe_machine, finish
 from benchmarks.peak_memory import Peak, measured_peak
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.sides import Place, cut_text_encoder, encode_run, flow_transformer, random_module
-from klein_core.denoiser.linear import HAS_BFLOAT16_PRODUCTS, Linear
 from klein_core.denoiser.span import Span
+from klein_core.emulation import HAS_BFLOAT16_PRODUCTS
+from klein_core.linear import Linear
 from klein_core.memory import autoencoder, text_encoder, transformer
 from klein_core.memory.precision import PRECISIONS
 from klein_core.quantization.float8 import Float8Weight
@@ -139,15 +140,18 @@ def measured(case: Case, shape: Shape, device: str) -> Numbers:
 def estimate(case: Case, shape: Shape, device: str) -> tuple[int, int]:
     """Returns bytes of weights and of activations as `klein plan` counts them."""
     precision = PRECISIONS[case.precision]
+    emulated = device == "cpu" and not HAS_BFLOAT16_PRODUCTS
     if case.stage == "text-encoder":
-        config = shape.text_encoder
-        return text_encoder.weight_bytes(config, precision), text_encoder.encode_bytes(config, precision)
+        words = shape.text_encoder
+        return (
+            text_encoder.weight_bytes(words, precision),
+            text_encoder.encode_bytes(words, precision, emulated=emulated),
+        )
     if case.stage == "denoiser":
         tokens = case.width * case.height // 256
         step = transformer.StepShape(
             spans=case.spans, text=512, target=tokens, references=case.references * tokens
         )
-        emulated = device == "cpu" and not HAS_BFLOAT16_PRODUCTS
         config = shape.transformer
         return (
             transformer.weight_bytes(config, precision),
@@ -159,7 +163,7 @@ def estimate(case: Case, shape: Shape, device: str) -> tuple[int, int]:
     )
     count = autoencoder.decode_bytes if case.stage == "decode" else autoencoder.encode_bytes
     value_bytes = precision.value_bytes
-    return autoencoder.weight_bytes(vae, value_bytes), count(vae, *size, value_bytes)
+    return autoencoder.weight_bytes(vae, value_bytes), count(vae, *size, value_bytes, emulated=emulated)
 
 
 def _peak(case: Case, shape: Shape, device: str, width: int, height: int) -> Peak[Run]:

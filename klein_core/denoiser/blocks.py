@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from klein_core.denoiser.conditioning import Modulation
-from klein_core.denoiser.linear import Linear
 from klein_core.denoiser.packing import Packing
 from klein_core.denoiser.positions import rotate
 from klein_core.denoiser.reference_cache import CachedLayer
 from klein_core.denoiser.scratch import Scratch
+from klein_core.linear import Linear
 from klein_core.variants import TransformerConfig
 
 

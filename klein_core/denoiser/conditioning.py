@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from klein_core.denoiser.linear import Linear
 from klein_core.denoiser.scratch import Scratch
+from klein_core.linear import Linear
 
 TIMESTEP_SCALE = 1000
 MAX_PERIOD = 10000

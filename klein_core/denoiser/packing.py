@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from klein_core.denoiser.linear import Linear
 from klein_core.denoiser.reference_cache import CachedLayer
 from klein_core.denoiser.span import Span
+from klein_core.linear import Linear
 
 _Item = TypeVar("_Item")
 

@@ -29,12 +29,12 @@ from klein_core.denoiser.conditioning import (
     modulated_norm,
     modulations,
 )
-from klein_core.denoiser.linear import Linear
 from klein_core.denoiser.packing import Packing, keep_from_compiler
 from klein_core.denoiser.positions import reference_rotations, span_rotations
 from klein_core.denoiser.reference_cache import REFERENCE_SIGMA, ReferenceCache, layers_of
 from klein_core.denoiser.scratch import Scratch
 from klein_core.denoiser.span import Span, check_references
+from klein_core.linear import Linear
 from klein_core.quantization.choices import NO_QUANTIZATION
 from klein_core.quantization.loading import StoredForms
 from klein_core.variants import TransformerConfig

@@ -9,15 +9,31 @@ from itertools import pairwise
 
 from klein_core.variants import VaeConfig
 
-
-def decode_bytes(config: VaeConfig, width_px: int, height_px: int, value_bytes: int) -> int:
-    """Returns the most that decoding one image takes beside the weights, its pixels included."""
-    return _decoder_values(config, width_px * height_px) * value_bytes
+_FP32 = 4
 
 
-def encode_bytes(config: VaeConfig, width_px: int, height_px: int, value_bytes: int) -> int:
-    """Returns the most that encoding one image takes beside the weights, its pixels included."""
-    return _encoder_values(config, width_px * height_px) * value_bytes
+def decode_bytes(
+    config: VaeConfig, width_px: int, height_px: int, value_bytes: int, *, emulated: bool = False
+) -> int:
+    """Returns the most that decoding one image takes beside the weights, its pixels included.
+
+    `emulated` is a processor that convolves bfloat16 as fp32 copies, of features and result.
+    """
+    copies = _copies(value_bytes, emulated)
+    return int(_decoder_values(config, width_px * height_px, copies) * value_bytes)
+
+
+def encode_bytes(
+    config: VaeConfig, width_px: int, height_px: int, value_bytes: int, *, emulated: bool = False
+) -> int:
+    """Returns the most that encoding one image takes beside the weights, its pixels included; see `decode_bytes`."""
+    copies = _copies(value_bytes, emulated)
+    return int(_encoder_values(config, width_px * height_px, copies) * value_bytes)
+
+
+def _copies(value_bytes: int, emulated: bool) -> int:
+    """Returns how many values' room the fp32 copy of one value takes, where one is made."""
+    return _FP32 // value_bytes if emulated and value_bytes < _FP32 else 0
 
 
 def tiled_size_px(config: VaeConfig, width_px: int, height_px: int) -> tuple[int, int]:
@@ -25,51 +41,62 @@ def tiled_size_px(config: VaeConfig, width_px: int, height_px: int) -> tuple[int
     return min(width_px, config.sample_size), min(height_px, config.sample_size)
 
 
-def _decoder_values(config: VaeConfig, pixels: int) -> int:
+def _decoder_values(config: VaeConfig, pixels: int, copies: int) -> int:
     widths = tuple(reversed(config.decoder_block_out_channels or config.block_out_channels))
     area: int = pixels // 4 ** (len(widths) - 1)
-    peak = _middle_values(widths[0], area, config)
+    peak = _middle_values(widths[0], area, config, copies)
     for level, (before, width) in enumerate(pairwise((widths[0], *widths))):
         blocks = [(before, width)] + [(width, width)] * config.layers_per_block
-        peak = max(peak, _level_values(blocks, area))
+        peak = max(peak, _level_values(blocks, area, copies))
         if level + 1 < len(widths):
             # The level's own input, the features, their double and what the convolution makes of that.
-            peak = max(peak, (before + width) * area + 2 * width * 4 * area)
+            resampled = width * 4 * area
+            peak = max(peak, (before + width) * area + resampled + _convolved(resampled, resampled, copies))
             area *= 4
-    head = 3 * widths[-1] * area
+    head = max(3, 2 + copies) * widths[-1] * area
     return max(peak, head) + config.out_channels * area
 
 
-def _encoder_values(config: VaeConfig, pixels: int) -> int:
+def _encoder_values(config: VaeConfig, pixels: int, copies: int) -> int:
     widths, area = config.block_out_channels, pixels
-    peak = widths[0] * area
+    peak = _convolved(config.in_channels * area, widths[0] * area, copies)
     for level, (before, width) in enumerate(pairwise((widths[0], *widths))):
         blocks = [(before, width)] + [(width, width)] * (config.layers_per_block - 1)
-        peak = max(peak, _level_values(blocks, area))
+        peak = max(peak, _level_values(blocks, area, copies))
         if level + 1 < len(widths):
             # The level's own input, the features, their padded copy and half as many rows and columns.
-            peak = max(peak, (before + 2 * width) * area + width * area // 4)
+            padded, halved = width * area, width * area // 4
+            peak = max(peak, (before + width) * area + padded + _convolved(padded, halved, copies))
             area //= 4
-    peak = max(peak, _middle_values(widths[-1], area, config))
+    peak = max(peak, _middle_values(widths[-1], area, config, copies))
     return peak + config.in_channels * pixels
 
 
-def _level_values(blocks: list[tuple[int, int]], area: int) -> int:
+def _convolved(features: int, result: int, copies: int) -> int:
+    """Returns the most values that a convolution adds to the features it is given, its result included."""
+    return max(copies * (features + result), (copies + 1) * result)
+
+
+def _level_values(blocks: list[tuple[int, int]], area: int, copies: int) -> int:
     """Returns the most values of a level's residual blocks; its own input lives as long as they run."""
     first, *others = blocks
     kept = first[0]
-    return area * max([_residual_width(*first)] + [kept + _residual_width(*block) for block in others])
+    inside = [_residual_width(*first, copies)] + [kept + _residual_width(*block, copies) for block in others]
+    return area * max(inside)
 
 
-def _residual_width(before: int, width: int) -> int:
-    """Returns channels alive at most: the input with its norm and activation, or the block's second half."""
-    return max(3 * before, 2 * before + width, before + 3 * width)
+def _residual_width(before: int, width: int, copies: int) -> int:
+    """Returns channels alive at most: the input with its norm and activation, or at one of the convolutions."""
+    first = 2 * before + _convolved(before, width, copies)
+    second = before + 2 * width + _convolved(width, width, copies)
+    shortcut = before + width + _convolved(before, width, copies) if before != width else 0
+    return max(3 * before, first, second, shortcut)
 
 
-def _middle_values(width: int, area: int, config: VaeConfig) -> int:
+def _middle_values(width: int, area: int, config: VaeConfig, copies: int) -> int:
     """Attention keeps the input, the normalised pixels, query, key, value and the output."""
     attention = 7 if config.mid_block_add_attention else 0
-    return width * area * max(4, attention)
+    return area * max(4 * width, attention * width, _residual_width(width, width, copies))
 
 
 def weight_bytes(config: VaeConfig, value_bytes: int) -> int:

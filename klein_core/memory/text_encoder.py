@@ -6,6 +6,7 @@ from klein_core.memory.precision import Precision
 from klein_core.variants import TextEncoderConfig
 
 _DEFAULT_HEAD_DIM = 128
+_FP32 = 4
 
 
 def weight_bytes(config: TextEncoderConfig, precision: Precision) -> int:
@@ -18,27 +19,43 @@ def weight_bytes(config: TextEncoderConfig, precision: Precision) -> int:
     return (table + norms) * precision.value_bytes + layers * matrices
 
 
-def encode_bytes(config: TextEncoderConfig, precision: Precision) -> int:
+def encode_bytes(config: TextEncoderConfig, precision: Precision, *, emulated: bool = False) -> int:
     """Returns the most that encoding one prompt takes beside the weights.
 
-    Every layer's output stays until the end. On top of that, either the last layer is at its fullest, with three
-    tensors as wide as its feed-forward, or the tapped outputs are being copied side by side.
+    Every layer's output stays until the end. On top of that, either the last layer is at its fullest, or the tapped
+    outputs are being copied side by side.
+
+    Args:
+        config: the network.
+        precision: of its weights.
+        emulated: a processor that multiplies bfloat16 as fp32 copies, both factors and the product.
     """
-    layers, length = max(config.tapped_layers), config.sequence_length
-    states = (layers + 1) * config.hidden_size
-    inside = 2 * config.hidden_size + 3 * int(config.qwen3["intermediate_size"])
-    values = length * (states + max(inside, config.embedding_channels)) * precision.value_bytes
-    if not precision.is_quantised:
-        return values
-    return values + max(rows * columns for rows, columns in _layer_matrices(config)) * precision.value_bytes
+    length, value = config.sequence_length, precision.value_bytes
+    states = (max(config.tapped_layers) + 1) * config.hidden_size
+    inside = max(_feed_forward(config, precision, emulated and value < _FP32))
+    return length * states * value + max(inside, length * config.embedding_channels * value)
+
+
+def _feed_forward(config: TextEncoderConfig, precision: Precision, emulated: bool) -> tuple[int, int]:
+    """Returns what is alive while the second wide product is made, and while both wide ones are multiplied."""
+    size, inner, length = config.hidden_size, _inner(config), config.sequence_length
+    largest = max(rows * columns for rows, columns in _layer_matrices(config))
+    unfolded = largest * precision.value_bytes if precision.is_quantised else 0
+    copies = (largest + length * (size + inner)) * _FP32 if emulated else 0
+    making = length * 2 * (size + inner) * precision.value_bytes + unfolded + copies
+    return making, length * (2 * size + 3 * inner) * precision.value_bytes + unfolded
 
 
 def _layer_matrices(config: TextEncoderConfig) -> list[tuple[int, int]]:
     heads, size, head = int(config.qwen3["num_attention_heads"]), config.hidden_size, _head_dim(config)
-    inner = int(config.qwen3["intermediate_size"])
+    inner = _inner(config)
     narrow = int(config.qwen3.get("num_key_value_heads") or heads) * head
     attention = [(heads * head, size), (narrow, size), (narrow, size), (size, heads * head)]
     return [*attention, (inner, size), (inner, size), (size, inner)]
+
+
+def _inner(config: TextEncoderConfig) -> int:
+    return int(config.qwen3["intermediate_size"])
 
 
 def _head_dim(config: TextEncoderConfig) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import string
 
+from klein_core.pico.free_captions import free_caption
 from klein_core.pico.words import (
     article,
     background_phrase,
@@ -30,6 +31,8 @@ _OPENINGS = (
 )  # fmt: skip
 _ENDINGS = (" please", ", please", " thanks", ", flat style", ", simple shapes", ", minimalist", ", high quality",
             ", vector art", ", clean edges", ", nothing else", ", flat colors")  # fmt: skip
+_FREE = 0.35
+"""How often a caption follows no template."""
 _ADJECTIVES = ("nice", "simple", "flat", "single", "beautiful", "pretty", "lovely", "solid", "perfect", "clean", "bold",
                "shiny", "neat", "lone", "cute", "geometric")  # fmt: skip
 
@@ -44,6 +47,8 @@ def finished(text: str, rng: random.Random) -> str:
     elif draw < 0.4:
         text = text.title()
     draw = rng.random()
+    if text.endswith("?"):
+        return text
     if draw < 0.3:
         text += "."
     elif draw < 0.33:
@@ -69,6 +74,8 @@ def caption(scene: Scene, rng: random.Random) -> str:
     """Describes a scene; reading it back under the rules of this module gives the same scene."""
     if not scene.items:
         text = _of_nothing(scene.background, rng)
+    elif rng.random() < _FREE:
+        text = free_caption(scene, rng)
     elif len(scene.items) == 1:
         text = _of_one(scene.items[0], scene.background, rng)
     else:

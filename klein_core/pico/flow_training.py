@@ -42,10 +42,10 @@ CONFIG = TransformerConfig(
 )
 STEP_COUNT = 4
 _LEARNING_RATE = 2e-3
-_RATE_SHARES = ((2.25, 0.45), (1.0, 0.5))
+_RATE_SHARES = ((2.25, 0.25), (1.0, 0.25))
 """Learning rates of Muon and of AdamW, each for the transformer and for the text encoder, as shares of the whole."""
 _READING_WEIGHT = 0.05
-_ENCODER_RESTS_AT = 0.35
+_ENCODER_RESTS_AT = 0.65
 """From this moment (0…1) on the text encoder stays as it is, which saves time."""
 _TOKENS_PER_STEP = 3600
 _WARM_UP_STEPS = 30

@@ -19,9 +19,13 @@ from klein_core.pico.words import (
 from klein_core.pico.world import SIZES, Background, Item, Scene
 
 _POLITE = ("please ", "can you ", "could you ", "now ", "i want you to ", "edit the image: ", "in this picture, ",
-           "take the picture and ", "keep everything but ", "just ")  # fmt: skip
+           "take the picture and ", "keep everything but ", "just ", "let's ", "i'd like you to ", "would you ",
+           "i think you should ", "hey, ", "same picture but ", "next, ", "then ")  # fmt: skip
 _ENDINGS = (" please", ", please", ", keep the rest", ", keep everything else the same", " and change nothing else",
-            ", thanks", " in the picture", " in the image")  # fmt: skip
+            ", thanks", " in the picture", " in the image", ", the rest stays", ", nothing else changes",
+            " for me", " now", " if you can")  # fmt: skip
+_VAGUE = ("it", "it", "the shape", "the object", "the figure")
+"""How the only item of a picture may be called."""
 
 
 def _polished(text: str, rng: random.Random) -> str:
@@ -50,7 +54,7 @@ def name_of(item: Item, scene: Scene, rng: random.Random) -> Name:
     )
     others = [other for other in scene.items if other != item]
     if not others:
-        vague = [Name(text) for text in ("it", "it", "the shape", "the object", "the figure")]
+        vague = [Name(text) for text in _VAGUE]
         return rng.choice((*vague, shape, shape, shape, full, full))
     general = rng.choice(("shape", "object", "one"))
     placed = Name(f"the {item.place} {general}", frozenset({"place"}))
@@ -72,12 +76,21 @@ def recolour(name: str, colour: str, rng: random.Random) -> str:
         f"change the color of {name} to {new}", f"recolor {name} to {new}", f"change {name} to {new}",
         f"color {name} {new}", f"{name} should be {new}", f"give {name} {article(new)} color",
         f"make {name} {new} instead", f"set the color of {name} to {new}", f"{name} in {new}", f"dye {name} {new}",
+        f"i want {name} {new}", f"{name} would look better in {new}", f"{name} has to be {new}",
+        f"switch {name} to {new}",
+        f"i'd prefer {name} in {new}", f"{name} is the wrong color, make it {new}", f"let {name} be {new}",
+        f"fill {name} with {new}", f"i would like {name} to be {new}", f"can {name} be {new}?",
     )), rng)  # fmt: skip
 
 
 def reshape(name: str, shape: str, rng: random.Random) -> str:
     """Turns an item into another shape of the same colour, size and place."""
     new = article(shape_word(shape, rng))
+    if name in _VAGUE and rng.random() < 0.1:
+        return _polished(rng.choice((
+            f"i would prefer {new}", f"{new} in its place", f"have {new} there instead", f"no, {new} please",
+            f"better {new}", f"why not {new}?", f"could that be {new}?",
+        )), rng)  # fmt: skip
     return _polished(rng.choice((
         f"replace {name} with {new}", f"replace {name} by {new}", f"turn {name} into {new}",
         f"change {name} into {new}",
@@ -85,6 +98,11 @@ def reshape(name: str, shape: str, rng: random.Random) -> str:
         f"swap {name} for {new}", f"{new} instead of {name}", f"transform {name} into {new}",
         f"use {new} instead of {name}",
         f"change the shape of {name} to {new}" if name != "the shape" else f"change the shape to {new}",
+        f"i want {new} instead of {name}", f"instead of {name} draw {new}", f"{name} should become {new}",
+        f"put {new} where {name} is", f"give me {new} instead of {name}", f"let {name} be {new}",
+        f"exchange {name} for {new}", f"where {name} is i want {new}", f"convert {name} to {new}", 
+        f"can {name} be {new}?", f"switch {name} for {new}",
+        f"make {name} into {new}", f"i want {name} to be {new}", f"{new} would be better than {name}",
     )), rng)  # fmt: skip
 
 
@@ -105,6 +123,11 @@ def change_background(background: Background, rng: random.Random) -> str:
         f"{background_words(background, rng)} {thing}",
         f"put it on {article(background_words(background, rng))} {thing}",
         f"give it {article(background_words(background, rng))} {thing}",
+        f"i don't like the {thing}, make it {new}", f"i want {article(background_words(background, rng))} {thing}",
+        f"same thing on {article(background_words(background, rng))} {thing}", f"the {thing} has to be {new}",
+        f"switch the {thing} to {new}", f"let the {thing} be {new}", f"fill the {thing} with {new}",
+        f"can the {thing} be {new}?", f"what about {article(background_words(background, rng))} {thing}?",
+        f"behind it should be {new}", f"everything behind it should be {new}",
     )), rng)  # fmt: skip
 
 
@@ -115,11 +138,16 @@ def resize(name: str, old_size: str, size: str, rng: random.Random) -> tuple[str
         bigger = ("bigger", "larger") if steps > 0 else ("smaller", "tinier")
         verbs = ("enlarge", "grow", "scale up") if steps > 0 else ("shrink", "reduce", "scale down")
         text = rng.choice((f"make {name} {rng.choice(bigger)}", f"make {name} a bit {rng.choice(bigger)}",
-                           f"{rng.choice(verbs)} {name}", f"{name} should be {rng.choice(bigger)}"))  # fmt: skip
+                           f"{rng.choice(verbs)} {name}", f"{name} should be {rng.choice(bigger)}",
+                           f"i want {name} {rng.choice(bigger)}", f"{name} could be {rng.choice(bigger)}",
+                           f"{name} is too {'small' if steps > 0 else 'big'}", f"{rng.choice(bigger)} please",
+                           f"can you make {name} {rng.choice(bigger)}?"))  # fmt: skip
         return _polished(text, rng), True
     new = size_word(size, rng)
     text = rng.choice((f"make {name} {new}", f"make {name} {new}", f"turn {name} {new}", f"{name} should be {new}",
-                       f"change the size of {name} to {new}", f"resize {name} to {new}"))  # fmt: skip
+                       f"change the size of {name} to {new}", f"resize {name} to {new}", f"i want {name} {new}",
+                       f"let {name} be {new}",
+                       f"{name} has to be {new}", f"i'd like {name} to be {new}", f"draw {name} {new}"))  # fmt: skip
     return _polished(text, rng), False
 
 
@@ -130,6 +158,10 @@ def move(name: str, place: str, rng: random.Random) -> str:
         f"move {name} {where}", f"move {name} {where}", f"shift {name} {where}", f"bring {name} {where}",
         f"put {name} {place_phrase(place, rng)}", f"place {name} {place_phrase(place, rng)}",
         f"{name} should be {place_phrase(place, rng)}", f"slide {name} {where}", f"push {name} {where}",
+        f"{name} belongs {place_phrase(place, rng)}", f"i want {name} {place_phrase(place, rng)}",
+        f"{name} has to go {where}", f"drag {name} {where}", f"can {name} be {place_phrase(place, rng)}?",
+        f"let {name} go {where}", f"get {name} {where}", f"have {name} {place_phrase(place, rng)}",
+        f"it would be nicer with {name} {place_phrase(place, rng)}", f"move {name} over {where}",
     )), rng)  # fmt: skip
 
 
@@ -138,6 +170,10 @@ def remove(name: str, rng: random.Random) -> str:
     return _polished(rng.choice((
         f"remove {name}", f"remove {name}", f"erase {name}", f"delete {name}", f"take {name} away", f"take away {name}",
         f"get rid of {name}", f"make {name} disappear", f"without {name}", f"hide {name}", f"drop {name}",
+        f"{name} has to go", f"{name} must go", f"i don't want {name}", f"no {name.removeprefix('the ')}",
+        f"get {name} out of there", f"{name} should be gone", f"clear {name}", f"lose {name}", f"cut {name} out",
+        f"the same without {name}", f"{name} is too much, remove it", f"leave {name} out", f"i want {name} gone",
+        f"can {name} go away?", f"throw {name} out", f"wipe {name} away",
     )), rng)  # fmt: skip
 
 
@@ -149,6 +185,12 @@ def add(item: Item, rng: random.Random) -> str:
     return _polished(rng.choice((
         f"add {name} {where}", f"add {name} {where}", f"put {name} {where}", f"draw {name} {where}",
         f"insert {name} {where}", f"place {name} {where}", f"also add {name} {where}", f"{where} add {name}".strip(),
+        f"there should be {name} {where}", f"i want {name} {where} as well", f"{name} {where} too",
+        f"and {name} {where}",
+        f"there should also be {name} {where}", f"i'd like {name} {where}, too", f"one more thing: {name} {where}",
+        f"{name} is missing {where}", f"can i also have {name} {where}", f"give it {name} {where} too",
+        f"there should be {name} {where} as well", f"include {name} {where}", f"it needs {name} {where}",
+        f"{where} i want {name}".strip(),
     )).strip(), rng)  # fmt: skip
 
 

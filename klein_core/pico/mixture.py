@@ -18,7 +18,7 @@ _EDIT_WEIGHTS = {
 }  # fmt: skip
 _TWO_WEIGHTS = {"onto background": 1.0, "colour from second": 1.0, "side by side": 1.6, "stacked": 1.2}
 _SIDES_PX = tuple(range(64, 257, TOKEN_PX))
-_OTHER_REFERENCE_SIZE = 0.15
+_OTHER_REFERENCE_SIZE = 0.3
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,9 @@ def family_shares(progress: float) -> dict[str, float]:
         return dict(zip(FAMILIES, (0.62, 0.24, 0.14), strict=True))
     if progress < 0.42:
         return dict(zip(FAMILIES, (0.45, 0.31, 0.24), strict=True))
-    return dict(zip(FAMILIES, (0.16, 0.54, 0.3), strict=True))
+    if progress < 0.75:
+        return dict(zip(FAMILIES, (0.4, 0.4, 0.2), strict=True))
+    return dict(zip(FAMILIES, (0.28, 0.47, 0.25), strict=True))
 
 
 def size_shares(progress: float) -> tuple[float, float, float]:
@@ -65,7 +67,9 @@ def size_shares(progress: float) -> tuple[float, float, float]:
         return 0.85, 0.13, 0.02
     if progress < 0.42:
         return 0.15, 0.72, 0.13
-    return 0.08, 0.59, 0.33
+    if progress < 0.75:
+        return 0.06, 0.38, 0.56
+    return 0.06, 0.48, 0.46
 
 
 def any_setting(family: str, progress: float, rng: random.Random) -> Setting:

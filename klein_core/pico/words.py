@@ -27,9 +27,9 @@ _COLOUR_WORDS: dict[str, tuple[str, ...]] = {
     "white": ("white", "white", "white", "white", "snow white", "pure white"),
 }
 _SIZE_WORDS: dict[str, tuple[str, ...]] = {
-    "small": ("small", "small", "small", "tiny", "little", "mini"),
+    "small": ("small", "small", "small", "tiny", "little", "mini", "very small", "teeny"),
     "medium": ("medium", "medium", "medium-sized", "mid-sized", "normal-sized", "middle-sized"),
-    "large": ("large", "large", "large", "big", "big", "huge", "giant"),
+    "large": ("large", "large", "large", "big", "big", "huge", "giant", "very large", "massive", "enormous"),
 }
 _CENTER = (
     "in the center", "in the middle", "at the center", "in the centre", "centered", "centred",
@@ -49,7 +49,10 @@ def shape_word(shape: str, rng: random.Random) -> str:
 
 def colour_word(colour: str, rng: random.Random) -> str:
     """Says a colour; four times in five by its plain name."""
-    return colour if rng.random() < 0.6 else rng.choice(_COLOUR_WORDS[colour])
+    draw = rng.random()
+    if draw < 0.03 and colour not in ("black", "white"):
+        return f"{rng.choice(('dark', 'strong', 'vivid', 'rich', 'bold'))} {colour}"
+    return colour if draw < 0.6 else rng.choice(_COLOUR_WORDS[colour])
 
 
 def size_word(size: str, rng: random.Random) -> str:

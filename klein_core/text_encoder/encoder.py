@@ -16,6 +16,7 @@ from klein_core.checkpoint.model_files import ModelFiles
 from klein_core.checkpoint.text_encoder import is_past, text_encoder_sources
 from klein_core.checkpoint_config import read_text_encoder_config
 from klein_core.errors import CheckpointError
+from klein_core.linear import Linear
 from klein_core.quantization.choices import NO_QUANTIZATION
 from klein_core.quantization.loading import StoredForms
 from klein_core.text_encoder.tokenizer import PromptTokenizer, TokenizedPrompt
@@ -131,6 +132,7 @@ def build_cut_qwen3(config: TextEncoderConfig, device: torch.device | str = "cpu
         qwen3._attn_implementation = "sdpa"
         with torch.device("meta"):
             model = Qwen3Model(qwen3)
+            _use_own_products(model)
     # Qwen3Config's own checks raise several types of their own.
     except Exception as error:
         raise CheckpointError(
@@ -140,6 +142,13 @@ def build_cut_qwen3(config: TextEncoderConfig, device: torch.device | str = "cpu
     # Computed, not stored: a rotary built on meta would have frequencies without values.
     model.rotary_emb = Qwen3RotaryEmbedding(qwen3).to(device)
     return model
+
+
+def _use_own_products(model: Qwen3Model) -> None:
+    """Replaces the layers' products by those that take quantised weights and are fast in bfloat16 everywhere."""
+    for name, layer in list(model.layers.named_modules()):
+        if isinstance(layer, torch.nn.Linear):
+            model.layers.set_submodule(name, Linear(layer.in_features, layer.out_features))
 
 
 def tapped_embedding(model: Qwen3Model, token_ids: Tensor, mask: Tensor, taps: Sequence[int]) -> Tensor:

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from klein_core.vae_decoder import latents as layout
 from klein_core.vae_decoder.blocks import Downsampler, MiddleBlock, ResidualBlock, Upsampler, group_norm
+from klein_core.vae_decoder.convolution import Convolution
 from klein_core.vae_decoder.tiling import decoder_tiles, encoder_tiles
 from klein_core.variants import VaeConfig
 
@@ -56,14 +57,14 @@ class Encoder(nn.Module):
     def __init__(self, config: VaeConfig) -> None:
         super().__init__()
         widths = config.block_out_channels
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.conv_in = Convolution(config.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
             DownBlock(widths[max(level - 1, 0)], width, config, downsample=level + 1 < len(widths))
             for level, width in enumerate(widths)
         )
         self.mid_block = _middle_block(widths[-1], config)
         self.conv_norm_out = group_norm(widths[-1], config.norm_num_groups)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = Convolution(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, image: Tensor) -> Tensor:
         features = self.conv_in(image)
@@ -80,14 +81,14 @@ class Decoder(nn.Module):
     def __init__(self, config: VaeConfig) -> None:
         super().__init__()
         widths = tuple(reversed(config.decoder_block_out_channels or config.block_out_channels))
-        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.conv_in = Convolution(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = _middle_block(widths[0], config)
         self.up_blocks = nn.ModuleList(
             UpBlock(widths[max(level - 1, 0)], width, config, upsample=level + 1 < len(widths))
             for level, width in enumerate(widths)
         )
         self.conv_norm_out = group_norm(widths[-1], config.norm_num_groups)
-        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
+        self.conv_out = Convolution(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
         features = self.mid_block(self.conv_in(latents))
@@ -106,8 +107,8 @@ class Autoencoder(nn.Module):
         channels = config.latent_channels
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1) if config.use_quant_conv else None
-        self.post_quant_conv = nn.Conv2d(channels, channels, 1) if config.use_post_quant_conv else None
+        self.quant_conv = Convolution(2 * channels, 2 * channels, 1) if config.use_quant_conv else None
+        self.post_quant_conv = Convolution(channels, channels, 1) if config.use_post_quant_conv else None
         self.bn = nn.BatchNorm2d(config.packed_channels, eps=config.batch_norm_eps, affine=False)
 
     @property

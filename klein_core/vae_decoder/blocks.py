@@ -8,6 +8,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
+from klein_core.vae_decoder.convolution import Convolution
+
 GROUP_NORM_EPS = 1e-6
 """Epsilon of every group normalisation; the latents' batch normalisation has its own, larger one."""
 
@@ -23,10 +25,12 @@ class ResidualBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
         self.norm1 = group_norm(in_channels, groups)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Convolution(in_channels, out_channels, 3, padding=1)
         self.norm2 = group_norm(out_channels, groups)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.conv2 = Convolution(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = (
+            Convolution(in_channels, out_channels, 1) if in_channels != out_channels else None
+        )
 
     def forward(self, features: Tensor) -> Tensor:
         hidden = self.conv1(functional.silu(self.norm1(features)))
@@ -77,7 +81,7 @@ class Downsampler(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = Convolution(channels, channels, 3, stride=2)
 
     def forward(self, features: Tensor) -> Tensor:
         # One column on the right and one row at the bottom only: the weights were trained off-centre.
@@ -90,7 +94,7 @@ class Upsampler(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Convolution(channels, channels, 3, padding=1)
 
     def forward(self, features: Tensor) -> Tensor:
         doubled: Tensor = self.conv(functional.interpolate(features, scale_factor=2.0, mode="nearest"))

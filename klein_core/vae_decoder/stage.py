@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from klein_core.checkpoint.model_files import ModelFiles
 from klein_core.checkpoint.vae import is_unneeded, vae_sources
 from klein_core.checkpoint_config import read_vae_config
 from klein_core.device_memory import free_bytes
+from klein_core.emulation import is_emulated
 from klein_core.errors import InvalidInput
 from klein_core.memory.autoencoder import decode_bytes, encode_bytes
 from klein_core.params import SIZE_MULTIPLE_PX
@@ -119,7 +120,7 @@ class VaeDecoder:
     def encode(self, image: Tensor) -> Tensor:
         """Encodes one image (H, W, 3) in −1…1 to latents (rows, columns, packed_channels)."""
         height_px, width_px, _ = image.shape
-        tiled = self._tiles(encode_bytes(self.config, width_px, height_px, self.dtype.itemsize))
+        tiled = self._tiles(self._needs(encode_bytes, width_px, height_px))
         pixels = image.to(self.device, self.dtype).unsqueeze(0).permute(0, 3, 1, 2)
         latents = self.autoencoder.encode(pixels, tiled=tiled)
         return latents[0].permute(1, 2, 0).contiguous()
@@ -134,7 +135,7 @@ class VaeDecoder:
         self._check(latents)
         packed = latents.to(self.device, self.dtype).permute(2, 0, 1).unsqueeze(0).contiguous()
         height_px, width_px = (extent * SIZE_MULTIPLE_PX for extent in latents.shape[:2])
-        tiled = self._tiles(decode_bytes(self.config, width_px, height_px, self.dtype.itemsize))
+        tiled = self._tiles(self._needs(decode_bytes, width_px, height_px))
         image = self.autoencoder.decode(packed, tiled=tiled)[0]
         if not bool(image.isfinite().all()):
             raise InvalidInput.of(
@@ -155,6 +156,10 @@ class VaeDecoder:
             InvalidInput: as `decode` and `encode_image`.
         """
         return encode_image(self.decode(latents), image_format, quality, metadata)
+
+    def _needs(self, count: Callable[..., int], width_px: int, height_px: int) -> int:
+        emulated = is_emulated(self.device, self.dtype)
+        return count(self.config, width_px, height_px, self.dtype.itemsize, emulated=emulated)
 
     def _tiles(self, needed_bytes: int) -> bool:
         return self.tiling.applies(needed_bytes, lambda: free_bytes(self.device))

@@ -17,12 +17,12 @@ from klein_core.denoiser.adapters.adapter import Adapter, ScaledAdapter
 from klein_core.denoiser.adapters.layers import named_layers
 from klein_core.denoiser.adapters.reader import read_adapter
 from klein_core.denoiser.adapters.steps import Stream, adapted
-from klein_core.denoiser.linear import Linear
 from klein_core.denoiser.packing import keep_from_compiler
 from klein_core.denoiser.sampler import Trajectory, packed_step
 from klein_core.denoiser.scratch import Scratch
 from klein_core.denoiser.span import Span
 from klein_core.denoiser.transformer import FlowTransformer
+from klein_core.linear import Linear
 from klein_core.quantization.stored_weight import StoredWeight
 from tests.tiny.adapters import FORMATS, merged
 from tests.tiny.transformer import oracle_velocity, random_span, relative_error, tiny_oracle, twin

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from klein_core.denoiser.linear import Linear
 from klein_core.denoiser.offload import PLACES, PlainLane, offload_blocks
+from klein_core.linear import Linear
 from klein_core.quantization.float4 import Float4Weight
 from klein_core.quantization.float8 import Float8Weight
 from klein_core.quantization.int8 import Int8Weight

@@ -8,18 +8,21 @@ import pytest
 import torch
 
 from benchmarks.peak_memory import traced_peak
-from klein_core.denoiser.linear import HAS_BFLOAT16_PRODUCTS
+from benchmarks.shapes import Shape, qwen3
+from benchmarks.sides import Place, cut_text_encoder, encode_run
 from klein_core.denoiser.transformer import FlowTransformer
+from klein_core.emulation import HAS_BFLOAT16_PRODUCTS, is_emulated
 from klein_core.known_variants import KNOWN_VARIANTS, SMALL_DECODER
 from klein_core.memory import autoencoder, text_encoder, transformer
 from klein_core.memory.plan import PROCESS_BYTES, PlannedModel, Workload, make_plan
 from klein_core.memory.precision import PRECISIONS
 from klein_core.vae_decoder.autoencoder import Autoencoder
-from klein_core.variants import TransformerConfig, VaeConfig
+from klein_core.variants import TextEncoderConfig, TransformerConfig, VaeConfig
 from tests.tiny.transformer import random_span
 
 BF16, GIB = PRECISIONS["bf16"], 1 << 30
 NETWORK = TransformerConfig(num_layers=2, num_single_layers=3, num_attention_heads=4, joint_attention_dim=24)
+SHAPE = Shape(NETWORK, TextEncoderConfig(qwen3(320, 1216, 4, 1, 64)), VaeConfig())
 NARROW = VaeConfig(block_out_channels=(32, 64, 64, 96), decoder_block_out_channels=(32, 32, 64, 64))
 
 
@@ -77,20 +80,27 @@ def test_a_steps_memory_is_what_torch_hands_out(dtype, grids, spans):
     assert expected == pytest.approx(found, rel=0.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tiled", [False, True], ids=["whole", "tiled"])
-def test_the_autoencoders_memory_is_what_torch_hands_out(tiled):
+def test_the_autoencoders_memory_is_what_torch_hands_out(tiled, dtype):
     config = replace(NARROW, sample_size=128 if tiled else 1024)
     # As it is loaded: from other layouts convolutions make copies.
-    module = Autoencoder(config).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    module = Autoencoder(config).eval().requires_grad_(False).to(dtype, memory_format=torch.channels_last)
     size = autoencoder.tiled_size_px(config, 256, 192) if tiled else (256, 192)
-    latents, image = torch.randn(1, config.packed_channels, 12, 16), torch.randn(1, 3, 192, 256)
+    latents, image = (
+        torch.randn(shape).to(dtype) for shape in ((1, config.packed_channels, 12, 16), (1, 3, 192, 256))
+    )
     with torch.no_grad():
         decoding = traced_peak(lambda: module.decode(latents, tiled=tiled))
         encoding = traced_peak(lambda: module.encode(image, tiled=tiled))
     # Tiles that are done stay until the image is put together, and the image given is not counted as taken.
-    kept = 2 * 3 * 192 * 256 * 4 if tiled else 0
-    assert autoencoder.decode_bytes(config, *size, 4) + kept == pytest.approx(decoding, rel=0.1)
-    assert autoencoder.encode_bytes(config, *size, 4) == pytest.approx(encoding, rel=0.1)
+    kept = 2 * 3 * 192 * 256 * dtype.itemsize if tiled else 0
+    decoded, encoded = (
+        count(config, *size, dtype.itemsize, emulated=is_emulated(torch.device("cpu"), dtype))
+        for count in (autoencoder.decode_bytes, autoencoder.encode_bytes)
+    )
+    assert decoded + kept == pytest.approx(decoding, rel=0.1)
+    assert encoded == pytest.approx(encoding, rel=0.1)
 
 
 def test_offloading_leaves_two_blocks_on_the_device():
@@ -173,3 +183,14 @@ def test_quantising_at_load_concerns_both_networks():
 def test_a_process_of_its_own_costs_each_stage():
     need = make_plan(row_of("klein-4b"), Workload(), GIB).needs[0]
     assert need.device_bytes == need.weight_bytes + need.activation_bytes + PROCESS_BYTES
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_prompts_memory_is_what_torch_hands_out(dtype):
+    place = Place("cpu", dtype)
+    encode = encode_run(cut_text_encoder(SHAPE, place), SHAPE, place)
+    precision = PRECISIONS["fp32" if dtype == torch.float32 else "bf16"]
+    expected = text_encoder.encode_bytes(SHAPE.text_encoder, precision, emulated=not HAS_BFLOAT16_PRODUCTS)
+    with torch.no_grad():
+        found = traced_peak(encode)
+    assert expected == pytest.approx(found, rel=0.1)

@@ -154,12 +154,33 @@ def test_a_caption_says_what_differs_from_the_defaults(seed: int) -> None:
     scene = scenes.single_scene(rng)
     item = scene.items[0]
     text = caption(scene, rng).lower()
-    said_size = any(
-        word in text for word in ("small", "tiny", "little", "mini", "large", "big", "huge", "giant")
+    sizes = (
+        "small",
+        "tiny",
+        "teeny",
+        "little",
+        "mini",
+        "large",
+        "big",
+        "huge",
+        "giant",
+        "massive",
+        "enormous",
     )
+    said_size = any(word in text for word in sizes)
     assert said_size or item.size == "medium"
     if item.place not in ("center", "left", "right", "top", "bottom"):
         assert item.place.split()[1] in text
     if not scene.background.is_plain:
-        fading = ("gradient", "fades", "fading", "going from")
-        assert any(word in text for word in fading)
+        fading = (
+            "gradient",
+            "fad",
+            "going",
+            "changing",
+            "running",
+            "blending",
+            "shifting",
+            "turning",
+            "becomes",
+        )
+        assert any(word in text for word in (*fading, "below", "bottom"))

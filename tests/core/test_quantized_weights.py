@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from klein_core.denoiser.linear import Linear
+from klein_core.linear import Linear
 from klein_core.quantization import devices, e2m1, stored_weight
 from klein_core.quantization.float4 import Float4Weight, quantised_inputs
 from klein_core.quantization.float8 import Float8Weight, is_finite

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from klein_core.denoiser.linear import Linear
 from klein_core.denoiser.transformer import FlowTransformer
+from klein_core.linear import Linear
 from klein_core.pico.location import WEIGHTS
 from klein_core.quantization.devices import (
     Capability,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from klein_core.denoiser.adapters.adapter import ScaledAdapter, Segment
-from klein_core.denoiser.linear import Linear
+from klein_core.linear import Linear
 
 Adapters = tuple[ScaledAdapter, ...]
 """What one span wants added; empty is nothing."""

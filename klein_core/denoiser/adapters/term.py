@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from klein_core.denoiser.linear import project
+from klein_core.linear import project
 
 
 class LowRank(NamedTuple):

@@ -1,4 +1,4 @@
-"""The one matrix product that every layer of the transformer uses."""
+"""The one matrix product that every layer of the transformer and of the text encoder uses."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from klein_core.emulation import is_emulated
 from klein_core.quantization.stored_weight import StoredWeight
 
 
@@ -76,7 +77,8 @@ def project(tokens: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor
     rows = tokens.flatten(0, -2)
     if len(rows) == 0:
         return tokens.new_empty(*tokens.shape[:-1], len(weight))
-    if _is_emulated(rows):
+    # One row is faster as it is.
+    if len(rows) > 1 and is_emulated(rows.device, rows.dtype):
         product = F.linear(rows.float(), weight.float())
         product = product.to(tokens.dtype) if out is None else out.view(product.shape).copy_(product)
     elif out is None:
@@ -84,16 +86,3 @@ def project(tokens: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor
     else:
         product = torch.mm(rows, weight.t(), out=out.view(len(rows), -1))
     return product.view(*tokens.shape[:-1], -1)
-
-
-def _is_emulated(rows: Tensor) -> bool:
-    """Whether bfloat16 products are emulated: float32 ones, conversion included, are then 3× as fast."""
-    return (
-        rows.dtype == torch.bfloat16
-        and rows.device.type == "cpu"
-        and not HAS_BFLOAT16_PRODUCTS
-        and rows.shape[0] > 1
-    )
-
-
-HAS_BFLOAT16_PRODUCTS = bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

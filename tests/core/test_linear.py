@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from klein_core.denoiser.linear import Linear
+from klein_core.linear import Linear
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
