@@ -15,7 +15,14 @@ from typer.core import TyperCommand, TyperGroup
 from services.cli.errors import MISUSED, CliError
 from services.cli.stage_process import run_stage
 from services.cli.suite import require_torch
-from services.runtime.settings import ServerSettings, SettingsError, describe, load_settings, variable_name
+from services.runtime.settings import (
+    ServerSettings,
+    SettingsError,
+    describe,
+    load_settings,
+    misspelt,
+    variable_name,
+)
 
 STAGE_NAMES = ("text-encoder", "denoiser", "vae-decoder", "orchestrator")
 _SHORT_FLAGS = {"model_path": "--model"}
@@ -58,6 +65,8 @@ def run_serve(stage: str, overrides: dict[str, str], *, check_config: bool) -> i
         raise CliError(f"{error}.", hint, MISUSED) from error
     if check_config:
         typer.echo(describe(loaded))
+        for sentence in misspelt(type(loaded.settings), os.environ):
+            typer.echo(f"{sentence}.", err=True)
         return 0
     if stage != "orchestrator":
         require_torch()

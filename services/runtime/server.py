@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TypeVar
@@ -22,7 +22,7 @@ from services.runtime import allocator, logs, metrics, tracing
 from services.runtime.application import Application
 from services.runtime.listener import BindError, Listener
 from services.runtime.readiness import Readiness, State
-from services.runtime.settings import ServerSettings, SettingsError, load_settings
+from services.runtime.settings import ServerSettings, SettingsError, load_settings, misspelt
 from services.runtime.signals import stop_signals
 from services.runtime.stages import software_version
 
@@ -47,16 +47,18 @@ def start(
     except SettingsError as error:
         sys.stderr.write(f"{error}\n")
         return 2
-    return run(settings, application)
+    return run(settings, application, misspelt(settings_class, environment))
 
 
-def run(settings: ServerSettings, application: Application) -> int:
-    """Serves in this process until it is told to stop; for `__main__`.
+def run(settings: ServerSettings, application: Application, warnings: Sequence[str] = ()) -> int:
+    """Serves in this process until it is told to stop; for `__main__`. Warnings are logged first.
 
     Returns:
         The process's exit code: 0 after a clean stop, 1 when it could not start or lost its device.
     """
     logs.configure(settings.log_level, settings.log_format)
+    for warning in warnings:
+        _log.warning("%s", warning)
     allocator.keep_large_blocks()
     code = asyncio.run(serve(settings, application))
     if any(thread.daemon for thread in threading.enumerate()):

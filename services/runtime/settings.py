@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from klein_core.quantization.choices import NO_QUANTIZATION, QUANTIZATIONS
 PREFIX = "KLEIN_"
 EMBEDDED_MODEL = "pico"
 """The `model_path` that means the model inside the package; a folder of that name is `./pico`."""
+_LIKENESS = 0.93
+"""Of a misspelt name: one or two letters of it are wrong, missing or too many."""
 _Settings = TypeVar("_Settings", bound="ServerSettings")
 
 
@@ -194,6 +197,21 @@ def load_settings(
     return LoadedSettings(cls(**values), sources)
 
 
+def misspelt(cls: type[ServerSettings], environment: Mapping[str, str]) -> list[str]:
+    """Returns a sentence for each `KLEIN_` variable that nothing here reads but that looks like one that is read.
+
+    Variables that look like none are left alone: stages may share an environment.
+    """
+    known = [variable_name(field.name) for field in dataclasses.fields(cls)]
+    unread = sorted(name for name in environment if name.startswith(PREFIX) and name not in known)
+    nearest = {name: difflib.get_close_matches(name, known, n=1, cutoff=_LIKENESS) for name in unread}
+    return [
+        f"{name} is no setting of this server and is not read; {meant[0]} is one"
+        for name, meant in nearest.items()
+        if meant
+    ]
+
+
 def variable_name(field_name: str) -> str:
     """Returns the environment variable that sets a field."""
     return PREFIX + field_name.upper()
@@ -250,6 +268,9 @@ def _parsed(source: str, raw: object, kind: type, field: dataclasses.Field[Any])
     return value
 
 
+_SERVICE_LINK = (
+    "Kubernetes sets such a variable for a Service named klein: set enableServiceLinks to false in the pod"
+)
 _BOOLEANS = {
     "1": True,
     "true": True,
@@ -272,4 +293,5 @@ def _converted(source: str, raw: object, kind: type) -> Any:
         return kind(text)
     except ValueError:
         expected = "a whole number" if kind is int else "a number"
-        raise SettingsError(f"{source} is {raw!r}; it must be {expected}") from None
+        reason = f"; {_SERVICE_LINK}" if text.startswith(("tcp://", "udp://")) else ""
+        raise SettingsError(f"{source} is {raw!r}; it must be {expected}{reason}") from None

@@ -1,12 +1,13 @@
 """Settings: precedence, refusals that name what is wrong, and the table of --check-config."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
 
 from klein_core.checkpoint.model_files import ModelFiles
 from klein_core.pico.location import WEIGHTS
+from services.denoiser.settings import DenoiserSettings
 from services.orchestrator.settings import OrchestratorSettings
 from services.runtime.settings import (
     ServerSettings,
@@ -14,7 +15,9 @@ from services.runtime.settings import (
     StageSettings,
     describe,
     load_settings,
+    misspelt,
     setting,
+    variable_name,
 )
 from services.text_encoder.settings import TextEncoderSettings
 from services.vae_decoder.settings import VaeDecoderSettings
@@ -55,6 +58,29 @@ def test_a_bad_value_names_the_variable_the_value_and_the_limit(name, value, tol
 def test_a_bad_flag_is_named_as_a_flag():
     with pytest.raises(SettingsError, match="--queue-limit is '0'; it must be at least 1"):
         load_settings(Sample, {}, {"queue_limit": "0"})
+
+
+def test_a_service_link_of_kubernetes_is_told_from_a_setting():
+    with pytest.raises(SettingsError, match="enableServiceLinks"):
+        load_settings(Sample, {"KLEIN_PORT": "tcp://10.0.0.7:50051"})
+
+
+def test_a_misspelt_variable_is_named_with_the_one_that_is_read():
+    environment = {
+        "KLEIN_QUEUE_LIMT": "8",
+        "KLEIN_RATIO": "1",
+        "KLEIN_ROUTING_TABLE": "x",
+        "QUEUE_LIMIT": "8",
+    }
+    [sentence] = misspelt(Sample, environment)
+    assert sentence.startswith("KLEIN_QUEUE_LIMT is no setting")
+    assert "KLEIN_QUEUE_LIMIT is one" in sentence
+
+
+def test_no_stage_takes_another_stages_setting_for_a_misspelt_one():
+    classes = (TextEncoderSettings, DenoiserSettings, VaeDecoderSettings, OrchestratorSettings)
+    everything = {variable_name(field.name): "1" for each in classes for field in fields(each)}
+    assert [misspelt(each, everything) for each in classes] == [[], [], [], []]
 
 
 def test_an_override_that_is_no_setting_is_refused():
