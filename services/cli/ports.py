@@ -1,4 +1,4 @@
-"""Ports of this machine that nothing listens on."""
+"""Ports of this machine: the public one, and those that nothing listens on."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from contextlib import ExitStack
 from services.cli.errors import MISUSED, CliError
 
 LOOPBACK = "127.0.0.1"
+DEFAULT_PORT = 50050
+"""Of the public API."""
 
 
 def free_ports(count: int, host: str = LOOPBACK) -> list[int]:
