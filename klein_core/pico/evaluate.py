@@ -31,7 +31,10 @@ from klein_core.pico.tasks import (
 )
 from klein_core.pico.world import Background, Item, Scene, is_held_out, render
 
-PARAPHRASES = Path(__file__).resolve().parent / "paraphrases.json"
+_HERE = Path(__file__).resolve().parent
+PARAPHRASES = _HERE / "paraphrases.json"
+BLIND_PARAPHRASES = _HERE / "blind_paraphrases.json"
+"""Written from a description of the world alone, by someone who had seen neither templates nor other prompts."""
 USUAL: tuple[int, int] = (128, 128)
 SIZES = ((64, 64), (96, 96), (160, 160), (192, 192), (256, 256), (64, 128), (128, 64), (192, 128), (128, 256),
          (256, 96), (112, 208), (240, 176))  # fmt: skip
@@ -140,17 +143,17 @@ class Evaluation:
             judged += self.tasks(any_edit, name, -(-count // len(OTHER_REFERENCES)), USUAL, size)
         self.add("references of another size", judged)
 
-    def paraphrases(self, repeats: int) -> None:
-        """Paints every hand-written prompt with several seeds."""
-        written = [paraphrase(entry) for entry in json.loads(PARAPHRASES.read_text(encoding="utf-8"))]
-        drawn = [task for task in written for _ in range(repeats)]
+    def paraphrases(self, title: str, path: Path, count: int) -> None:
+        """Paints every hand-written prompt of a file with several seeds, about `count` pictures in all."""
+        written = [paraphrase(entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
+        drawn = [task for task in written for _ in range(max(1, count // len(written)))]
         orders = [
             Order(task.prompt, *USUAL, seed=_SEED + index, references=task.references,
                   reference_sizes=(USUAL,) * len(task.references))
             for index, task in enumerate(drawn)
         ]  # fmt: skip
         judged = [judge(p, task.target) for p, task in zip(self._painter.paint(orders), drawn, strict=True)]
-        self.add(f"paraphrases ({len(written)} hand-written)", judged)
+        self.add(f"{title} ({len(written)} hand-written)", judged)
 
     def controls(self, count: int) -> None:
         """Judges true pictures, and true pictures that went through the autoencoder."""
@@ -224,7 +227,8 @@ def main() -> None:
         evaluation.kinds("edits, all kinds", EDIT_KINDS, edit, count)
         evaluation.kinds("two references, all kinds", TWO_REFERENCE_KINDS, two_references, count)
     if arguments.part != "tasks":
-        evaluation.paraphrases(max(1, count // 55))
+        evaluation.paraphrases("paraphrases", PARAPHRASES, count)
+        evaluation.paraphrases("blind paraphrases", BLIND_PARAPHRASES, count)
         evaluation.other_references(count // 2)
         evaluation.sizes(count)
         evaluation.controls(count)
