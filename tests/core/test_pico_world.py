@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from klein_core.pico import scenes
 from klein_core.pico.captions import caption
+from klein_core.pico.evaluate import BLIND_PARAPHRASES, PARAPHRASES, paraphrase
 from klein_core.pico.measure import judge
 from klein_core.pico.mixture import FAMILIES, any_training_task
 from klein_core.pico.tasks import (
@@ -184,3 +187,12 @@ def test_a_caption_says_what_differs_from_the_defaults(seed: int) -> None:
             "becomes",
         )
         assert any(word in text for word in (*fading, "below", "bottom"))
+
+
+@pytest.mark.parametrize("path", [PARAPHRASES, BLIND_PARAPHRASES], ids=lambda path: path.stem)
+def test_hand_written_prompts_have_answers_that_can_be_drawn(path: Path) -> None:
+    written = [paraphrase(entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
+    assert len({task.prompt for task in written}) == len(written) >= 50
+    for task in written:
+        for scene in (task.target, *task.references):
+            assert judge(render(scene, 128, 128), scene).everything, task.prompt
