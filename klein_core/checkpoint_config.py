@@ -5,12 +5,12 @@ Torch-free. A value that would change the picture and is not supported is an err
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from klein_core.checkpoint import shapes
+from klein_core.checkpoint.config_file import ConfigFile, check_class
 from klein_core.checkpoint.layouts import TEXT_ENCODER, TRANSFORMER, VAE
 from klein_core.checkpoint.model_files import ModelFiles
 from klein_core.errors import CheckpointError
@@ -22,7 +22,6 @@ from klein_core.variants import (
     TransformerConfig,
     VaeConfig,
     Variant,
-    read_json,
 )
 
 TEXT_ENCODER_FOLDER = "text_encoder"
@@ -80,12 +79,11 @@ def read_pipeline_index(folder: Path | str) -> PipelineIndex:
     Raises:
         CheckpointError: it is missing or malformed, or names a class that is not supported.
     """
-    path = Path(folder) / "model_index.json"
-    index = read_json(path)
-    _check_index(path, index)
-    uses_reference_cache = index["_class_name"] == _REFERENCE_CACHE_PIPELINE
+    index = ConfigFile.read(Path(folder) / "model_index.json")
+    _check_index(index)
+    uses_reference_cache = index.values["_class_name"] == _REFERENCE_CACHE_PIPELINE
     # Each pipeline class has its own default for a key that is not there.
-    is_distilled = _flag(path, index, "is_distilled", uses_reference_cache)
+    is_distilled = index.flag("is_distilled", uses_reference_cache)
     return PipelineIndex(is_distilled, uses_reference_cache)
 
 
@@ -152,20 +150,18 @@ def _read_text_encoder_file(path: Path) -> TextEncoderConfig:
 
     Two optional keys are the pipeline's, not Qwen3's: `text_encoder_out_layers` and `max_sequence_length`.
     """
-    config = read_json(path)
-    _only(path, config, {"model_type": "qwen3"})
-    configured_algorithm(path, config)
-    layer_count = _integer(path, config, "num_hidden_layers")
+    config = ConfigFile.read(path)
+    config.require_only({"model_type": "qwen3"})
+    configured_algorithm(path, config.values)
+    layer_count = config.integer("num_hidden_layers")
     for key in ("hidden_size", "vocab_size", "num_attention_heads"):
-        _integer(path, config, key)
-    taps = _integers(path, config, "text_encoder_out_layers", TextEncoderConfig.tapped_layers)
-    length = _integer(path, config, "max_sequence_length", TextEncoderConfig.sequence_length)
+        config.integer(key)
+    taps = config.integers("text_encoder_out_layers", TextEncoderConfig.tapped_layers)
+    length = config.integer("max_sequence_length", TextEncoderConfig.sequence_length)
     if max(taps) >= layer_count:
-        raise CheckpointError(
-            f"{path}: text_encoder_out_layers is {list(taps)}; each must be below num_hidden_layers "
-            f"({layer_count}), whose output is normed"
-        )
-    return TextEncoderConfig(qwen3=config, tapped_layers=taps, sequence_length=length)
+        needed = f"each must be below num_hidden_layers ({layer_count}), whose output is normed"
+        raise config.refuse("text_encoder_out_layers", list(taps), needed)
+    return TextEncoderConfig(qwen3=dict(config.values), tapped_layers=taps, sequence_length=length)
 
 
 def read_transformer_config(files: ModelFiles | Path | str) -> TransformerConfig:
@@ -174,38 +170,31 @@ def read_transformer_config(files: ModelFiles | Path | str) -> TransformerConfig
     path = files.config_path(TRANSFORMER)
     if path is None:
         return shapes.transformer_config(files.open(TRANSFORMER))
-    config = read_json(path)
-    _check_class(
-        path, "_class_name", config.get("_class_name", _CLASSES[TRANSFORMER_FOLDER][0]), TRANSFORMER_FOLDER
-    )
-    _only(path, config, _TRANSFORMER_ONLY)
-    configured_algorithm(path, config)
+    config = ConfigFile.read(path)
+    config.require_class(_CLASSES[TRANSFORMER_FOLDER])
+    config.require_only(_TRANSFORMER_ONLY)
+    configured_algorithm(path, config.values)
     default = TransformerConfig
     read = TransformerConfig(
-        num_layers=_integer(path, config, "num_layers"),
-        num_single_layers=_integer(path, config, "num_single_layers"),
-        num_attention_heads=_integer(path, config, "num_attention_heads"),
-        attention_head_dim=_integer(path, config, "attention_head_dim", default.attention_head_dim),
-        joint_attention_dim=_integer(path, config, "joint_attention_dim"),
-        in_channels=_integer(path, config, "in_channels", default.in_channels),
-        mlp_ratio=_number(path, config, "mlp_ratio", default.mlp_ratio),
-        axes_dims_rope=_integers(path, config, "axes_dims_rope", default.axes_dims_rope),
-        rope_theta=_number(path, config, "rope_theta", default.rope_theta),
-        timestep_guidance_channels=_integer(
-            path, config, "timestep_guidance_channels", default.timestep_guidance_channels
+        num_layers=config.integer("num_layers"),
+        num_single_layers=config.integer("num_single_layers"),
+        num_attention_heads=config.integer("num_attention_heads"),
+        attention_head_dim=config.integer("attention_head_dim", default.attention_head_dim),
+        joint_attention_dim=config.integer("joint_attention_dim"),
+        in_channels=config.integer("in_channels", default.in_channels),
+        mlp_ratio=config.number("mlp_ratio", default.mlp_ratio),
+        axes_dims_rope=config.integers("axes_dims_rope", default.axes_dims_rope),
+        rope_theta=config.number("rope_theta", default.rope_theta),
+        timestep_guidance_channels=config.integer(
+            "timestep_guidance_channels", default.timestep_guidance_channels
         ),
-        eps=_number(path, config, "eps", default.eps),
+        eps=config.number("eps", default.eps),
     )
-    _only(
-        path,
-        {"out_channels": config.get("out_channels") or read.in_channels},
-        {"out_channels": read.in_channels},
-    )
+    if config.values.get("out_channels"):
+        config.require_only({"out_channels": read.in_channels})
     if sum(read.axes_dims_rope) != read.attention_head_dim or len(read.axes_dims_rope) != 4:
-        raise CheckpointError(
-            f"{path}: axes_dims_rope is {list(read.axes_dims_rope)}; it must be four numbers that add up to "
-            f"attention_head_dim ({read.attention_head_dim})"
-        )
+        needed = f"it must be four numbers that add up to attention_head_dim ({read.attention_head_dim})"
+        raise config.refuse("axes_dims_rope", list(read.axes_dims_rope), needed)
     return read
 
 
@@ -217,26 +206,24 @@ def read_vae_config(files: ModelFiles | Path | str) -> VaeConfig:
         read = shapes.vae_config(files.open(VAE))
         _check_widths(files.place(VAE), read)
         return read
-    config = read_json(path)
-    _check_class(path, "_class_name", config.get("_class_name", _CLASSES[VAE_FOLDER][0]), VAE_FOLDER)
-    _only(path, config, _VAE_ONLY | {"quantization_config": None})
+    config = ConfigFile.read(path)
+    config.require_class(_CLASSES[VAE_FOLDER])
+    config.require_only(_VAE_ONLY | {"quantization_config": None})
     default = VaeConfig
     decoder_widths = None
-    if config.get("decoder_block_out_channels") is not None:
-        decoder_widths = _integers(path, config, "decoder_block_out_channels", ())
+    if config.values.get("decoder_block_out_channels") is not None:
+        decoder_widths = config.integers("decoder_block_out_channels")
     read = VaeConfig(
-        block_out_channels=_integers(path, config, "block_out_channels", default.block_out_channels),
+        block_out_channels=config.integers("block_out_channels", default.block_out_channels),
         decoder_block_out_channels=decoder_widths,
-        layers_per_block=_integer(path, config, "layers_per_block", default.layers_per_block),
-        latent_channels=_integer(path, config, "latent_channels", default.latent_channels),
-        norm_num_groups=_integer(path, config, "norm_num_groups", default.norm_num_groups),
-        batch_norm_eps=_number(path, config, "batch_norm_eps", default.batch_norm_eps),
-        use_quant_conv=_flag(path, config, "use_quant_conv", default.use_quant_conv),
-        use_post_quant_conv=_flag(path, config, "use_post_quant_conv", default.use_post_quant_conv),
-        mid_block_add_attention=_flag(
-            path, config, "mid_block_add_attention", default.mid_block_add_attention
-        ),
-        sample_size=_integer(path, config, "sample_size", default.sample_size),
+        layers_per_block=config.integer("layers_per_block", default.layers_per_block),
+        latent_channels=config.integer("latent_channels", default.latent_channels),
+        norm_num_groups=config.integer("norm_num_groups", default.norm_num_groups),
+        batch_norm_eps=config.number("batch_norm_eps", default.batch_norm_eps),
+        use_quant_conv=config.flag("use_quant_conv", default.use_quant_conv),
+        use_post_quant_conv=config.flag("use_post_quant_conv", default.use_post_quant_conv),
+        mid_block_add_attention=config.flag("mid_block_add_attention", default.mid_block_add_attention),
+        sample_size=config.integer("sample_size", default.sample_size),
     )
     _check_widths(path, read)
     return read
@@ -258,31 +245,19 @@ def _check_widths(path: Path, read: VaeConfig) -> None:
 
 def read_scheduler_config(folder: Path | str) -> SchedulerConfig:
     """Reads `scheduler/scheduler_config.json`; the shift's constants are not in it but in the sampler."""
-    path = Path(folder) / SCHEDULER_FOLDER / "scheduler_config.json"
-    config = read_json(path)
-    _check_class(
-        path, "_class_name", config.get("_class_name", _CLASSES[SCHEDULER_FOLDER][0]), SCHEDULER_FOLDER
-    )
-    _only(path, config, _SCHEDULER_ONLY)
+    config = ConfigFile.read(Path(folder) / SCHEDULER_FOLDER / "scheduler_config.json")
+    config.require_class(_CLASSES[SCHEDULER_FOLDER])
+    config.require_only(_SCHEDULER_ONLY)
     return SchedulerConfig()
 
 
-def _check_index(path: Path, index: Mapping[str, Any]) -> None:
-    if index.get("_class_name") not in _PIPELINES:
-        raise CheckpointError(
-            f"{path}: _class_name is {index.get('_class_name')!r}; only {' or '.join(_PIPELINES)} is supported"
-        )
-    for component in _CLASSES:
-        entry = index.get(component)
+def _check_index(index: ConfigFile) -> None:
+    check_class(index.path, "_class_name", index.values.get("_class_name"), _PIPELINES)
+    for component, classes in _CLASSES.items():
+        entry = index.values.get(component)
         if not isinstance(entry, list) or len(entry) != 2:
-            raise CheckpointError(f"{path}: {component} must be [library, class], not {entry!r}")
-        _check_class(path, component, entry[1], component)
-
-
-def _check_class(path: Path, key: str, name: object, component: str) -> None:
-    if name not in _CLASSES[component]:
-        supported = " or ".join(_CLASSES[component])
-        raise CheckpointError(f"{path}: {key} is {name}; only {supported} is supported")
+            raise CheckpointError(f"{index.path}: {component} must be [library, class], not {entry!r}")
+        check_class(index.path, component, entry[1], classes)
 
 
 def _check_size(files: ModelFiles, config: TextEncoderConfig) -> None:
@@ -311,40 +286,3 @@ def _check_fit(files: ModelFiles, variant: Variant) -> None:
             f"but the text encoder {text_encoder} makes {variant.text_encoder.embedding_channels} "
             f"from layers {list(variant.text_encoder.tapped_layers)}"
         )
-
-
-def _only(path: Path, config: Mapping[str, Any], supported: Mapping[str, Any]) -> None:
-    """Refuses keys that are present with another value than the one that is supported."""
-    for key, value in supported.items():
-        if key in config and config[key] != value:
-            raise CheckpointError(f"{path}: {key} is {config[key]!r}; only {value!r} is supported")
-
-
-def _integer(path: Path, config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = config.get(key, default)
-    if value is None:
-        raise CheckpointError(f"{path}: {key} is missing")
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"{path}: {key} is {value!r}; it must be a whole number above 0")
-    return value
-
-
-def _integers(path: Path, config: Mapping[str, Any], key: str, default: tuple[int, ...]) -> tuple[int, ...]:
-    value = config.get(key, default)
-    if not isinstance(value, list | tuple) or not value:
-        raise CheckpointError(f"{path}: {key} is {value!r}; it must be a list of whole numbers")
-    return tuple(_integer(path, {key: item}, key) for item in value)
-
-
-def _number(path: Path, config: Mapping[str, Any], key: str, default: float) -> float:
-    value = config.get(key, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-        raise CheckpointError(f"{path}: {key} is {value!r}; it must be a number above 0")
-    return float(value)
-
-
-def _flag(path: Path, config: Mapping[str, Any], key: str, default: bool) -> bool:
-    value = config.get(key, default)
-    if not isinstance(value, bool):
-        raise CheckpointError(f"{path}: {key} is {value!r}; it must be true or false")
-    return value
