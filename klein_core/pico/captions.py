@@ -31,8 +31,8 @@ _OPENINGS = (
 )  # fmt: skip
 _ENDINGS = (" please", ", please", " thanks", ", flat style", ", simple shapes", ", minimalist", ", high quality",
             ", vector art", ", clean edges", ", nothing else", ", flat colors")  # fmt: skip
-_FREE = 0.35
-"""How often a caption follows no template."""
+FREE_SHARE = 0.35
+"""How often a caption is in free words instead of a template's."""
 _ADJECTIVES = ("nice", "simple", "flat", "single", "beautiful", "pretty", "lovely", "solid", "perfect", "clean", "bold",
                "shiny", "neat", "lone", "cute", "geometric")  # fmt: skip
 
@@ -70,11 +70,11 @@ def with_stray_word(text: str, rng: random.Random) -> str:
     return " ".join(words)
 
 
-def caption(scene: Scene, rng: random.Random) -> str:
+def caption(scene: Scene, rng: random.Random, free_share: float = FREE_SHARE) -> str:
     """Describes a scene; reading it back under the rules of this module gives the same scene."""
     if not scene.items:
         text = _of_nothing(scene.background, rng)
-    elif rng.random() < _FREE:
+    elif rng.random() < free_share:
         text = free_caption(scene, rng)
     elif len(scene.items) == 1:
         text = _of_one(scene.items[0], scene.background, rng)

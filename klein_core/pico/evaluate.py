@@ -40,6 +40,7 @@ SIZES = ((64, 64), (96, 96), (160, 160), (192, 192), (256, 256), (64, 128), (128
          (256, 96), (112, 208), (240, 176))  # fmt: skip
 OTHER_REFERENCES = ((64, 64), (128, 192), (192, 192), (96, 96), (256, 128))
 COLUMNS = ("background", "colour", "shape", "place", "size", "everything", "overlap")
+PARTS = ("all", "words", "references", "rest")
 _SEED = 20_260_000
 
 
@@ -113,11 +114,15 @@ class Evaluation:
         return [judge(picture, task.target) for picture, task in zip(pictures, drawn, strict=True)]
 
     def text_to_image(self, count: int) -> None:
-        self.add(
-            "one object, held-out combination",
-            self.tasks(lambda rng: text_to_image(rng, held_out_scene(rng)), "held out", count),
-        )
-        self.add("two objects", self.tasks(lambda rng: text_to_image(rng, double_scene(rng)), "two", count))
+        """Adds two rows whose prompts are templates', and two in free words, which are harder to read."""
+        for wording, free_share in (("", 0.0), (", in free words", 1.0)):
+            for title, draw in (("one object, held-out", held_out_scene), ("two objects", double_scene)):
+                judged = self.tasks(
+                    lambda rng, draw=draw, share=free_share: text_to_image(rng, draw(rng), share),  # type: ignore[misc]
+                    title,
+                    count,
+                )
+                self.add(title + wording, judged)
 
     def kinds(
         self, title: str, kinds: Sequence[str], make: Callable[[str, random.Random], Task], count: int
@@ -211,9 +216,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument(
         "--part",
-        choices=("all", "tasks", "rest"),
+        choices=PARTS,
         default="all",
-        help="rest: paraphrases, sizes and controls",
+        help="words: text-to-image and paraphrases; references: edits and two references; rest: sizes and controls",
     )
     arguments = parser.parse_args()
     torch.set_num_threads(min(2, torch.get_num_threads()))
@@ -222,13 +227,14 @@ def main() -> None:
     header = "  ".join(f"{column:>10}" for column in COLUMNS)
     sys.stdout.write(f"{'4 steps, ' + arguments.dtype:36} {'n':>5}  {header}\n")
     evaluation = Evaluation(Painter(arguments.weights, dtype), _print_row)
-    if arguments.part != "rest":
+    if arguments.part in ("all", "words"):
         evaluation.text_to_image(count)
-        evaluation.kinds("edits, all kinds", EDIT_KINDS, edit, count)
-        evaluation.kinds("two references, all kinds", TWO_REFERENCE_KINDS, two_references, count)
-    if arguments.part != "tasks":
         evaluation.paraphrases("paraphrases", PARAPHRASES, count)
         evaluation.paraphrases("blind paraphrases", BLIND_PARAPHRASES, count)
+    if arguments.part in ("all", "references"):
+        evaluation.kinds("edits, all kinds", EDIT_KINDS, edit, count)
+        evaluation.kinds("two references, all kinds", TWO_REFERENCE_KINDS, two_references, count)
+    if arguments.part in ("all", "rest"):
         evaluation.other_references(count // 2)
         evaluation.sizes(count)
         evaluation.controls(count)

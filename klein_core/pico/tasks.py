@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from klein_core.pico import instructions
-from klein_core.pico.captions import caption
+from klein_core.pico.captions import FREE_SHARE, caption
 from klein_core.pico.scenes import (
     any_background,
     any_item,
@@ -80,13 +80,13 @@ def _named(item: Item, scene: Scene, rng: random.Random) -> tuple[str, dict[str,
     return name.text, {f"first {attribute}": getattr(item, attribute) for attribute in sorted(name.said)}
 
 
-def text_to_image(rng: random.Random, scene: Scene | None = None) -> Task:
-    """Describes a scene, a random one unless it is given."""
+def text_to_image(rng: random.Random, scene: Scene | None = None, free_share: float = FREE_SHARE) -> Task:
+    """Describes a scene, a random one unless it is given; in free words as often as `free_share` says."""
     scene = scene or any_scene(rng)
     reading = {"kind": "text to image", "top": scene.background.top, "bottom": scene.background.bottom}
     for which, item in zip(("first", "second"), scene.items, strict=False):
         reading |= _describe(which, item)
-    return Task("text to image", caption(scene, rng), scene, (), reading)
+    return Task("text to image", caption(scene, rng, free_share), scene, (), reading)
 
 
 def edit(kind: str, rng: random.Random) -> Task:
