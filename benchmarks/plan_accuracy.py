@@ -23,7 +23,7 @@ from benchmarks.peak_memory import Peak, measured_peak
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.sides import Place, cut_text_encoder, encode_run, flow_transformer, random_module
 from klein_core.denoiser.span import Span
-from klein_core.emulation import HAS_BFLOAT16_PRODUCTS
+from klein_core.emulation import is_emulated
 from klein_core.linear import Linear
 from klein_core.memory import autoencoder, text_encoder, transformer
 from klein_core.memory.precision import PRECISIONS
@@ -144,7 +144,7 @@ def measured(case: Case, shape: Shape, device: str) -> Numbers:
 def estimate(case: Case, shape: Shape, device: str) -> tuple[int, int]:
     """Returns bytes of weights and of activations as `klein plan` counts them."""
     precision = PRECISIONS[case.precision]
-    emulated = device == "cpu" and not HAS_BFLOAT16_PRODUCTS
+    emulated = is_emulated(torch.device(device), torch.bfloat16)
     if case.stage == "text-encoder":
         words = shape.text_encoder
         return (

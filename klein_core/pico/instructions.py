@@ -100,7 +100,7 @@ def reshape(name: str, shape: str, rng: random.Random) -> str:
         f"change the shape of {name} to {new}" if name != "the shape" else f"change the shape to {new}",
         f"i want {new} instead of {name}", f"instead of {name} draw {new}", f"{name} should become {new}",
         f"put {new} where {name} is", f"give me {new} instead of {name}", f"let {name} be {new}",
-        f"exchange {name} for {new}", f"where {name} is i want {new}", f"convert {name} to {new}", 
+        f"exchange {name} for {new}", f"where {name} is i want {new}", f"convert {name} to {new}",
         f"can {name} be {new}?", f"switch {name} for {new}",
         f"make {name} into {new}", f"i want {name} to be {new}", f"{new} would be better than {name}",
     )), rng)  # fmt: skip

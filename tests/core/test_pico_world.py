@@ -25,6 +25,7 @@ from klein_core.pico.tasks import (
     text_to_image,
     two_references,
 )
+from klein_core.pico.words import _COLOUR_WORDS
 from klein_core.pico.world import (
     COLOURS,
     PLACES,
@@ -175,18 +176,8 @@ def test_a_caption_says_what_differs_from_the_defaults(seed: int) -> None:
     if item.place not in ("center", "left", "right", "top", "bottom"):
         assert item.place.split()[1] in text
     if not scene.background.is_plain:
-        fading = (
-            "gradient",
-            "fad",
-            "going",
-            "changing",
-            "running",
-            "blending",
-            "shifting",
-            "turning",
-            "becomes",
-        )
-        assert any(word in text for word in (*fading, "below", "bottom"))
+        for colour in (scene.background.top, scene.background.bottom):
+            assert any(word in text for word in _COLOUR_WORDS[colour]), colour
 
 
 @pytest.mark.parametrize("path", [PARAPHRASES, BLIND_PARAPHRASES], ids=lambda path: path.stem)
