@@ -18,7 +18,10 @@ _EDIT_WEIGHTS = {
 }  # fmt: skip
 _TWO_WEIGHTS = {"onto background": 1.0, "colour from second": 1.0, "side by side": 1.6, "stacked": 1.2}
 _SIDES_PX = tuple(range(64, 257, TOKEN_PX))
-_OTHER_REFERENCE_SIZE = 0.3
+_POPULAR: tuple[Pixels, ...] = (
+    (256, 256), (256, 256), (192, 192), (192, 192), (160, 160), (96, 96), (192, 128), (128, 192), (256, 128), (128, 256)
+)  # fmt: skip
+_OTHER_REFERENCE_SIZE = 0.4
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,8 @@ def size_shares(progress: float) -> tuple[float, float, float]:
     if progress < 0.42:
         return 0.15, 0.72, 0.13
     if progress < 0.75:
-        return 0.06, 0.38, 0.56
-    return 0.06, 0.48, 0.46
+        return 0.05, 0.3, 0.65
+    return 0.05, 0.4, 0.55
 
 
 def any_setting(family: str, progress: float, rng: random.Random) -> Setting:
@@ -86,11 +89,9 @@ def any_setting(family: str, progress: float, rng: random.Random) -> Setting:
 def any_size(rng: random.Random) -> Pixels:
     """Draws any size from 64 to 256 pixels a side; the popular ones more often."""
     draw = rng.random()
-    if draw < 0.3:
-        return rng.choice(
-            ((256, 256), (192, 192), (192, 128), (128, 192), (256, 128), (128, 256), (96, 96), (160, 160))
-        )
-    if draw < 0.45:
+    if draw < 0.4:
+        return rng.choice(_POPULAR)
+    if draw < 0.5:
         return rng.choice(((64, 64), (128, 128)))
     return rng.choice(_SIDES_PX), rng.choice(_SIDES_PX)
 
