@@ -13,7 +13,7 @@ import grpc
 
 from services.orchestrator.deadline import Deadline
 from services.orchestrator.failures import PUBLIC_FIELDS, StageDisagreement, failure_of
-from services.orchestrator.routing import StageAddress
+from services.orchestrator.routing import DENOISER, TEXT_ENCODER, VAE_DECODER, StageAddress
 from services.orchestrator.sent_status import SentStatus
 from services.runtime.channels import open_channel
 
@@ -21,6 +21,13 @@ ENCODE_PROMPT: Final = "/klein_api.v1.TextEncoderService/EncodePrompt"
 ENCODE_REFERENCE: Final = "/klein_api.v1.VaeDecoderService/EncodeReference"
 DECODE_LATENTS: Final = "/klein_api.v1.VaeDecoderService/DecodeLatents"
 DENOISE_LATENTS: Final = "/klein_api.v1.DenoiserService/DenoiseLatents"
+
+SERVICES: Final[Mapping[str, str]] = {
+    TEXT_ENCODER: "klein_api.v1.TextEncoderService",
+    DENOISER: "klein_api.v1.DenoiserService",
+    VAE_DECODER: "klein_api.v1.VaeDecoderService",
+}
+"""The gRPC service of each stage, whose health says whether a replica takes calls."""
 
 _Conversing: TypeAlias = "grpc.aio.StreamStreamCall[bytes, bytes]"
 _Answering: TypeAlias = "grpc.aio.UnaryStreamCall[bytes, bytes] | grpc.aio.StreamStreamCall[bytes, bytes]"
@@ -35,13 +42,13 @@ class Channels:
     def __init__(self) -> None:
         self._channels: dict[tuple[str, str], grpc.aio.Channel] = {}
 
-    def serving(self, target: str, method: str) -> grpc.aio.Channel:
-        """Returns the channel that reaches the replicas whose health of `method`'s service is SERVING."""
-        return self._channel(target, method.split("/")[1])
+    def serving(self, address: StageAddress) -> grpc.aio.Channel:
+        """Returns the channel that reaches the stage's replicas whose health is SERVING."""
+        return self._channel(address.target, SERVICES[address.stage])
 
-    def any(self, target: str) -> grpc.aio.Channel:
-        """Returns the channel that reaches every replica, also those that load or drain."""
-        return self._channel(target, "")
+    def any(self, address: StageAddress) -> grpc.aio.Channel:
+        """Returns the channel that reaches every replica of the stage, also those that load or drain."""
+        return self._channel(address.target, "")
 
     def _channel(self, target: str, service: str) -> grpc.aio.Channel:
         key = (target, service)
@@ -149,7 +156,7 @@ class StageCalls:
     ) -> StageAnswer:
         """Makes a call of one request."""
         multicallable: grpc.aio.UnaryStreamMultiCallable[bytes, bytes]
-        multicallable = self.channels.serving(address.target, method).unary_stream(method)
+        multicallable = self.channels.serving(address).unary_stream(method)
         call = multicallable(request, timeout=self.deadline.remaining_seconds(), metadata=self.metadata)
         return StageAnswer(address, call, fields)
 
@@ -158,6 +165,6 @@ class StageCalls:
     ) -> StageCall:
         """Opens a call whose request is a stream."""
         multicallable: grpc.aio.StreamStreamMultiCallable[bytes, bytes]
-        multicallable = self.channels.serving(address.target, method).stream_stream(method)
+        multicallable = self.channels.serving(address).stream_stream(method)
         call = multicallable(timeout=self.deadline.remaining_seconds(), metadata=self.metadata)
         return StageCall(address, call, fields)

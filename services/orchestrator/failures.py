@@ -19,7 +19,7 @@ import grpc
 
 from klein_core.errors import InvalidInput, Violation
 from services.orchestrator.routing import StageAddress
-from services.runtime.errors import StageUnavailable
+from services.runtime.errors import StagesLost
 from services.runtime.status import UNKNOWN_ADAPTER, PeerFailure, explain
 
 PUBLIC_FIELDS: Mapping[str, str] = {
@@ -59,9 +59,9 @@ def failure_of(
     """
     code, message = error.code(), error.details() or ""
     if code in _LOST or explain(error).reason == _RECEIVE_TIMEOUT:
-        return StageUnavailable(f"{address.stage} at {address.target} is unavailable: {message}")
+        return StagesLost(f"{address.stage} at {address.target} is unavailable: {message}")
     if code is grpc.StatusCode.NOT_FOUND and explain(error).reason != UNKNOWN_ADAPTER:
-        return StageUnavailable(
+        return StagesLost(
             f"{address.stage} at {address.target} does not serve {address.model!r}, "
             f"as the routing table says: {message}"
         )

@@ -7,7 +7,9 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import grpc
 
 from klein_api.v1.image_service_pb2 import GenerationSummary, ImageSpec, StreamGenerateImageResponse
 from services.orchestrator.cache import TensorCache
@@ -18,11 +20,14 @@ from services.orchestrator.flow import Flow, FlowOptions
 from services.orchestrator.request import ImageRequest, RequestLimits, validated
 from services.orchestrator.routing import RoutingTable
 from services.orchestrator.stages import StageDirectory
-from services.runtime.errors import StageUnavailable
+from services.runtime.errors import DeadlinePassed, StagesLost
 from services.runtime.logs import request_metadata
-from services.runtime.metrics import IMAGES, PIXELS, REQUEST_SECONDS
+from services.runtime.metrics import DEADLINE_MISSED, IMAGES, PIXELS, REQUEST_SECONDS
 from services.runtime.places import Places
+from services.runtime.status import PeerFailure, status_of
 
+_TRANSIT_SECONDS = 0.05
+"""A caller whose deadline passes hangs up this much before the deadline passes here, at most."""
 _log = logging.getLogger("klein.orchestrator")
 
 
@@ -61,7 +66,7 @@ class Generation:
         Raises:
             UnknownModel: the request names a model that is not routed.
             InvalidInput: fields are outside their limits; all of them are named.
-            StageUnavailable: a stage cannot be used.
+            StagesLost: a stage cannot be used.
             PeerFailure: a stage failed in another way.
         """
         options = FlowOptions(tells_progress, self.image_metadata)
@@ -70,8 +75,8 @@ class Generation:
         facts = await self.directory.facts(route, deadline.remaining_seconds())
         request = validated(spec, preview_interval_steps, route, facts, self.limits)
         if request.references and facts.reference_problem:
-            raise StageUnavailable(facts.reference_problem)
-        with _counted(request, options.arrived_at):
+            raise StagesLost(facts.reference_problem)
+        with _counted(request, deadline, options.arrived_at):
             queue = EventQueue()
             task = asyncio.create_task(self._run(request, deadline, queue, options))
             task.add_done_callback(lambda _: queue.close())
@@ -90,14 +95,20 @@ class Generation:
         """Carries a request out, and once more if a stage was lost before the caller was told anything."""
         try:
             summary = await self._attempt(request, deadline, queue, options)
-        except StageUnavailable:
+        except StagesLost:
             self.directory.forget(request.route)
             if queue.was_used:
                 raise
             _log.warning("a stage was lost; the request is made again", exc_info=True)
-            await self.directory.facts(request.route, deadline.remaining_seconds())
-            summary = await self._attempt(request, deadline, queue, options)
+            summary = await self._attempt(await self._renewed(request, deadline), deadline, queue, options)
         await queue.put(StreamGenerateImageResponse(summary=summary))
+
+    async def _renewed(self, request: ImageRequest, deadline: Deadline) -> ImageRequest:
+        """Returns the request for the stages as they are now, which may have other weights than before."""
+        facts = await self.directory.facts(request.route, deadline.remaining_seconds())
+        if not facts.takes_the_same(request.facts):
+            raise StagesLost(f"another model took the place of {request.route.name!r} meanwhile; ask again")
+        return replace(request, facts=facts)
 
     async def _attempt(
         self, request: ImageRequest, deadline: Deadline, queue: EventQueue, options: FlowOptions
@@ -118,19 +129,24 @@ def _first(group: ExceptionGroup[Exception]) -> Exception:
 
 
 @contextmanager
-def _counted(request: ImageRequest, arrived_at: float) -> Iterator[None]:
-    """Counts a request's images by outcome; a cancelled request is neither a success nor a failure."""
+def _counted(request: ImageRequest, deadline: Deadline, arrived_at: float) -> Iterator[None]:
+    """Counts a request's images by outcome; one that nobody waits for any more neither succeeds nor fails."""
     outcome = "failed"
     try:
         yield
         outcome = "succeeded"
     except (asyncio.CancelledError, GeneratorExit):
-        outcome = "cancelled"
+        outcome = "expired" if deadline.remaining_seconds() < _TRANSIT_SECONDS else "cancelled"
+        raise
+    except (DeadlinePassed, PeerFailure) as error:
+        outcome = "expired" if status_of(error).code is grpc.StatusCode.DEADLINE_EXCEEDED else "failed"
         raise
     finally:
         labels = (request.route.name, request.flow, outcome)
         IMAGES.labels(*labels).inc(len(request.params.seeds))
         REQUEST_SECONDS.labels(*labels).observe(time.perf_counter() - arrived_at)
+        if outcome == "expired":
+            DEADLINE_MISSED.labels("orchestrator").inc()
 
 
 def _count_pixels(request: ImageRequest, event: Event) -> None:

@@ -12,7 +12,7 @@ from klein_api.v1.stage_service_pb2 import DescribeStageRequest, DescribeStageRe
 from klein_api.v1.stage_service_pb2_grpc import StageServiceStub
 from services.orchestrator.calls import Channels
 from services.orchestrator.routing import Route, StageAddress
-from services.runtime.errors import StageUnavailable
+from services.runtime.errors import StagesLost
 
 _DESCRIBE_TIMEOUT_SECONDS = 5.0
 _ATTEMPTS = 3
@@ -33,6 +33,13 @@ class RouteFacts:
     reference_problem: str
     """Why requests with references cannot be served though others can; empty when they can."""
 
+    def takes_the_same(self, other: RouteFacts) -> bool:
+        """Returns whether a request that was validated for `other` is valid here and means the same."""
+        return all(
+            getattr(self, name) == getattr(other, name)
+            for name in ("distilled", "default_step_count", "default_guidance_scale", "reference_problem")
+        )
+
 
 class StageDirectory:
     """Descriptions of stages, kept for `ttl_seconds` and asked for again after a failure.
@@ -49,17 +56,17 @@ class StageDirectory:
         """Returns what requests for `route` need to know, asking only stages of which nothing fresh is known.
 
         Raises:
-            StageUnavailable: a stage does not answer, does not serve, is another stage, serves another model
+            StagesLost: a stage does not answer, does not serve, is another stage, serves another model
                 than the table says, or does not fit the others; all such stages are named.
         """
         timeout = min(timeout_seconds, _DESCRIBE_TIMEOUT_SECONDS)
         answers = await asyncio.gather(*(self._described(address, timeout) for address in route.stages))
         if problems := [answer for answer in answers if isinstance(answer, str)]:
-            raise StageUnavailable("; ".join(problems))
+            raise StagesLost("; ".join(problems))
         text_encoder, denoiser, vae_decoder = (answer for answer in answers if not isinstance(answer, str))
         if problem := misfit(route, text_encoder, denoiser, vae_decoder):
             self.forget(route)
-            raise StageUnavailable(problem)
+            raise StagesLost(problem)
         return RouteFacts(
             distilled=denoiser.denoiser.distilled,
             default_step_count=denoiser.denoiser.default_step_count,
@@ -77,8 +84,15 @@ class StageDirectory:
     async def survey(
         self, address: StageAddress, timeout_seconds: float
     ) -> tuple[DescribeStageResponse | None, str]:
-        """Asks a stage now and returns what it says, if anything, and what is wrong with it, if anything."""
-        return await self._describe(address, min(timeout_seconds, _DESCRIBE_TIMEOUT_SECONDS))
+        """Asks a stage now and returns what it says, if anything, and what is wrong with it, if anything.
+
+        Asks a replica that serves, so that one that loads beside it is no problem; any replica, if none does.
+        """
+        timeout = min(timeout_seconds, _DESCRIBE_TIMEOUT_SECONDS) / 2
+        description, problem = await self._describe(address, self._channels.serving(address), timeout)
+        if problem:
+            description, problem = await self._describe(address, self._channels.any(address), timeout)
+        return description, problem
 
     def _fresh(self, address: StageAddress) -> DescribeStageResponse | None:
         known = self._known.get(address)
@@ -87,14 +101,14 @@ class StageDirectory:
     async def _described(self, address: StageAddress, timeout_seconds: float) -> DescribeStageResponse | str:
         """Returns what a stage says of itself, or what is wrong with it.
 
-        Asks a stage of which nothing fresh is known, and again if that replica does not serve.
+        Asks a stage of which nothing fresh is known, and again if it does not serve yet.
         """
         if fresh := self._fresh(address):
             return fresh
         problem = ""
         for attempt in range(_ATTEMPTS):
             await asyncio.sleep(_BACKOFF_SECONDS * attempt)
-            description, problem = await self._describe(address, timeout_seconds)
+            description, problem = await self.survey(address, timeout_seconds)
             if description is None:
                 break
             if not problem:
@@ -103,11 +117,12 @@ class StageDirectory:
         return problem
 
     async def _describe(
-        self, address: StageAddress, timeout_seconds: float
+        self, address: StageAddress, channel: grpc.aio.Channel, timeout_seconds: float
     ) -> tuple[DescribeStageResponse | None, str]:
-        stub = StageServiceStub(self._channels.any(address.target))
         try:
-            description = await stub.DescribeStage(DescribeStageRequest(), timeout=timeout_seconds)
+            description = await StageServiceStub(channel).DescribeStage(
+                DescribeStageRequest(), timeout=timeout_seconds
+            )
         except grpc.aio.AioRpcError as error:
             reason = error.details() or error.code().name
             return None, f"{address.stage} at {address.target} does not answer: {reason}"

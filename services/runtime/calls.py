@@ -103,12 +103,17 @@ async def _write_all(
     if inspect.isasyncgen(responses):
         async with aclosing(responses):
             async for response in responses:
-                await _write(response, context)
+                await write_response(response, context)
     else:
         await responses  # type: ignore[misc]
 
 
-async def _write(response: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+async def write_response(response: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    """Sends a message, once the caller has room for it.
+
+    Raises:
+        CancelledError: the caller has gone.
+    """
     try:
         await context.write(response)
     except grpc.aio.InternalError:

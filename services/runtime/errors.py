@@ -6,6 +6,7 @@ ServiceError
 ├── DeadlinePassed        the caller's time is over
 ├── ReceiveTimeout        the caller's stream stalled or never ended
 ├── StageUnavailable      loading, draining or lost; another replica may do it
+│   └── StagesLost        the stages behind this server are; its other replicas would ask the same ones
 ├── UnknownModel          the name is not served here
 ├── UnknownAdapter        the name is not in the adapters' folder
 ├── UnusableAdapter       its file cannot be applied to this model
@@ -52,10 +53,10 @@ class DeadlineUnreachable(ServiceError):
 
 
 class DeadlinePassed(ServiceError):
-    """The caller's deadline passed before the work began."""
+    """The time for the request is over."""
 
-    def __init__(self) -> None:
-        super().__init__("the deadline passed before the work began")
+    def __init__(self, reason: str = "the deadline passed before the work began") -> None:
+        super().__init__(reason)
 
 
 class ReceiveTimeout(ServiceError):
@@ -75,6 +76,13 @@ class StageUnavailable(ServiceError):
     def __init__(self, reason: str) -> None:
         self.reason = reason
         super().__init__(reason)
+
+
+class StagesLost(StageUnavailable):
+    """Stages behind this server take no work, after all attempts.
+
+    Callers need not ask another replica of this server, which would ask the same stages.
+    """
 
 
 class UnknownModel(ServiceError):

@@ -6,7 +6,7 @@ never a prompt, a seed or a request id.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -148,8 +148,11 @@ _KINDS = {
 }
 
 
-def initialise(stage: str, service_names: Iterable[str], operations: Iterable[str] = ()) -> None:
-    """Creates a server's label sets, so that its counters exist at 0 before the first request."""
+def initialise(stage: str, service_names: Iterable[str], operations: Sequence[str] = ()) -> None:
+    """Creates a server's label sets, so that its counters exist at 0 before the first request.
+
+    A server without operations computes nothing and has no queue before a device.
+    """
     # They double the number of series and nothing reads them.
     disable_created_metrics()  # type: ignore[no-untyped-call]
     for method in _methods(service_names):
@@ -158,7 +161,9 @@ def initialise(stage: str, service_names: Iterable[str], operations: Iterable[st
         for code in grpc.StatusCode:
             RPC_HANDLED.labels(*method.labels, code.name)
     SERVING.labels(stage)
-    initialise_queue(stage)
+    DEADLINE_MISSED.labels(stage)
+    if operations:
+        initialise_queue(stage)
     for reason in ("queue_full", "deadline_unreachable", "out_of_memory", "stage_unavailable"):
         REJECTED.labels(stage, reason)
     for operation in operations:

@@ -13,9 +13,12 @@
 | DeadlinePassed | DEADLINE_EXCEEDED | ErrorInfo DEADLINE_PASSED |
 | ReceiveTimeout | DEADLINE_EXCEEDED | ErrorInfo RECEIVE_TIMEOUT |
 | StageUnavailable | UNAVAILABLE | ErrorInfo STAGE_UNAVAILABLE |
-| DeviceFault | UNAVAILABLE | ErrorInfo DEVICE_FAULT; the process ends and is replaced |
+| StagesLost | UNAVAILABLE, and gRPC is told not to retry | ErrorInfo STAGE_UNAVAILABLE |
+| DeviceFault | UNAVAILABLE, and gRPC is told not to retry | ErrorInfo DEVICE_FAULT; the process ends and is replaced |
 | PeerFailure | as the other server said | as the other server said |
 | anything else | INTERNAL | ErrorInfo INTERNAL_ERROR with an id that the log has too |
+
+Whatever the error says, its status fits the headers that it travels in: see `status_limits`.
 """
 
 from __future__ import annotations
@@ -41,28 +44,39 @@ from services.runtime.errors import (
     QueueFull,
     ReceiveTimeout,
     ServiceError,
+    StagesLost,
     StageUnavailable,
     UnknownAdapter,
     UnknownModel,
     UnusableAdapter,
 )
+from services.runtime.status_limits import INFO_VALUE_BYTES, MESSAGE_BYTES, shortened, told
 
 DOMAIN = "klein-suite"
 """`ErrorInfo.domain` of every status made here."""
 DETAILS_KEY = "grpc-status-details-bin"
+DEVICE_FAULT = "DEVICE_FAULT"
+"""`ErrorInfo.reason` of an UNAVAILABLE whose server has lost its device."""
 UNKNOWN_ADAPTER = "UNKNOWN_ADAPTER"
 """`ErrorInfo.reason` of a NOT_FOUND that is about an adapter."""
+_NO_RETRY = ("grpc-retry-pushback-ms", "-1")
+"""Trailer by which a server keeps a caller's gRPC from retrying (gRFC A6, pushback)."""
 _OUT_OF_MEMORY_RETRY_SECONDS = 1.0
 _log = logging.getLogger("klein.errors")
 
 
 @dataclass(frozen=True)
 class RichStatus:
-    """A status with its details."""
+    """A status with its details; a long message is cut off."""
 
     code: grpc.StatusCode
     message: str
     details: tuple[Message, ...] = ()
+    is_final: bool = False
+    """Whether a retry would meet the same, so that gRPC is to make none."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "message", shortened(self.message, MESSAGE_BYTES))
 
     @property
     def reason(self) -> str:
@@ -70,16 +84,17 @@ class RichStatus:
         infos = (detail for detail in self.details if isinstance(detail, error_details_pb2.ErrorInfo))
         return next((str(info.reason) for info in infos), "")
 
-    def trailing_metadata(self) -> tuple[tuple[str, bytes], ...]:
-        """Returns the metadata pair that carries the details."""
+    def trailing_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
+        """Returns the metadata that carries what code and message do not."""
+        pushback = (_NO_RETRY,) if self.is_final else ()
         if not self.details:
-            return ()
+            return pushback
         status = status_pb2.Status(code=self.code.value[0], message=self.message)
         for detail in self.details:
             packed = AnyMessage()
             packed.Pack(detail)
             status.details.append(packed)
-        return ((DETAILS_KEY, status.SerializeToString()),)
+        return (*pushback, (DETAILS_KEY, status.SerializeToString()))
 
 
 @dataclass(frozen=True)
@@ -142,7 +157,8 @@ def status_of(error: BaseException) -> RichStatus:
             info = _info("RECEIVE_TIMEOUT", timeout_seconds=f"{error.timeout_seconds:g}")
             return RichStatus(code.DEADLINE_EXCEEDED, text, (info,))
         case StageUnavailable():
-            return RichStatus(code.UNAVAILABLE, text, (_info("STAGE_UNAVAILABLE"),))
+            is_final = isinstance(error, StagesLost)
+            return RichStatus(code.UNAVAILABLE, text, (_info("STAGE_UNAVAILABLE"),), is_final)
         case PeerFailure():
             return error.status
         case DeviceOutOfMemory():
@@ -151,7 +167,9 @@ def status_of(error: BaseException) -> RichStatus:
             return _logged(error, RichStatus(code.RESOURCE_EXHAUSTED, message, details))
         case DeviceFault():
             message = "the stage lost its device and ends; another replica can do it"
-            return _logged(error, RichStatus(code.UNAVAILABLE, message, (_info("DEVICE_FAULT"),)))
+            return _logged(
+                error, RichStatus(code.UNAVAILABLE, message, (_info(DEVICE_FAULT),), is_final=True)
+            )
         case _:
             return _internal(error)
 
@@ -227,13 +245,13 @@ def _bad_request(violations: Sequence[Violation]) -> error_details_pb2.BadReques
     return error_details_pb2.BadRequest(
         field_violations=[
             error_details_pb2.BadRequest.FieldViolation(field=item.field, description=item.description)
-            for item in violations
+            for item in told(violations)
         ]
     )
 
 
 def _info(reason: str, **metadata: object) -> error_details_pb2.ErrorInfo:
-    texts = {key: str(value) for key, value in metadata.items()}
+    texts = {key: shortened(str(value), INFO_VALUE_BYTES) for key, value in metadata.items()}
     return error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=texts)
 
 
