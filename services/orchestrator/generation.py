@@ -87,7 +87,8 @@ class Generation:
                 await task
             finally:
                 task.cancel()
-                await asyncio.wait([task])
+                # What it fails with now, nobody is there to hear.
+                await asyncio.gather(task, return_exceptions=True)
 
     async def _run(
         self, request: ImageRequest, deadline: Deadline, queue: EventQueue, options: FlowOptions

@@ -32,6 +32,8 @@ class FakeSuite:
     orchestrator: Orchestrator = field(init=False)
     images: ImageServiceStub = field(init=False)
     targets: dict[str, str] = field(init=False)
+    address: str = field(init=False)
+    """Of the orchestrator."""
     channel: grpc.aio.Channel = field(init=False)
 
     @property
@@ -56,9 +58,9 @@ class FakeSuite:
             }
             settings = OrchestratorSettings(**(defaults | self.settings))  # type: ignore[arg-type]
             self.orchestrator = Orchestrator(settings, settings.table())
-            address = await stack.enter_async_context(running_server(self.orchestrator, settings))
+            self.address = await stack.enter_async_context(running_server(self.orchestrator, settings))
             options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-            self.channel = await stack.enter_async_context(grpc.aio.insecure_channel(address, options))
+            self.channel = await stack.enter_async_context(grpc.aio.insecure_channel(self.address, options))
             self.images = ImageServiceStub(self.channel)
             yield self
 

@@ -13,7 +13,7 @@ from klein_core.errors import InvalidInput
 from tests.services.fake_stages import FakeTextEncoder
 from tests.services.fake_tensors import reference_file
 from tests.services.orchestrator_suite import FakeSuite, drained, generate, nothing_left_running, refusal
-from tests.services.runtime_toy import until
+from tests.services.runtime_toy import failure, until
 
 REFERENCES = (reference_file(64, 64, "a"), reference_file(64, 64, "b"))
 BIG_TOKENS = 98304
@@ -26,8 +26,8 @@ async def suite():
         yield running
 
 
-def counted_images(outcome) -> float:
-    labels = {"model": "fake", "flow": "multi-reference", "outcome": outcome}
+def counted_images(outcome, flow="multi-reference") -> float:
+    labels = {"model": "fake", "flow": flow, "outcome": outcome}
     return REGISTRY.get_sample_value("klein_images_total", labels) or 0.0
 
 
@@ -121,6 +121,34 @@ async def test_a_deadline_ends_the_work_of_every_stage(suite):
     assert details.code is grpc.StatusCode.DEADLINE_EXCEEDED
     await until(lambda: suite.denoiser.cancelled == 1)
     await nothing_left_running()
+
+
+async def test_a_request_whose_deadline_passes_is_counted_as_such(suite):
+    def counted():
+        missed = REGISTRY.get_sample_value("klein_deadline_missed_total", {"stage": "orchestrator"})
+        outcomes = ("expired", "cancelled", "failed")
+        return missed, *(counted_images(outcome, "text-to-image") for outcome in outcomes)
+
+    missed, expired, cancelled, failed = counted()
+    suite.denoiser.step_gate = asyncio.Event()
+    for _ in range(5):
+        await refusal(suite, within_seconds=0.3)
+    await nothing_left_running()
+    assert counted() == (missed + 5, expired + 5, cancelled, failed)
+
+
+async def test_a_caller_that_does_not_read_keeps_its_place_for_so_long_only(monkeypatch):
+    monkeypatch.setattr("tests.services.fake_stages.encoded_image", lambda *_: bytes(1 << 20))
+    settings = {"maximum_request_seconds": 1.0, "queue_limit": 1}
+    async with FakeSuite(settings=settings).running() as suite:
+        spec = ImageSpec(image_count=8)
+        call = suite.images.StreamGenerateImage(StreamGenerateImageRequest(spec=spec))
+        places = suite.orchestrator.generation.places
+        await until(lambda: places.taken_count == 1)
+        await until(lambda: places.taken_count == 0)
+        await nothing_left_running()
+        assert len((await generate(suite)).images) == 1
+        assert (await failure(drained(call))).code() is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 async def test_a_request_without_deadline_gets_the_longest_that_is_allowed():
