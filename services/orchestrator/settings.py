@@ -8,7 +8,11 @@ from pathlib import Path
 from klein_core.params import DEFAULT_LIMITS
 from services.orchestrator.request import RequestLimits
 from services.orchestrator.routing import RoutingTable, read_routing_table, single_route_table
-from services.runtime.settings import ServerSettings, setting
+from services.runtime.channels import IMAGE_MESSAGE_BYTES
+from services.runtime.settings import ServerSettings, SettingsError, setting
+
+_BYTES_PER_PIXEL = 3.03
+"""Of an image file that does not compress: RGB, and what the format adds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +67,20 @@ class OrchestratorSettings(ServerSettings):
     )
 
     def check(self) -> None:
-        self.table()
+        """Checks what settings mean together.
+
+        Raises:
+            RoutingError: the routing table cannot be used; every problem is named.
+            SettingsError: a request that is allowed could have an answer too large to be sent.
+        """
+        largest = max(route.maximum_pixel_count for route in self.table().routes.values())
+        answer_bytes = self.maximum_image_count * largest * _BYTES_PER_PIXEL
+        if answer_bytes > IMAGE_MESSAGE_BYTES:
+            fitting = int(IMAGE_MESSAGE_BYTES / largest / _BYTES_PER_PIXEL)
+            raise SettingsError(
+                f"KLEIN_MAXIMUM_IMAGE_COUNT is {self.maximum_image_count}; {fitting} images of {largest} pixels are "
+                f"what one answer of {IMAGE_MESSAGE_BYTES >> 20} MiB holds: allow fewer images or fewer pixels"
+            )
 
     def table(self) -> RoutingTable:
         """Reads the routing table.

@@ -7,6 +7,11 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
+
+from services.orchestrator.settings import OrchestratorSettings
+from services.runtime.settings import SettingsError
+
 ROOT = Path(__file__).parents[2]
 PROGRAM = textwrap.dedent(
     """
@@ -62,3 +67,10 @@ def test_it_serves_where_torch_cannot_be_imported():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["pico", "False", "True"]
+
+
+def test_settings_whose_largest_answer_could_not_be_sent_are_refused():
+    with pytest.raises(SettingsError, match="KLEIN_MAXIMUM_IMAGE_COUNT is 22; 21 images of 4194304 pixels"):
+        OrchestratorSettings(maximum_image_count=22).check()
+    OrchestratorSettings(maximum_image_count=21).check()
+    OrchestratorSettings(maximum_image_count=64, maximum_pixel_count=1024 * 1024).check()
