@@ -205,7 +205,10 @@ class Engine:
 
     def _tell(self, job: Job, *, is_finished: bool) -> None:
         outbox, run = self._outboxes[job], self._runs[job]
-        if is_finished:
+        if is_finished and job.is_unwanted(self.clock()):
+            with self._changed:
+                self._dismiss([job])
+        elif is_finished:
             tell_finished(job, run, outbox, self.clock())
             step_metrics.observe_finished(job)
             with self._changed:

@@ -109,7 +109,7 @@ class Scheduler:
 
     def sweep(self, now: float) -> list[Job]:
         """Removes and returns cancelled and expired jobs."""
-        gone = [job for job in self._jobs.values() if job.is_cancelled or job.is_expired(now)]
+        gone = [job for job in self._jobs.values() if job.is_unwanted(now)]
         self.remove(gone)
         return gone
 

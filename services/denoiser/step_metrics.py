@@ -31,7 +31,7 @@ def observe_finished(job: Job) -> None:
 
 
 def observe_abandoned(job: Job, *, is_late: bool) -> None:
-    """Books a request that left before its last step."""
+    """Books a request that nobody waited for when it left."""
     metrics.ABANDONED_SECONDS.labels(STAGE).inc(job.spent_seconds)
     if is_late:
         metrics.DEADLINE_MISSED.labels(STAGE).inc()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import weakref
 
 import pytest
@@ -16,8 +17,11 @@ from services.denoiser.job import Job, JobSpec
 from services.denoiser.outbox import Event, Finished, Outbox, Preview, StepDone
 from services.denoiser.run import Run
 from services.denoiser.scheduler import Scheduler, SchedulerLimits
+from services.denoiser.step_metrics import OPERATION, STAGE
 from services.denoiser.tracebacks import release_frames
-from services.runtime.errors import DeviceOutOfMemory
+from services.runtime import metrics
+from services.runtime.errors import DeadlinePassed, DeviceOutOfMemory
+from tests.services.denoiser_server import eventually
 
 IMAGE_TOKENS = 20
 
@@ -39,9 +43,13 @@ def advance(trajectories) -> None:
 class Caller:
     """One request and everything that it hears."""
 
-    def __init__(self, engine: Engine, *, step_count: int, kind=Trajectory, images: int = 1, **run) -> None:
+    def __init__(
+        self, engine: Engine, *, step_count: int, kind=Trajectory, images: int = 1, deadline=None, **run
+    ) -> None:
         self.outbox = Outbox(asyncio.get_running_loop())
-        spec = JobSpec(image_tokens=IMAGE_TOKENS, step_count=step_count, image_count=images)
+        spec = JobSpec(
+            image_tokens=IMAGE_TOKENS, step_count=step_count, image_count=images, deadline=deadline
+        )
         self.job: Job = engine.admit(spec, self.outbox)
         trajectories = [trajectory(step_count, kind) for _ in range(images)]
         engine.submit(self.job, spec, Run(trajectories=trajectories, **run))
@@ -56,8 +64,8 @@ class Caller:
 
 
 @contextlib.contextmanager
-def engine_of(step, token_budget: int = 1000):
-    engine = Engine(Scheduler(SchedulerLimits(token_budget=token_budget)), step)
+def engine_of(step, token_budget: int = 1000, **settings):
+    engine = Engine(Scheduler(SchedulerLimits(token_budget=token_budget)), step, **settings)
     try:
         yield engine
     finally:
@@ -170,3 +178,47 @@ async def test_a_device_lost_while_it_is_reported_fails_everybody():
                 await caller.events()
         with pytest.raises(Exception, match="illegal memory access"):
             Caller(engine, step_count=1)
+
+
+def booked() -> dict[str, float]:
+    return {
+        "abandoned seconds": metrics.ABANDONED_SECONDS.labels(STAGE)._value.get(),
+        "missed": metrics.DEADLINE_MISSED.labels(STAGE)._value.get(),
+        "served seconds": metrics.STAGE_SECONDS.labels(STAGE, OPERATION)._sum.get(),
+    }
+
+
+@pytest.mark.parametrize(
+    ("ends", "missed"), [("cancelled", 0), ("late", 1), ("at its deadline", 1), ("in time", None)]
+)
+async def test_who_left_during_the_last_step_is_booked_as_abandoned(ends, missed):
+    now, gate, steps = [0.0], threading.Event(), []
+
+    def step(trajectories) -> None:
+        steps.append(len(trajectories))
+        if len(steps) == 4:
+            assert gate.wait(30)
+        now[0] += 1.0
+        advance(trajectories)
+
+    before = booked()
+    with engine_of(step, clock=lambda: now[0]) as engine:
+        deadline = {"late": 3.5, "at its deadline": 4.0}.get(ends, 4.5)
+        caller = Caller(engine, step_count=4, deadline=deadline)
+        engine.start()
+        await eventually(lambda: len(steps) == 4)
+        if ends == "cancelled":
+            engine.cancel(caller.job)
+        gate.set()
+        if missed is None:
+            assert isinstance((await caller.events())[-1], Finished)
+        else:
+            with pytest.raises(DeadlinePassed):
+                await caller.events()
+    change = {name: value - before[name] for name, value in booked().items()}
+    is_served = missed is None
+    assert change == {
+        "abandoned seconds": 0 if is_served else 4,
+        "missed": missed or 0,
+        "served seconds": 4 if is_served else 0,
+    }
