@@ -15,7 +15,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -26,7 +25,7 @@ from services.denoiser.job import Job, JobSpec, Plan, Unit
 from services.denoiser.outbox import Outbox, Queued, Started
 from services.denoiser.reports import tell_finished, tell_progress
 from services.denoiser.run import CacheReferences, Run, Step
-from services.denoiser.scheduler import Scheduler
+from services.denoiser.scheduler import Load, Scheduler
 from services.denoiser.tracebacks import release_frames
 from services.runtime.device_faults import as_device_fault
 from services.runtime.errors import DeadlinePassed, DeviceOutOfMemory, StageUnavailable
@@ -36,17 +35,6 @@ IDLE_SECONDS = 0.5
 CLOSE_SECONDS = 5.0
 """How long `close` waits for a step that runs."""
 _log = logging.getLogger("klein.denoiser")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Load:
-    """How busy the engine is."""
-
-    queued_count: int
-    running_count: int
-    estimated_wait_seconds: float | None
-    capacity: int
-    """Such newcomers that one step takes."""
 
 
 class Engine:
@@ -78,6 +66,7 @@ class Engine:
 
     def start(self) -> None:
         """Begins to take steps."""
+        step_metrics.observe_budget(self._scheduler.budget.tokens)
         self._thread.start()
 
     def admit(self, spec: JobSpec, outbox: Outbox) -> Job:
@@ -118,12 +107,7 @@ class Engine:
     def load(self, newcomer: JobSpec) -> Load:
         """Tells how busy the engine is, and how long a `newcomer` would wait."""
         with self._changed:
-            return Load(
-                queued_count=self._scheduler.queued_count,
-                running_count=self._scheduler.running_count,
-                estimated_wait_seconds=self._scheduler.newcomer_wait(newcomer, self.clock()),
-                capacity=max(1, self._scheduler.token_budget // newcomer.image_tokens),
-            )
+            return self._scheduler.load(newcomer, self.clock())
 
     def close(self) -> None:
         """Ends the loop after the step that runs; requests that are left fail as unavailable."""
@@ -137,7 +121,8 @@ class Engine:
         with torch.inference_mode():
             while (plan := self._next()) is not None:
                 self._tell_started(plan)
-                self._execute(plan)
+                if self._execute(plan):
+                    self._book_success(plan)
 
     def _next(self) -> Plan | None:
         """Waits for something to do; `None` means that the engine is closed."""
@@ -152,10 +137,12 @@ class Engine:
             self._fail(self._scheduler.jobs, self._unavailable)
         return None
 
-    def _execute(self, plan: Plan) -> None:
+    def _execute(self, plan: Plan) -> bool:
+        """Does a plan, in smaller ones if it must; returns whether it was done as it is."""
         error = self._attempt(plan)
         if error is not None:
             self._recover(plan, error)
+        return error is None
 
     def _attempt(self, plan: Plan) -> Exception | None:
         """Does a plan and tells of it; returns why it could not be done, for the callers concerned."""
@@ -169,7 +156,7 @@ class Engine:
             # Whoever keeps the error must not keep the step's tensors: the next try needs their memory.
             release_frames(error)
             return error
-        step_metrics.observe_step(plan, seconds, self._scheduler.token_budget)
+        step_metrics.observe_step(plan, seconds, self._scheduler.budget.tokens)
         self._report(plan, finished)
         return None
 
@@ -228,7 +215,7 @@ class Engine:
             return
         _log.warning("a step failed; its requests are tried one by one", exc_info=error)
         if is_full and len(units) > 1:
-            self._shrink_budget(plan.tokens // 2)
+            self._cut_budget(plan)
         self._execute_singly(units)
 
     def _give_up(self, jobs: Iterable[Job], fault: Exception) -> None:
@@ -249,10 +236,20 @@ class Engine:
             return True
         return self._trajectory(unit.job, unit.image).step_index == unit.job.steps_done
 
-    def _shrink_budget(self, tokens: int) -> None:
+    def _cut_budget(self, plan: Plan) -> None:
+        budget = self._scheduler.budget
         with self._changed:
-            self._scheduler.token_budget = min(self._scheduler.token_budget, tokens)
-        _log.warning("out of memory: steps are now at most %d tokens", self._scheduler.token_budget)
+            budget.cut(plan.tokens)
+        step_metrics.observe_budget(budget.tokens)
+        _log.warning("out of memory: steps are now at most %d tokens", budget.tokens)
+
+    def _book_success(self, plan: Plan) -> None:
+        budget = self._scheduler.budget
+        with self._changed:
+            has_grown = budget.book_success(plan.tokens)
+        if has_grown:
+            step_metrics.observe_budget(budget.tokens)
+            _log.info("memory suffices: steps are at most %d tokens again", budget.tokens)
 
     def _fail(self, jobs: Iterable[Job], error: BaseException) -> None:
         for job in dict.fromkeys(jobs):

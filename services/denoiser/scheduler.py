@@ -11,6 +11,7 @@ from typing import Any
 
 from services.denoiser.job import Job, JobSpec, Plan, Unit
 from services.denoiser.reference_caches import ReferenceCaches
+from services.denoiser.step_budget import StepBudget
 from services.denoiser.step_times import StepTimes
 from services.runtime.errors import DeadlineUnreachable, QueueFull
 
@@ -38,6 +39,18 @@ class SchedulerLimits:
     """The share of the device's time that the oldest aged request gets, however urgent the others are."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """How busy the device is."""
+
+    queued_count: int
+    running_count: int
+    estimated_wait_seconds: float | None
+    """Until a newcomer starts; `None` when unknown."""
+    capacity: int
+    """Such newcomers that one step takes."""
+
+
 class Scheduler:
     """Earliest deadline first within priority classes, first come first served among equals.
 
@@ -57,7 +70,7 @@ class Scheduler:
     ) -> None:
         self.limits = limits
         self.caches = caches or ReferenceCaches[Any](0)
-        self.token_budget = limits.token_budget
+        self.budget = StepBudget(limits.token_budget, limits.step_image_limit)
         self.step_times = step_times or StepTimes()
         self._jobs: dict[int, Job] = {}
         self._sequence = 0
@@ -163,15 +176,20 @@ class Scheduler:
         """Seconds until the job starts; `None` when a size class ahead of it was never measured."""
         ahead = [other for other in self._jobs.values() if other.order < job.order]
         tokens = sum(other.spec.image_tokens * other.units_left_in_step for other in ahead)
-        if self._fits(job.spec.image_tokens, sum(other.units_left_in_step for other in ahead), tokens):
+        if self.budget.fits(job.spec.image_tokens, sum(other.units_left_in_step for other in ahead), tokens):
             return 0.0
         waits = [self.seconds_left(other) for other in ahead]
         known = [seconds for seconds in waits if seconds is not None]
         return sum(known) if len(known) == len(waits) else None
 
-    def newcomer_wait(self, spec: JobSpec, now: float) -> float | None:
-        """Seconds until a request that arrived now would start; `None` when unknown."""
-        return self.estimated_wait(Job(spec, self._sequence, admitted_at=now))
+    def load(self, newcomer: JobSpec, now: float) -> Load:
+        """Tells how busy the device is, and how long a `newcomer` that arrived now would wait."""
+        return Load(
+            queued_count=self.queued_count,
+            running_count=self.running_count,
+            estimated_wait_seconds=self.estimated_wait(Job(newcomer, self._sequence, admitted_at=now)),
+            capacity=max(1, self.budget.tokens // newcomer.image_tokens),
+        )
 
     def seconds_left(self, job: Job) -> float | None:
         """Device seconds that the job still needs; `None` when its size class was never measured."""
@@ -191,7 +209,7 @@ class Scheduler:
         tokens = 0
         for job in ready:
             for unit in self._next_units(job, units):
-                if not self._fits(unit.tokens, len(units), tokens):
+                if not self.budget.fits(unit.tokens, len(units), tokens):
                     break
                 self._use_cache(unit)
                 units.append(unit)
@@ -216,11 +234,6 @@ class Scheduler:
         if unit.image is not None and job.spec.cache is not None and not job.has_cache:
             self.caches.acquire(job.spec.cache.key)
             job.has_cache = True
-
-    def _fits(self, unit_tokens: int, images: int, tokens: int) -> bool:
-        """Whether one more unit goes into a step that already has some."""
-        is_within = tokens + unit_tokens <= self.token_budget
-        return images == 0 or (is_within and images < self.limits.step_image_limit)
 
     def _book_credit(self, plan: Plan, seconds: float) -> None:
         """Aged turns pay 1 − share, other steps earn the share, and at most one earning is kept."""

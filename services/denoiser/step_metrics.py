@@ -17,6 +17,10 @@ def observe_step(plan: Plan, seconds: float, token_budget: int) -> None:
     metrics.STEP_OCCUPANCY.set(plan.tokens / max(token_budget, plan.tokens))
 
 
+def observe_budget(tokens: int) -> None:
+    metrics.STEP_TOKEN_BUDGET.set(tokens)
+
+
 def observe_load(queued_count: int, running_count: int) -> None:
     metrics.QUEUE_DEPTH.labels(STAGE).set(queued_count)
     metrics.RUNNING.labels(STAGE).set(running_count)

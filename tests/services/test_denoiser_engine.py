@@ -12,11 +12,13 @@ import torch
 
 from klein_core.denoiser.sampler import Trajectory
 from klein_core.errors import InvalidInput
+from services.denoiser import step_budget
 from services.denoiser.engine import Engine
 from services.denoiser.job import Job, JobSpec
 from services.denoiser.outbox import Event, Finished, Outbox, Preview, StepDone
 from services.denoiser.run import Run
 from services.denoiser.scheduler import Scheduler, SchedulerLimits
+from services.denoiser.step_budget import GROWTH_STEPS, StepBudget
 from services.denoiser.step_metrics import OPERATION, STAGE
 from services.denoiser.tracebacks import release_frames
 from services.runtime import metrics
@@ -217,8 +219,62 @@ async def test_who_left_during_the_last_step_is_booked_as_abandoned(ends, missed
                 await caller.events()
     change = {name: value - before[name] for name, value in booked().items()}
     is_served = missed is None
-    assert change == {
+    expected = {
         "abandoned seconds": 0 if is_served else 4,
         "missed": missed or 0,
         "served seconds": 4 if is_served else 0,
     }
+    assert change == pytest.approx(expected)
+
+
+async def test_out_of_memory_cuts_the_budget_which_full_steps_bring_back(monkeypatch):
+    monkeypatch.setattr(step_budget, "GROWTH_STEPS", 3)
+    steps: list[int] = []
+    budgets: list[float] = []
+
+    def step(trajectories) -> None:
+        budgets.append(metrics.STEP_TOKEN_BUDGET._value.get())
+        steps.append(len(trajectories))
+        if len(steps) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        advance(trajectories)
+
+    with engine_of(step, token_budget=4 * IMAGE_TOKENS) as engine:
+        callers = [Caller(engine, step_count=5) for _ in range(4)]
+        engine.start()
+        for caller in callers:
+            await caller.events()
+        assert engine.load(JobSpec(image_tokens=IMAGE_TOKENS, step_count=1)).capacity == 4
+    # Four alone after the failure do not count; three of two images each do.
+    assert steps[:9] == [4, 1, 1, 1, 1, 2, 2, 2, 4]
+    assert [budget // IMAGE_TOKENS for budget in budgets[:9]] == [4, 2, 2, 2, 2, 2, 2, 2, 4]
+
+
+def test_a_budget_grows_after_so_many_full_steps_and_never_beyond_its_first_value():
+    budget = StepBudget(100, image_limit=8)
+    budget.cut(failed_tokens=90)
+    assert budget.tokens == 45
+    budget.cut(failed_tokens=1000)
+    assert budget.tokens == 45, "a step larger than the budget does not raise it"
+    for _ in range(GROWTH_STEPS - 1):
+        assert not budget.book_success(23)
+    for _ in range(GROWTH_STEPS):
+        assert not budget.book_success(22), "half full or less"
+    assert budget.book_success(23)
+    assert budget.tokens == 90
+    for _ in range(GROWTH_STEPS - 1):
+        assert not budget.book_success(200)
+    assert budget.book_success(200)
+    assert budget.tokens == 100
+    assert not any(budget.book_success(100) for _ in range(2 * GROWTH_STEPS))
+
+
+def test_a_cut_starts_the_count_anew():
+    budget = StepBudget(100, image_limit=8)
+    budget.cut(80)
+    for _ in range(GROWTH_STEPS - 1):
+        budget.book_success(40)
+    budget.cut(40)
+    assert budget.tokens == 20
+    assert not any(budget.book_success(20) for _ in range(GROWTH_STEPS - 1))
+    assert budget.book_success(20)
