@@ -5,10 +5,11 @@ Torch-free, and time is an argument, so every decision can be replayed. Not thre
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from services.denoiser.cache_turns import CacheTurns
 from services.denoiser.job import Job, JobSpec, Plan, Unit
 from services.denoiser.reference_caches import ReferenceCaches
 from services.denoiser.step_budget import StepBudget
@@ -59,7 +60,8 @@ class Scheduler:
     than `aged_share` of the time since it was first passed over.
 
     A request whose references are cached has its cache computed in a turn of its own, or beside the steps of others
-    as far as the token budget goes. It waits, and lets others pass, while caches in use leave no room for another.
+    as far as the token budget goes. It waits while caches in use leave no room for another, and lets pass those that
+    need none or have theirs: see `CacheTurns`.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Scheduler:
     ) -> None:
         self.limits = limits
         self.caches = caches or ReferenceCaches[Any](0)
+        self._cache_turns = CacheTurns(self.caches)
         self.budget = StepBudget(limits.token_budget, limits.step_image_limit)
         self.step_times = step_times or StepTimes()
         self._jobs: dict[int, Job] = {}
@@ -136,21 +139,25 @@ class Scheduler:
         ready = [job for job in self.jobs if job.is_ready]
         if not ready:
             return None
-        aged = min(
-            (job for job in ready if now - job.admitted_at >= self.limits.ageing_seconds),
-            key=lambda job: job.sequence,
-            default=None,
-        )
-        is_aged_turn = aged is not None and aged is not ready[0] and self._aged_credit_seconds >= 0
-        if aged is not None and is_aged_turn:
-            ready.remove(aged)
-            ready.insert(0, aged)
-        units = self._fill(ready)
+        aged = self._aged(ready, now)
+        lead = self._aged_lead(ready, aged)
+        units = self._fill(ready if lead is None else [lead, *(job for job in ready if job is not lead)])
         starting = tuple(dict.fromkeys(unit.job for unit in units if not unit.job.is_started))
         for job in starting:
             job.started_at = now
-        passes_over = aged is not None and all(unit.job is not aged for unit in units)
-        return Plan(units, starting, is_aged_turn, passes_over)
+        passes_over = bool(aged) and all(unit.job is not aged[0] for unit in units)
+        return Plan(units, starting, lead is not None, passes_over)
+
+    def _aged(self, ready: Iterable[Job], now: float) -> list[Job]:
+        aged = [job for job in ready if now - job.admitted_at >= self.limits.ageing_seconds]
+        return sorted(aged, key=lambda job: job.sequence)
+
+    def _aged_lead(self, ready: Sequence[Job], aged: Sequence[Job]) -> Job | None:
+        """Returns the oldest aged job that can do something, where it is its turn and it is not the first anyway."""
+        due = aged if self._aged_credit_seconds >= 0 else ()
+        self._cache_turns.claim(ready, due)
+        lead = next((job for job in due if self._cache_turns.units(job)), None)
+        return None if lead is ready[0] else lead
 
     def complete(self, plan: Plan, seconds: float) -> list[Job]:
         """Books a step that took `seconds`; returns the jobs that this finished, which leave."""
@@ -203,37 +210,18 @@ class Scheduler:
             return 0.0
         return self.step_times.seconds(cache.tokens)
 
-    def _fill(self, ready: list[Job]) -> tuple[Unit, ...]:
+    def _fill(self, ready: Sequence[Job]) -> tuple[Unit, ...]:
         """Takes units in order while they fit; the first always does, and a small one may fill a gap."""
         units: list[Unit] = []
         tokens = 0
         for job in ready:
-            for unit in self._next_units(job, units):
+            for unit in self._cache_turns.units(job, units):
                 if not self.budget.fits(unit.tokens, len(units), tokens):
                     break
-                self._use_cache(unit)
+                self._cache_turns.take(unit)
                 units.append(unit)
                 tokens += unit.tokens
         return tuple(units)
-
-    def _next_units(self, job: Job, taken: list[Unit]) -> list[Unit]:
-        """Returns what a job could do beside `taken`: nothing while somebody else makes or occupies its cache."""
-        steps = [Unit(job, job.next_image + i) for i in range(job.units_left_in_step)]
-        cache = job.spec.cache
-        if cache is None or job.has_cache or self.caches.is_used(cache.key):
-            return steps
-        others = [u.job.spec.cache for u in taken if u.image is None and u.job.spec.cache is not None]
-        is_made = any(other.key == cache.key for other in others)
-        if is_made or not self.caches.has_room(cache.size_bytes, sum(other.size_bytes for other in others)):
-            return []
-        return steps if cache.key in self.caches else [Unit(job, None)]
-
-    def _use_cache(self, unit: Unit) -> None:
-        """Keeps a cache that is there already from being dropped."""
-        job = unit.job
-        if unit.image is not None and job.spec.cache is not None and not job.has_cache:
-            self.caches.acquire(job.spec.cache.key)
-            job.has_cache = True
 
     def _book_credit(self, plan: Plan, seconds: float) -> None:
         """Aged turns pay 1 − share, other steps earn the share, and at most one earning is kept."""
