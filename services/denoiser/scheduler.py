@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.denoiser.cache_turns import CacheTurns
+from services.denoiser.estimates import Estimates
 from services.denoiser.job import Job, JobSpec, Plan, Unit
 from services.denoiser.reference_caches import ReferenceCaches
 from services.denoiser.step_budget import StepBudget
@@ -75,6 +76,7 @@ class Scheduler:
         self._cache_turns = CacheTurns(self.caches)
         self.budget = StepBudget(limits.token_budget, limits.step_image_limit)
         self.step_times = step_times or StepTimes()
+        self.estimates = Estimates(self.step_times, self.budget, self.caches)
         self._jobs: dict[int, Job] = {}
         self._sequence = 0
         self._aged_credit_seconds = 0.0
@@ -175,19 +177,9 @@ class Scheduler:
         for unit in plan.units:
             unit.job.spent_seconds += seconds * unit.tokens / plan.tokens
 
-    def position(self, job: Job) -> int:
-        """Requests that go before it."""
-        return sum(other.order < job.order for other in self._jobs.values())
-
     def estimated_wait(self, job: Job) -> float | None:
-        """Seconds until the job starts; `None` when a size class ahead of it was never measured."""
-        ahead = [other for other in self._jobs.values() if other.order < job.order]
-        tokens = sum(other.spec.image_tokens * other.units_left_in_step for other in ahead)
-        if self.budget.fits(job.spec.image_tokens, sum(other.units_left_in_step for other in ahead), tokens):
-            return 0.0
-        waits = [self.seconds_left(other) for other in ahead]
-        known = [seconds for seconds in waits if seconds is not None]
-        return sum(known) if len(known) == len(waits) else None
+        """Seconds until the job starts; `None` when sizes ahead of it were never measured."""
+        return self.estimates.wait(job, self._ahead(job))
 
     def load(self, newcomer: JobSpec, now: float) -> Load:
         """Tells how busy the device is, and how long a `newcomer` that arrived now would wait."""
@@ -198,17 +190,8 @@ class Scheduler:
             capacity=max(1, self.budget.tokens // newcomer.image_tokens),
         )
 
-    def seconds_left(self, job: Job) -> float | None:
-        """Device seconds that the job still needs; `None` when its size class was never measured."""
-        seconds = self.step_times.seconds(job.spec.image_tokens)
-        caching = self._caching_seconds(job)
-        return None if seconds is None or caching is None else seconds * job.units_left + caching
-
-    def _caching_seconds(self, job: Job) -> float | None:
-        cache = job.spec.cache
-        if cache is None or job.has_cache or cache.key in self.caches:
-            return 0.0
-        return self.step_times.seconds(cache.tokens)
+    def _ahead(self, job: Job) -> list[Job]:
+        return [other for other in self.jobs if other.order < job.order]
 
     def _fill(self, ready: Sequence[Job]) -> tuple[Unit, ...]:
         """Takes units in order while they fit; the first always does, and a small one may fill a gap."""
@@ -216,7 +199,7 @@ class Scheduler:
         tokens = 0
         for job in ready:
             for unit in self._cache_turns.units(job, units):
-                if not self.budget.fits(unit.tokens, len(units), tokens):
+                if not self.budget.room(unit.tokens, len(units), tokens):
                     break
                 self._cache_turns.take(unit)
                 units.append(unit)
@@ -232,17 +215,16 @@ class Scheduler:
             self._aged_credit_seconds = min(earned, self._aged_credit_seconds + earned)
 
     def _refuse_hopeless(self, job: Job, now: float) -> None:
-        """Counts unmeasured work as none, so that nothing is refused on a guess."""
-        own = self.seconds_left(job)
-        if job.spec.deadline is None or own is None:
+        if job.spec.deadline is None:
             return
-        needed = own + (self.estimated_wait(job) or 0.0)
+        behind = [other for other in self.jobs if other.order > job.order]
+        needed = self.estimates.needed(job, self._ahead(job), behind)
         remaining = job.spec.deadline - now
-        if needed > remaining:
+        if needed is not None and needed > remaining:
             raise DeadlineUnreachable(remaining, needed)
 
     def _retry_seconds(self) -> float:
-        left = [self.seconds_left(job) for job in self._jobs.values() if job.is_started]
+        left = [self.estimates.seconds_left(job) for job in self._jobs.values() if job.is_started]
         known = [seconds for seconds in left if seconds is not None]
         shortest, longest = RETRY_SECONDS
         return min(max(min(known, default=UNKNOWN_RETRY_SECONDS), shortest), longest)

@@ -20,10 +20,10 @@ class StepBudget:
         self._image_limit = image_limit
         self._good_steps = 0
 
-    def fits(self, unit_tokens: int, images: int, tokens: int) -> bool:
-        """Whether one more unit goes into a step that already has so many images and tokens."""
-        is_within = tokens + unit_tokens <= self.tokens
-        return images == 0 or (is_within and images < self._image_limit)
+    def room(self, image_tokens: int, images: int = 0, tokens: int = 0) -> int:
+        """Returns how many more such images go into a step that has some; into an empty one goes one of any size."""
+        free = min((self.tokens - tokens) // image_tokens, self._image_limit - images)
+        return max(free, 1 if images == 0 else 0)
 
     def cut(self, failed_tokens: int) -> None:
         """Halves a step for which the device had no memory."""

@@ -143,11 +143,11 @@ def test_a_cache_that_is_not_there_yet_counts_in_what_a_request_still_needs():
     device.scheduler.step_times.observe([10], 0.01)
     device.scheduler.step_times.observe([20], 0.02)
     job = device.submit(cache=cache("a"), step_count=3)
-    assert device.scheduler.seconds_left(job) == pytest.approx(0.05)
+    assert device.scheduler.estimates.seconds_left(job) == pytest.approx(0.05)
     device.step()
-    assert device.scheduler.seconds_left(job) == pytest.approx(0.03)
+    assert device.scheduler.estimates.seconds_left(job) == pytest.approx(0.03)
     same = device.submit(cache=cache("a"), step_count=3)
-    assert device.scheduler.seconds_left(same) == pytest.approx(0.03)
+    assert device.scheduler.estimates.seconds_left(same) == pytest.approx(0.03)
 
 
 @settings(deadline=None)
