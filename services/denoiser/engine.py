@@ -90,7 +90,7 @@ class Engine:
         """Hands over an admitted request's tensors; it joins between two steps. No effect once it has left.
 
         Raises:
-            DeadlineUnreachable: `spec`, which now knows the tensors' sizes, asks for too much.
+            QueueFull, DeadlineUnreachable: `spec`, which now knows the tensors' sizes, asks for too much.
         """
         with self._changed:
             if job in self._outboxes:

@@ -101,11 +101,10 @@ class Scheduler:
             QueueFull: as many wait as may, or their tensors take all the memory they may.
             DeadlineUnreachable: measured step times say that it would end too late.
         """
-        held = sum(job.spec.memory_bytes for job in self._jobs.values())
-        is_too_much = bool(self._jobs) and held + spec.memory_bytes > self.limits.memory_limit_bytes
-        if self.queued_count >= self.limits.queue_limit or is_too_much:
+        if self.queued_count >= self.limits.queue_limit:
             raise QueueFull(self.limits.queue_limit, self._retry_seconds())
         job = Job(spec, self._sequence, admitted_at=now)
+        self._refuse_too_large(job, spec)
         self._refuse_hopeless(job, now)
         self._sequence += 1
         self._jobs[job.sequence] = job
@@ -115,8 +114,10 @@ class Scheduler:
         """Says that the job's tensors are here, and with them what it really asks for.
 
         Raises:
+            QueueFull: with its references it takes more memory than the others leave.
             DeadlineUnreachable: measured step times say that it would end too late.
         """
+        self._refuse_too_large(job, spec)
         job.spec = spec
         self._refuse_hopeless(job, now)
         job.is_ready = True
@@ -213,6 +214,11 @@ class Scheduler:
             self._aged_credit_seconds -= seconds - earned
         elif plan.passes_over:
             self._aged_credit_seconds = min(earned, self._aged_credit_seconds + earned)
+
+    def _refuse_too_large(self, job: Job, spec: JobSpec) -> None:
+        others = [other.spec.memory_bytes for other in self._jobs.values() if other is not job]
+        if others and sum(others) + spec.memory_bytes > self.limits.memory_limit_bytes:
+            raise QueueFull(self.limits.queue_limit, self._retry_seconds())
 
     def _refuse_hopeless(self, job: Job, now: float) -> None:
         if job.spec.deadline is None:

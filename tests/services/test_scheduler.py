@@ -168,6 +168,24 @@ def test_memory_is_bounded_but_a_single_large_request_is_let_in():
     device.submit(JobSpec(image_tokens=1, step_count=1, memory_bytes=40))
 
 
+@pytest.mark.parametrize(("real_bytes", "is_too_large"), [(40, False), (41, True)])
+def test_memory_is_bounded_also_by_what_a_request_turns_out_to_take(real_bytes, is_too_large):
+    device = Device(SchedulerLimits(memory_limit_bytes=100))
+    other = device.submit(JobSpec(image_tokens=1, step_count=1, memory_bytes=60))
+    job = device.scheduler.admit(JobSpec(image_tokens=1, step_count=1, memory_bytes=10), 0.0)
+    real = dataclasses.replace(job.spec, memory_bytes=real_bytes)
+    if is_too_large:
+        with pytest.raises(QueueFull) as refusal:
+            device.scheduler.make_ready(job, real, 0.0)
+        assert refusal.value.retry_after_seconds > 0
+        device.run()
+        assert device.done == [other], "it is not chosen"
+        real = dataclasses.replace(job.spec, memory_bytes=500)
+    device.scheduler.make_ready(job, real, 0.0)
+    device.run()
+    assert device.done == [other, job], "and alone it may take any size"
+
+
 def test_a_request_without_its_tensors_keeps_its_place_but_is_not_chosen():
     device = Device(SchedulerLimits())
     slow_sender = device.scheduler.admit(JobSpec(image_tokens=5, step_count=1), 0.0)
