@@ -15,7 +15,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -23,29 +22,19 @@ from klein_core.denoiser.sampler import Trajectory
 from klein_core.errors import DeviceFault
 from services.denoiser import step_metrics
 from services.denoiser.job import Job, JobSpec, Plan, Unit
-from services.denoiser.outbox import Checkpoint, Finished, Outbox, Preview, Queued, Started, StepDone
+from services.denoiser.outbox import Outbox, Queued, Started
+from services.denoiser.reports import tell_finished, tell_progress
 from services.denoiser.run import CacheReferences, Run, Step
-from services.denoiser.scheduler import Scheduler
+from services.denoiser.scheduler import Load, Scheduler
+from services.denoiser.tracebacks import release_frames
 from services.runtime.device_faults import as_device_fault
 from services.runtime.errors import DeadlinePassed, DeviceOutOfMemory, StageUnavailable
-from services.runtime.tensors import host_tensor
 
 IDLE_SECONDS = 0.5
 """How often requests that wait for their tensors are looked at while the device has nothing to do."""
 CLOSE_SECONDS = 5.0
 """How long `close` waits for a step that runs."""
 _log = logging.getLogger("klein.denoiser")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Load:
-    """How busy the engine is."""
-
-    queued_count: int
-    running_count: int
-    estimated_wait_seconds: float | None
-    capacity: int
-    """Such newcomers that one step takes."""
 
 
 class Engine:
@@ -77,6 +66,7 @@ class Engine:
 
     def start(self) -> None:
         """Begins to take steps."""
+        step_metrics.observe_budget(self._scheduler.budget.tokens)
         self._thread.start()
 
     def admit(self, spec: JobSpec, outbox: Outbox) -> Job:
@@ -100,7 +90,7 @@ class Engine:
         """Hands over an admitted request's tensors; it joins between two steps. No effect once it has left.
 
         Raises:
-            DeadlineUnreachable: `spec`, which now knows the tensors' sizes, asks for too much.
+            QueueFull, DeadlineUnreachable: `spec`, which now knows the tensors' sizes, asks for too much.
         """
         with self._changed:
             if job in self._outboxes:
@@ -117,12 +107,7 @@ class Engine:
     def load(self, newcomer: JobSpec) -> Load:
         """Tells how busy the engine is, and how long a `newcomer` would wait."""
         with self._changed:
-            return Load(
-                queued_count=self._scheduler.queued_count,
-                running_count=self._scheduler.running_count,
-                estimated_wait_seconds=self._scheduler.newcomer_wait(newcomer, self.clock()),
-                capacity=max(1, self._scheduler.token_budget // newcomer.image_tokens),
-            )
+            return self._scheduler.load(newcomer, self.clock())
 
     def close(self) -> None:
         """Ends the loop after the step that runs; requests that are left fail as unavailable."""
@@ -136,7 +121,8 @@ class Engine:
         with torch.inference_mode():
             while (plan := self._next()) is not None:
                 self._tell_started(plan)
-                self._execute(plan)
+                if self._execute(plan):
+                    self._book_success(plan)
 
     def _next(self) -> Plan | None:
         """Waits for something to do; `None` means that the engine is closed."""
@@ -151,18 +137,28 @@ class Engine:
             self._fail(self._scheduler.jobs, self._unavailable)
         return None
 
-    def _execute(self, plan: Plan) -> None:
+    def _execute(self, plan: Plan) -> bool:
+        """Does a plan, in smaller ones if it must; returns whether it was done as it is."""
+        error = self._attempt(plan)
+        if error is not None:
+            self._recover(plan, error)
+        return error is None
+
+    def _attempt(self, plan: Plan) -> Exception | None:
+        """Does a plan and tells of it; returns why it could not be done, for the callers concerned."""
         begun = self.clock()
         try:
             self._compute(plan)
             seconds = self.clock() - begun
             with self._changed:
                 finished = self._scheduler.complete(plan, seconds)
-            step_metrics.observe_step(plan, seconds, self._scheduler.token_budget)
-            self._report(plan, finished)
         except Exception as error:
-            # Whatever went wrong is told to the callers concerned; the loop lives on.
-            self._recover(plan, error)
+            # Whoever keeps the error must not keep the step's tensors: the next try needs their memory.
+            release_frames(error)
+            return error
+        step_metrics.observe_step(plan, seconds, self._scheduler.budget.tokens)
+        self._report(plan, finished)
+        return None
 
     def _compute(self, plan: Plan) -> None:
         for unit in plan.units:
@@ -186,40 +182,47 @@ class Engine:
         job.has_cache = True
 
     def _report(self, plan: Plan, finished: Sequence[Job]) -> None:
-        """Tells the requests whose step is complete; copies to the host happen here, outside the lock."""
+        """Tells the requests whose step is complete; what fails here fails its own request only."""
         for job in dict.fromkeys(unit.job for unit in plan.units if unit.image is not None):
-            outbox, run = self._outboxes[job], self._runs[job]
-            if job in finished:
-                outbox.post(StepDone(job.spec.step_count))
-                outbox.post(self._finished(job, run))
-                step_metrics.observe_finished(job)
-                with self._changed:
-                    self._forget(job)
-            elif job.next_image == 0:
-                outbox.post(StepDone(job.steps_done))
-                _tell_progress(job.steps_done, run, outbox)
+            try:
+                self._tell(job, is_finished=job in finished)
+            except Exception as error:
+                release_frames(error)
+                self._give_up([job], as_device_fault(error))
 
-    def _finished(self, job: Job, run: Run) -> Finished:
-        started_at = job.admitted_at if job.started_at is None else job.started_at
-        latents = tuple(host_tensor(trajectory.latents) for trajectory in run.trajectories)
-        return Finished(latents, started_at - job.admitted_at, self.clock() - started_at)
+    def _tell(self, job: Job, *, is_finished: bool) -> None:
+        outbox, run = self._outboxes[job], self._runs[job]
+        if is_finished and job.is_unwanted(self.clock()):
+            with self._changed:
+                self._dismiss([job])
+        elif is_finished:
+            tell_finished(job, run, outbox, self.clock())
+            step_metrics.observe_finished(job)
+            with self._changed:
+                self._forget(job)
+        elif job.next_image == 0:
+            tell_progress(job, run, outbox)
 
     def _recover(self, plan: Plan, error: Exception) -> None:
         """Finds who is concerned: everybody when the device is lost, else those who fail on their own too."""
         fault = as_device_fault(error)
         units = [unit for unit in plan.units if unit.job in self._runs]
         is_full = isinstance(fault, DeviceOutOfMemory)
-        is_lost = isinstance(fault, DeviceFault) and not is_full
         has_gained_memory = is_full and self._scheduler.caches.drop_unused()
-        if not is_lost and (len(units) > 1 or has_gained_memory) and all(map(self._is_untouched, units)):
-            _log.warning("a step failed; its requests are tried one by one", exc_info=error)
-            if is_full and len(units) > 1:
-                self._shrink_budget(plan.tokens // 2)
-            self._execute_singly(units)
+        may_help = not _is_lost(fault) and (len(units) > 1 or has_gained_memory)
+        if not may_help or not all(map(self._is_untouched, units)):
+            self._give_up((unit.job for unit in units), fault)
             return
+        _log.warning("a step failed; its requests are tried one by one", exc_info=error)
+        if is_full and len(units) > 1:
+            self._cut_budget(plan)
+        self._execute_singly(units)
+
+    def _give_up(self, jobs: Iterable[Job], fault: Exception) -> None:
+        """Fails requests; a lost device ends the loop, and with it everybody else."""
         with self._changed:
-            self._fail((unit.job for unit in units), fault)
-            if is_lost:
+            self._fail(jobs, fault)
+            if _is_lost(fault):
                 self._unavailable = fault
 
     def _execute_singly(self, units: Sequence[Unit]) -> None:
@@ -233,10 +236,20 @@ class Engine:
             return True
         return self._trajectory(unit.job, unit.image).step_index == unit.job.steps_done
 
-    def _shrink_budget(self, tokens: int) -> None:
+    def _cut_budget(self, plan: Plan) -> None:
+        budget = self._scheduler.budget
         with self._changed:
-            self._scheduler.token_budget = min(self._scheduler.token_budget, tokens)
-        _log.warning("out of memory: steps are now at most %d tokens", self._scheduler.token_budget)
+            budget.cut(plan.tokens)
+        step_metrics.observe_budget(budget.tokens)
+        _log.warning("out of memory: steps are now at most %d tokens", budget.tokens)
+
+    def _book_success(self, plan: Plan) -> None:
+        budget = self._scheduler.budget
+        with self._changed:
+            has_grown = budget.book_success(plan.tokens)
+        if has_grown:
+            step_metrics.observe_budget(budget.tokens)
+            _log.info("memory suffices: steps are at most %d tokens again", budget.tokens)
 
     def _fail(self, jobs: Iterable[Job], error: BaseException) -> None:
         for job in dict.fromkeys(jobs):
@@ -280,9 +293,6 @@ class Engine:
         return trajectory
 
 
-def _tell_progress(step: int, run: Run, outbox: Outbox) -> None:
-    if run.preview_interval_steps and step % run.preview_interval_steps == 0:
-        outbox.post(Preview(step, host_tensor(run.trajectories[0].preview())))
-    if run.checkpoint_interval_steps and step % run.checkpoint_interval_steps == 0:
-        latents = tuple(host_tensor(trajectory.latents) for trajectory in run.trajectories)
-        outbox.post(Checkpoint(step, latents))
+def _is_lost(fault: Exception) -> bool:
+    """Whether the device itself is gone."""
+    return isinstance(fault, DeviceFault) and not isinstance(fault, DeviceOutOfMemory)

@@ -108,6 +108,10 @@ class Job:
         """Whether its deadline has passed."""
         return self.spec.deadline is not None and now >= self.spec.deadline
 
+    def is_unwanted(self, now: float) -> bool:
+        """Whether nobody waits for it any more."""
+        return self.is_cancelled or self.is_expired(now)
+
 
 @dataclass(frozen=True)
 class Unit:

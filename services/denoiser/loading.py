@@ -93,7 +93,7 @@ def assemble(
     times = StepTimes()
     warm_up(step, workload.sample, workload.sample_tokens, sizes_px, times)
     caches = ReferenceCaches[ReferenceCache](settings.reference_cache_mib * 1024**2)
-    scheduler = Scheduler(_scheduler_limits(settings, workload, step), times, caches)
+    scheduler = Scheduler(_scheduler_limits(settings, workload, step, times), times, caches)
     return Denoiser(
         engine=Engine(scheduler, step, cache_references),
         model=workload.model,
@@ -134,10 +134,12 @@ def cache_of(transformer: FlowTransformer) -> CacheReferences:
     return cache
 
 
-def _scheduler_limits(settings: DenoiserSettings, workload: Workload, step: Step) -> SchedulerLimits:
+def _scheduler_limits(
+    settings: DenoiserSettings, workload: Workload, step: Step, times: StepTimes
+) -> SchedulerLimits:
     return SchedulerLimits(
         queue_limit=settings.queue_limit,
-        token_budget=_token_budget(settings, workload, step),
+        token_budget=_token_budget(settings, workload, step, times),
         step_image_limit=settings.step_image_limit,
         memory_limit_bytes=settings.memory_limit_mib * 1024**2,
         ageing_seconds=settings.ageing_seconds,
@@ -145,14 +147,14 @@ def _scheduler_limits(settings: DenoiserSettings, workload: Workload, step: Step
     )
 
 
-def _token_budget(settings: DenoiserSettings, workload: Workload, step: Step) -> int:
+def _token_budget(settings: DenoiserSettings, workload: Workload, step: Step, times: StepTimes) -> int:
     """Returns 0, one image at a time, where results must not depend on who shares a step."""
     if not settings.packs(on_gpu=workload.device.type == "cuda"):
         return 0
     if settings.token_budget:
         return settings.token_budget
     image_tokens = workload.sample_tokens(BUDGET_SIDE_PX, BUDGET_SIDE_PX)
-    return measure_budget(step, workload.sample, image_tokens, settings.step_image_limit)
+    return measure_budget(step, workload.sample, image_tokens, settings.step_image_limit, times)
 
 
 def _model(settings: DenoiserSettings, sampling: PipelineIndex, transformer: FlowTransformer) -> Model:

@@ -61,9 +61,12 @@ class ReferenceCaches(Generic[_Cache]):
         self._entries[key].users += 1
         self._entries.move_to_end(key)
 
-    def has_room(self, size_bytes: int, made_bytes: int = 0) -> bool:
-        """Whether a cache may come into use beside those that are and others that are made; always if none are."""
-        used = made_bytes + sum(entry.cache.size_bytes for entry in self._entries.values() if entry.users)
+    def has_room(self, size_bytes: int, other_bytes: int = 0) -> bool:
+        """Whether a cache may come into use beside those that are; always if none are.
+
+        `other_bytes` are those of caches that are being made or that were promised room.
+        """
+        used = other_bytes + sum(entry.cache.size_bytes for entry in self._entries.values() if entry.users)
         return used == 0 or used + size_bytes <= self._limit_bytes
 
     def make_room(self, size_bytes: int) -> None:

@@ -143,6 +143,8 @@ class RequestReader:
             raise InvalidInput.of("spec", "is missing: the stream ended before its first part")
         params, resume_step = self._order.params, self._order.resume_step
         tensors = self._intake.tensors(self._model.dtype)
+        # They are copies; the frames would be held, and counted nowhere, for as long as the call lasts.
+        self._intake = TensorIntake([])
         return Conditioning(
             prompt_embedding=tensors["prompt_embedding"],
             negative_prompt_embedding=tensors.get("negative_prompt_embedding"),

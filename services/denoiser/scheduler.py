@@ -5,12 +5,15 @@ Torch-free, and time is an argument, so every decision can be replayed. Not thre
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from services.denoiser.cache_turns import CacheTurns
+from services.denoiser.estimates import Estimates
 from services.denoiser.job import Job, JobSpec, Plan, Unit
 from services.denoiser.reference_caches import ReferenceCaches
+from services.denoiser.step_budget import StepBudget
 from services.denoiser.step_times import StepTimes
 from services.runtime.errors import DeadlineUnreachable, QueueFull
 
@@ -38,6 +41,18 @@ class SchedulerLimits:
     """The share of the device's time that the oldest aged request gets, however urgent the others are."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """How busy the device is."""
+
+    queued_count: int
+    running_count: int
+    estimated_wait_seconds: float | None
+    """Until a newcomer starts; `None` when unknown."""
+    capacity: int
+    """Such newcomers that one step takes."""
+
+
 class Scheduler:
     """Earliest deadline first within priority classes, first come first served among equals.
 
@@ -46,7 +61,8 @@ class Scheduler:
     than `aged_share` of the time since it was first passed over.
 
     A request whose references are cached has its cache computed in a turn of its own, or beside the steps of others
-    as far as the token budget goes. It waits, and lets others pass, while caches in use leave no room for another.
+    as far as the token budget goes. It waits while caches in use leave no room for another, and lets pass those that
+    need none or have theirs: see `CacheTurns`.
     """
 
     def __init__(
@@ -57,8 +73,10 @@ class Scheduler:
     ) -> None:
         self.limits = limits
         self.caches = caches or ReferenceCaches[Any](0)
-        self.token_budget = limits.token_budget
+        self._cache_turns = CacheTurns(self.caches)
+        self.budget = StepBudget(limits.token_budget, limits.step_image_limit)
         self.step_times = step_times or StepTimes()
+        self.estimates = Estimates(self.step_times, self.budget, self.caches)
         self._jobs: dict[int, Job] = {}
         self._sequence = 0
         self._aged_credit_seconds = 0.0
@@ -83,11 +101,10 @@ class Scheduler:
             QueueFull: as many wait as may, or their tensors take all the memory they may.
             DeadlineUnreachable: measured step times say that it would end too late.
         """
-        held = sum(job.spec.memory_bytes for job in self._jobs.values())
-        is_too_much = bool(self._jobs) and held + spec.memory_bytes > self.limits.memory_limit_bytes
-        if self.queued_count >= self.limits.queue_limit or is_too_much:
+        if self.queued_count >= self.limits.queue_limit:
             raise QueueFull(self.limits.queue_limit, self._retry_seconds())
         job = Job(spec, self._sequence, admitted_at=now)
+        self._refuse_too_large(job, spec)
         self._refuse_hopeless(job, now)
         self._sequence += 1
         self._jobs[job.sequence] = job
@@ -97,8 +114,10 @@ class Scheduler:
         """Says that the job's tensors are here, and with them what it really asks for.
 
         Raises:
+            QueueFull: with its references it takes more memory than the others leave.
             DeadlineUnreachable: measured step times say that it would end too late.
         """
+        self._refuse_too_large(job, spec)
         job.spec = spec
         self._refuse_hopeless(job, now)
         job.is_ready = True
@@ -109,7 +128,7 @@ class Scheduler:
 
     def sweep(self, now: float) -> list[Job]:
         """Removes and returns cancelled and expired jobs."""
-        gone = [job for job in self._jobs.values() if job.is_cancelled or job.is_expired(now)]
+        gone = [job for job in self._jobs.values() if job.is_unwanted(now)]
         self.remove(gone)
         return gone
 
@@ -123,21 +142,25 @@ class Scheduler:
         ready = [job for job in self.jobs if job.is_ready]
         if not ready:
             return None
-        aged = min(
-            (job for job in ready if now - job.admitted_at >= self.limits.ageing_seconds),
-            key=lambda job: job.sequence,
-            default=None,
-        )
-        is_aged_turn = aged is not None and aged is not ready[0] and self._aged_credit_seconds >= 0
-        if aged is not None and is_aged_turn:
-            ready.remove(aged)
-            ready.insert(0, aged)
-        units = self._fill(ready)
+        aged = self._aged(ready, now)
+        lead = self._aged_lead(ready, aged)
+        units = self._fill(ready if lead is None else [lead, *(job for job in ready if job is not lead)])
         starting = tuple(dict.fromkeys(unit.job for unit in units if not unit.job.is_started))
         for job in starting:
             job.started_at = now
-        passes_over = aged is not None and all(unit.job is not aged for unit in units)
-        return Plan(units, starting, is_aged_turn, passes_over)
+        passes_over = bool(aged) and all(unit.job is not aged[0] for unit in units)
+        return Plan(units, starting, lead is not None, passes_over)
+
+    def _aged(self, ready: Iterable[Job], now: float) -> list[Job]:
+        aged = [job for job in ready if now - job.admitted_at >= self.limits.ageing_seconds]
+        return sorted(aged, key=lambda job: job.sequence)
+
+    def _aged_lead(self, ready: Sequence[Job], aged: Sequence[Job]) -> Job | None:
+        """Returns the oldest aged job that can do something, where it is its turn and it is not the first anyway."""
+        due = aged if self._aged_credit_seconds >= 0 else ()
+        self._cache_turns.claim(ready, due)
+        lead = next((job for job in due if self._cache_turns.units(job)), None)
+        return None if lead is ready[0] else lead
 
     def complete(self, plan: Plan, seconds: float) -> list[Job]:
         """Books a step that took `seconds`; returns the jobs that this finished, which leave."""
@@ -155,72 +178,34 @@ class Scheduler:
         for unit in plan.units:
             unit.job.spent_seconds += seconds * unit.tokens / plan.tokens
 
-    def position(self, job: Job) -> int:
-        """Requests that go before it."""
-        return sum(other.order < job.order for other in self._jobs.values())
-
     def estimated_wait(self, job: Job) -> float | None:
-        """Seconds until the job starts; `None` when a size class ahead of it was never measured."""
-        ahead = [other for other in self._jobs.values() if other.order < job.order]
-        tokens = sum(other.spec.image_tokens * other.units_left_in_step for other in ahead)
-        if self._fits(job.spec.image_tokens, sum(other.units_left_in_step for other in ahead), tokens):
-            return 0.0
-        waits = [self.seconds_left(other) for other in ahead]
-        known = [seconds for seconds in waits if seconds is not None]
-        return sum(known) if len(known) == len(waits) else None
+        """Seconds until the job starts; `None` when sizes ahead of it were never measured."""
+        return self.estimates.wait(job, self._ahead(job))
 
-    def newcomer_wait(self, spec: JobSpec, now: float) -> float | None:
-        """Seconds until a request that arrived now would start; `None` when unknown."""
-        return self.estimated_wait(Job(spec, self._sequence, admitted_at=now))
+    def load(self, newcomer: JobSpec, now: float) -> Load:
+        """Tells how busy the device is, and how long a `newcomer` that arrived now would wait."""
+        return Load(
+            queued_count=self.queued_count,
+            running_count=self.running_count,
+            estimated_wait_seconds=self.estimated_wait(Job(newcomer, self._sequence, admitted_at=now)),
+            capacity=max(1, self.budget.tokens // newcomer.image_tokens),
+        )
 
-    def seconds_left(self, job: Job) -> float | None:
-        """Device seconds that the job still needs; `None` when its size class was never measured."""
-        seconds = self.step_times.seconds(job.spec.image_tokens)
-        caching = self._caching_seconds(job)
-        return None if seconds is None or caching is None else seconds * job.units_left + caching
+    def _ahead(self, job: Job) -> list[Job]:
+        return [other for other in self.jobs if other.order < job.order]
 
-    def _caching_seconds(self, job: Job) -> float | None:
-        cache = job.spec.cache
-        if cache is None or job.has_cache or cache.key in self.caches:
-            return 0.0
-        return self.step_times.seconds(cache.tokens)
-
-    def _fill(self, ready: list[Job]) -> tuple[Unit, ...]:
+    def _fill(self, ready: Sequence[Job]) -> tuple[Unit, ...]:
         """Takes units in order while they fit; the first always does, and a small one may fill a gap."""
         units: list[Unit] = []
         tokens = 0
         for job in ready:
-            for unit in self._next_units(job, units):
-                if not self._fits(unit.tokens, len(units), tokens):
+            for unit in self._cache_turns.units(job, units):
+                if not self.budget.room(unit.tokens, len(units), tokens):
                     break
-                self._use_cache(unit)
+                self._cache_turns.take(unit)
                 units.append(unit)
                 tokens += unit.tokens
         return tuple(units)
-
-    def _next_units(self, job: Job, taken: list[Unit]) -> list[Unit]:
-        """Returns what a job could do beside `taken`: nothing while somebody else makes or occupies its cache."""
-        steps = [Unit(job, job.next_image + i) for i in range(job.units_left_in_step)]
-        cache = job.spec.cache
-        if cache is None or job.has_cache or self.caches.is_used(cache.key):
-            return steps
-        others = [u.job.spec.cache for u in taken if u.image is None and u.job.spec.cache is not None]
-        is_made = any(other.key == cache.key for other in others)
-        if is_made or not self.caches.has_room(cache.size_bytes, sum(other.size_bytes for other in others)):
-            return []
-        return steps if cache.key in self.caches else [Unit(job, None)]
-
-    def _use_cache(self, unit: Unit) -> None:
-        """Keeps a cache that is there already from being dropped."""
-        job = unit.job
-        if unit.image is not None and job.spec.cache is not None and not job.has_cache:
-            self.caches.acquire(job.spec.cache.key)
-            job.has_cache = True
-
-    def _fits(self, unit_tokens: int, images: int, tokens: int) -> bool:
-        """Whether one more unit goes into a step that already has some."""
-        is_within = tokens + unit_tokens <= self.token_budget
-        return images == 0 or (is_within and images < self.limits.step_image_limit)
 
     def _book_credit(self, plan: Plan, seconds: float) -> None:
         """Aged turns pay 1 − share, other steps earn the share, and at most one earning is kept."""
@@ -230,18 +215,22 @@ class Scheduler:
         elif plan.passes_over:
             self._aged_credit_seconds = min(earned, self._aged_credit_seconds + earned)
 
+    def _refuse_too_large(self, job: Job, spec: JobSpec) -> None:
+        others = [other.spec.memory_bytes for other in self._jobs.values() if other is not job]
+        if others and sum(others) + spec.memory_bytes > self.limits.memory_limit_bytes:
+            raise QueueFull(self.limits.queue_limit, self._retry_seconds())
+
     def _refuse_hopeless(self, job: Job, now: float) -> None:
-        """Counts unmeasured work as none, so that nothing is refused on a guess."""
-        own = self.seconds_left(job)
-        if job.spec.deadline is None or own is None:
+        if job.spec.deadline is None:
             return
-        needed = own + (self.estimated_wait(job) or 0.0)
+        behind = [other for other in self.jobs if other.order > job.order]
+        needed = self.estimates.needed(job, self._ahead(job), behind)
         remaining = job.spec.deadline - now
-        if needed > remaining:
+        if needed is not None and needed > remaining:
             raise DeadlineUnreachable(remaining, needed)
 
     def _retry_seconds(self) -> float:
-        left = [self.seconds_left(job) for job in self._jobs.values() if job.is_started]
+        left = [self.estimates.seconds_left(job) for job in self._jobs.values() if job.is_started]
         known = [seconds for seconds in left if seconds is not None]
         shortest, longest = RETRY_SECONDS
         return min(max(min(known, default=UNKNOWN_RETRY_SECONDS), shortest), longest)

@@ -17,6 +17,10 @@ def observe_step(plan: Plan, seconds: float, token_budget: int) -> None:
     metrics.STEP_OCCUPANCY.set(plan.tokens / max(token_budget, plan.tokens))
 
 
+def observe_budget(tokens: int) -> None:
+    metrics.STEP_TOKEN_BUDGET.set(tokens)
+
+
 def observe_load(queued_count: int, running_count: int) -> None:
     metrics.QUEUE_DEPTH.labels(STAGE).set(queued_count)
     metrics.RUNNING.labels(STAGE).set(running_count)
@@ -31,7 +35,7 @@ def observe_finished(job: Job) -> None:
 
 
 def observe_abandoned(job: Job, *, is_late: bool) -> None:
-    """Books a request that left before its last step."""
+    """Books a request that nobody waited for when it left."""
     metrics.ABANDONED_SECONDS.labels(STAGE).inc(job.spent_seconds)
     if is_late:
         metrics.DEADLINE_MISSED.labels(STAGE).inc()

@@ -49,25 +49,28 @@ def warm_up(
         _log.info("warmed up", extra={"width_px": width_px, "height_px": height_px, "step_seconds": seconds})
 
 
-def measure_budget(step: Step, make: Make, image_tokens: int, image_limit: int) -> int:
+def measure_budget(step: Step, make: Make, image_tokens: int, image_limit: int, times: StepTimes) -> int:
     """Returns the tokens of the largest step that still pays: doubles images until throughput stops to grow.
 
     Args:
         step, make: as for `warm_up`.
         image_tokens: tokens of one image of `BUDGET_SIDE_PX` squared.
         image_limit: most images in a step.
+        times: what is told how long each step took.
     """
     best_count, best_rate = 1, 0.0
     for count in (2**power for power in range(int(math.log2(image_limit)) + 1)):
         try:
             images = [make(BUDGET_SIDE_PX, BUDGET_SIDE_PX) for _ in range(count)]
-            rate = count * image_tokens / step_seconds(step, images)
+            seconds = step_seconds(step, images)
         except Exception as error:
             if not isinstance(as_device_fault(error), DeviceOutOfMemory):
                 raise
             # The step before fitted, and half of it is left for what the allocator cannot reuse.
             best_count = max(1, best_count // 2)
             break
+        times.observe([image_tokens] * count, seconds)
+        rate = count * image_tokens / seconds
         _log.info("measured", extra={"step_tokens": count * image_tokens, "tokens_per_second": round(rate)})
         if rate < best_rate * GAIN:
             break

@@ -82,6 +82,10 @@ STEP_REQUESTS = Histogram(
 STEP_OCCUPANCY = Gauge(
     "klein_denoise_step_occupancy_ratio", "Tokens of the last packed step over its token budget."
 )
+STEP_TOKEN_BUDGET = Gauge(
+    "klein_denoise_step_token_budget",
+    "Tokens that a packed step may have now, fewer after the device ran out of memory; 0 is one image a step.",
+)
 
 HOP_BYTES = Counter(
     "klein_hop_bytes", "Tensor and image bytes relayed between two processes.", ["source", "destination"]

@@ -51,9 +51,12 @@ class FakeDevice:
     [(1, 10**9, 1), (2 * 1536, 10**9, 2), (5 * 1536, 10**9, 8), (10**9, 10**9, 64), (10**9, 5 * 1536, 2)],
 )
 def test_the_budget_is_the_largest_step_that_pays_and_fits(monkeypatch, free_tokens, memory_tokens, images):
-    device = FakeDevice(free_tokens, memory_tokens)
+    device, times = FakeDevice(free_tokens, memory_tokens), StepTimes()
     monkeypatch.setattr(time, "perf_counter", lambda: device.now)
-    assert measure_budget(device.step, WORKLOAD.sample, 1536, image_limit=64) == images * 1536
+    budget = measure_budget(device.step, WORKLOAD.sample, 1536, image_limit=64, times=times)
+    assert budget == images * 1536
+    for tokens in (1536, budget):
+        assert times.seconds(1536, tokens) == pytest.approx(max(1536 / tokens * free_tokens, 1536) * 1e-6)
 
 
 def test_warm_up_measures_each_size(monkeypatch):

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.denoiser.job import CacheSpec, Job, JobSpec, Plan, Urgency
+from services.denoiser.job import Plan, Urgency
 from services.denoiser.reference_caches import HIT, MISS, REFERENCE_CACHE, ReferenceCaches
-from services.denoiser.scheduler import Scheduler, SchedulerLimits
+from services.denoiser.scheduler import SchedulerLimits
 from services.denoiser.workload import references_key
 from services.runtime import metrics
-
-LIMIT = 100
-
-
-@dataclass(frozen=True)
-class Block:
-    """So many bytes."""
-
-    size_bytes: int
+from tests.services.caching_device import LIMIT, Block, Device, cache
 
 
 def counted() -> dict[str, float]:
@@ -61,7 +51,7 @@ def test_what_is_in_use_stays_whatever_comes():
     make(caches, "a", 60, released=False)
     assert caches.has_room(40)
     assert not caches.has_room(41)
-    assert not caches.has_room(30, made_bytes=20)
+    assert not caches.has_room(30, other_bytes=20)
     caches.make_room(90)
     assert "a" in caches
     assert not caches.drop_unused()
@@ -111,63 +101,6 @@ def test_a_key_is_the_content_in_its_order():
     assert len({key, *others}) == 8
 
 
-class Device:
-    """Runs a scheduler's plans as the engine does, with blocks for caches."""
-
-    def __init__(self, limits: SchedulerLimits, cache_bytes: int) -> None:
-        self.caches: ReferenceCaches[Block] = ReferenceCaches(cache_bytes)
-        self.scheduler = Scheduler(limits, caches=self.caches)
-        self.plans: list[Plan] = []
-        self.now = 0.0
-        self.peak_bytes = 0
-
-    def submit(self, **fields) -> Job:
-        spec = JobSpec(**{"image_tokens": 10, "step_count": 2, **fields})
-        job = self.scheduler.admit(spec, self.now)
-        self.scheduler.make_ready(job, spec, self.now)
-        return job
-
-    def step(self) -> bool:
-        for job in self.scheduler.sweep(self.now):
-            self._leave(job)
-        plan = self.scheduler.choose(self.now)
-        if plan is None:
-            assert not self.scheduler.jobs, "somebody waits for ever"
-            return False
-        self.plans.append(plan)
-        for unit in plan.units:
-            self._do(unit.job, unit.image)
-        self.now += plan.tokens * 0.001
-        for job in self.scheduler.complete(plan, plan.tokens * 0.001):
-            self._leave(job)
-        return True
-
-    def run(self) -> None:
-        while self.step():
-            pass
-
-    def _do(self, job: Job, image: int | None) -> None:
-        cache = job.spec.cache
-        if image is None:
-            assert not job.has_cache
-            self.caches.make_room(cache.size_bytes)
-            self.caches.add(cache.key, Block(cache.size_bytes))
-            job.has_cache = True
-            self.peak_bytes = max(self.peak_bytes, self.caches.size_bytes)
-        elif cache is not None:
-            assert job.has_cache
-            assert self.caches.get(cache.key).size_bytes == cache.size_bytes
-
-    def _leave(self, job: Job) -> None:
-        if job.has_cache:
-            self.caches.release(job.spec.cache.key)
-            job.has_cache = False
-
-
-def cache(key: str, size_bytes: int = 40, tokens: int = 20) -> CacheSpec:
-    return CacheSpec(key=key, tokens=tokens, size_bytes=size_bytes)
-
-
 def kinds(plans: list[Plan]) -> list[list[int | None]]:
     return [[unit.image for unit in plan.units] for plan in plans]
 
@@ -194,20 +127,6 @@ def test_packed_steps_carry_caches_beside_others_steps_within_the_budget():
     assert kinds(device.plans) == [[0, None], [0, 0, 0], [0, 0, 0], [0, None], [0], [0]]
 
 
-def test_who_finds_no_room_waits_and_lets_others_pass():
-    device = Device(SchedulerLimits(token_budget=1000), LIMIT)
-    first = device.submit(cache=cache("a", 70), step_count=3)
-    device.step()
-    waiting = device.submit(cache=cache("b", 70), urgency=Urgency.INTERACTIVE)
-    sharing = device.submit(cache=cache("a", 70))
-    plain = device.submit()
-    device.step()
-    assert {unit.job for unit in device.plans[-1].units} == {first, sharing, plain}
-    device.run()
-    assert waiting.is_finished
-    assert device.peak_bytes <= LIMIT
-
-
 def test_a_cancelled_request_frees_its_cache_for_the_next():
     device = Device(SchedulerLimits(), LIMIT)
     first = device.submit(cache=cache("a", 70), step_count=500)
@@ -224,11 +143,11 @@ def test_a_cache_that_is_not_there_yet_counts_in_what_a_request_still_needs():
     device.scheduler.step_times.observe([10], 0.01)
     device.scheduler.step_times.observe([20], 0.02)
     job = device.submit(cache=cache("a"), step_count=3)
-    assert device.scheduler.seconds_left(job) == pytest.approx(0.05)
+    assert device.scheduler.estimates.seconds_left(job) == pytest.approx(0.05)
     device.step()
-    assert device.scheduler.seconds_left(job) == pytest.approx(0.03)
+    assert device.scheduler.estimates.seconds_left(job) == pytest.approx(0.03)
     same = device.submit(cache=cache("a"), step_count=3)
-    assert device.scheduler.seconds_left(same) == pytest.approx(0.03)
+    assert device.scheduler.estimates.seconds_left(same) == pytest.approx(0.03)
 
 
 @settings(deadline=None)

@@ -281,7 +281,7 @@ class DenoiseStarted(_message.Message):
     QUEUE_DURATION_FIELD_NUMBER: _builtins.int
     STEP_COUNT_FIELD_NUMBER: _builtins.int
     step_count: _builtins.int
-    """Steps that will be run, those before `resume_step` included."""
+    """Steps of the whole schedule; those before `resume_step` count, though they are not run again."""
     @_builtins.property
     def queue_duration(self) -> _duration_pb2.Duration:
         """Time in the queue."""
@@ -311,7 +311,7 @@ class DenoiseStep(_message.Message):
     step: _builtins.int
     """Steps done so far, from 1."""
     step_count: _builtins.int
-    """Steps in all."""
+    """Steps of the whole schedule."""
     def __init__(
         self,
         *,
