@@ -114,16 +114,27 @@ def _count(flag: str, value: int, minimum: int) -> int:
     return value
 
 
-def _commands(model: PlannedModel, needs: Sequence[Need]) -> list[str]:
-    """Returns what starts these stages: one command for all of them, or one for a single stage."""
-    name, flags = model.name, _flags(model, needs)
-    published = {
-        need.precision for need in needs if need.stage == DENOISER and _is_pulled(model, need, flags)
-    }
-    pulls = [f"klein pull {name} --precision {precision}" for precision in published]
-    name = "-".join([name, *published])
-    told = " ".join(["--model", shlex.quote(name), "--device cuda", *flags])
-    return [*pulls, f"klein up {told}" if len(needs) > 1 else f"klein serve {needs[0].stage} {told}"]
+def _commands(model: PlannedModel, groups: Sequence[Sequence[Need]]) -> list[str]:
+    """Returns what starts stages: a command for each group, all of them with one model's name.
+
+    Args:
+        model: what was asked about.
+        groups: stages that start together; a group of one is a stage of its own.
+    """
+    published = [
+        need.precision for group in groups for need in group if _is_pulled(model, need, _flags(model, group))
+    ]
+    # Stages of two pulled folders would name two models, and no request could use both.
+    name = shlex.quote("-".join([model.name, *published]))
+    pulls = [f"klein pull {model.name} --precision {precision}" for precision in published]
+    return pulls + [
+        " ".join([_what_starts(group), "--model", name, "--device cuda", *_flags(model, group)])
+        for group in groups
+    ]
+
+
+def _what_starts(group: Sequence[Need]) -> str:
+    return "klein up" if len(group) > 1 else f"klein serve {group[0].stage}"
 
 
 def _flags(model: PlannedModel, needs: Sequence[Need]) -> list[str]:
@@ -136,8 +147,9 @@ def _flags(model: PlannedModel, needs: Sequence[Need]) -> list[str]:
 
 
 def _is_pulled(model: PlannedModel, need: Need, flags: Sequence[str]) -> bool:
-    """Whether its precision is that of a published file of its own."""
-    return need.precision in model.published and f"--quantization {need.precision}" not in flags
+    """Whether its precision is that of a published file of its own, as only transformers have."""
+    is_published = need.stage == DENOISER and need.precision in model.published
+    return is_published and f"--quantization {need.precision}" not in flags
 
 
 def _as_json(model: PlannedModel, plan: Plan, device_bytes: int) -> dict[str, object]:
@@ -156,8 +168,8 @@ def _as_json(model: PlannedModel, plan: Plan, device_bytes: int) -> dict[str, ob
 
 def _suggested(model: PlannedModel, plan: Plan) -> list[str]:
     if plan.together is not None:
-        return _commands(model, plan.together)
-    return [line for need in plan.apart.values() if need is not None for line in _commands(model, [need])]
+        return _commands(model, [plan.together])
+    return _commands(model, [[need] for need in plan.apart.values() if need is not None])
 
 
 def _show(model: PlannedModel, plan: Plan, device_bytes: int, console: Console) -> None:
