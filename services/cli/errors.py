@@ -9,11 +9,8 @@ from rich.console import Console
 from rich.text import Text
 
 from klein_core.errors import Violation
+from services.cli.exit_codes import FAILED, INTERRUPTED, MISUSED
 from services.runtime.status import UNKNOWN_ADAPTER, StatusDetails, explain
-
-FAILED = 1
-MISUSED = 2
-INTERRUPTED = 130
 
 _FLAGS = {
     "prompt": "PROMPT",

@@ -24,10 +24,12 @@ from klein_core.errors import CheckpointError
 from klein_core.pico.location import WEIGHTS
 from klein_core.quantization.choices import NO_QUANTIZATION
 from services.cli.child import Child, ChildSpec, StageDied, inherited_environment, wait_for_all
-from services.cli.errors import MISUSED, CliError
+from services.cli.errors import CliError
+from services.cli.exit_codes import MISUSED
 from services.cli.hub.folders import find_model
 from services.cli.ports import LOOPBACK, free_ports, is_free
 from services.cli.readiness import Probes, Readiness
+from services.runtime.addresses import bracketed
 from services.runtime.settings import model_name
 
 PICO = "pico"
@@ -38,6 +40,7 @@ PROCESSES = (*STAGES, "orchestrator")
 FIRST_METRICS_PORT = 9464
 GRACE_SECONDS = 5.0
 POLL_SECONDS = 0.05
+_EVERY_ADDRESS = ("", "0.0.0.0", "[::]", "::")
 
 OnChange = Callable[[Mapping[str, Readiness]], None]
 
@@ -87,7 +90,7 @@ class Suite:
         if options.adapters is not None and not options.adapters.is_dir():
             raise CliError(f"--adapters {options.adapters} is no folder.", exit_code=MISUSED)
         self.log_folder = options.log_folder or Path(tempfile.mkdtemp(prefix="klein-"))
-        self.log_folder.mkdir(parents=True, exist_ok=True)
+        _make_log_folder(self.log_folder)
         *stage_ports, free = free_ports(len(PROCESSES))
         self.ports = dict(zip(PROCESSES, (*stage_ports, options.port or free), strict=True))
         self.metrics_ports = _metrics_ports()
@@ -97,8 +100,8 @@ class Suite:
     @property
     def target(self) -> str:
         """Where clients on this machine reach the public API."""
-        host = LOOPBACK if self.options.host in ("0.0.0.0", "[::]", "::") else self.options.host
-        return f"{host}:{self.ports['orchestrator']}"
+        host = LOOPBACK if self.options.host in _EVERY_ADDRESS else self.options.host
+        return f"{bracketed(host)}:{self.ports['orchestrator']}"
 
     def __enter__(self) -> Suite:
         try:
@@ -281,6 +284,15 @@ def require_model(files: ModelFiles) -> str:
     except CheckpointError as error:
         raise CliError(f"The model cannot be used: {error}.", _MODEL_HINT) from error
     return PICO if files.model == WEIGHTS else model_name(str(files.model or files.place(TRANSFORMER)))
+
+
+def _make_log_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CliError(
+            f"--log-folder {folder} cannot be made: {error.strerror}.", exit_code=MISUSED
+        ) from error
 
 
 def _metrics_ports() -> dict[str, int]:
