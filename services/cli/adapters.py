@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from klein_api.v1 import image_service_pb2 as api
-from services.cli.errors import FAILED
+from services.cli.exit_codes import FAILED
 from services.cli.status import list_models
 
 _UNITS = ("B", "KiB", "MiB", "GiB")

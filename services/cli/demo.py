@@ -18,7 +18,8 @@ from klein_api.v1 import image_pb2
 from klein_api.v1 import image_service_pb2 as api
 from services.cli.child import inherited_environment
 from services.cli.client import Generation, connect, generate
-from services.cli.errors import FAILED, INTERRUPTED, CliError, call_error
+from services.cli.errors import CliError, call_error
+from services.cli.exit_codes import FAILED, INTERRUPTED
 from services.cli.loading import wait_with_progress
 from services.cli.progress import GenerationProgress
 from services.cli.suite import Suite, SuiteOptions

@@ -14,7 +14,8 @@ from rich.text import Text
 from klein_core.checkpoint.inspection import ComponentReport, Report, inspect_place
 from klein_core.errors import CheckpointError, listed
 from klein_core.pico.location import WEIGHTS
-from services.cli.errors import FAILED, CliError
+from services.cli.errors import CliError
+from services.cli.exit_codes import FAILED
 from services.cli.hub.folders import find_model
 from services.cli.suite import PICO
 

@@ -24,7 +24,8 @@ from klein_core.memory.plan import (
 )
 from klein_core.memory.precision import PRECISIONS
 from klein_core.params import DEFAULT_LIMITS, size_violations
-from services.cli.errors import FAILED, MISUSED, CliError
+from services.cli.errors import CliError
+from services.cli.exit_codes import FAILED, MISUSED
 from services.cli.planned_model import planned_model
 
 _UNITS = {

@@ -13,7 +13,8 @@ from klein_core.errors import CheckpointError
 from klein_core.known_variants import variants_of_shape
 from klein_core.memory.plan import PlannedModel
 from klein_core.pico.location import WEIGHTS
-from services.cli.errors import MISUSED, CliError
+from services.cli.errors import CliError
+from services.cli.exit_codes import MISUSED
 from services.cli.hub.choice import Choice, choose, is_known
 from services.cli.hub.folders import find_model
 from services.cli.suite import PICO

@@ -16,7 +16,8 @@ from klein_core.checkpoint_config import read_variant
 from klein_core.errors import CheckpointError
 from klein_core.known_variants import variants_of_shape
 from klein_core.variants import TransformerConfig
-from services.cli.errors import MISUSED, CliError
+from services.cli.errors import CliError
+from services.cli.exit_codes import MISUSED
 from services.cli.hub.choice import Choice, choose
 from services.cli.hub.client import Hub, Listing
 from services.cli.hub.explanations import AGAIN, EXPLAINED, explain

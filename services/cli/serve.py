@@ -12,7 +12,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from services.cli.errors import MISUSED, CliError
+from services.cli.errors import CliError
+from services.cli.exit_codes import MISUSED
 from services.cli.hub.folders import find_model
 from services.cli.stage_process import run_stage
 from services.cli.suite import STAGES, require_torch

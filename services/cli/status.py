@@ -11,7 +11,8 @@ from rich.text import Text
 
 from klein_api.v1 import image_service_pb2 as api
 from services.cli.client import connect
-from services.cli.errors import FAILED, call_error
+from services.cli.errors import call_error
+from services.cli.exit_codes import FAILED
 
 STAGE_NAMES = ("text-encoder", "denoiser", "vae-decoder")
 

@@ -119,6 +119,8 @@ def test_a_dash_writes_the_picture_alone_to_standard_output(klein: Klein, target
         (["-o", "picture.bmp"], ["picture.bmp", ".webp", "--format"]),
         (["-o", "nowhere/picture.png"], ["nowhere", "does not exist"]),
         (["-o", "."], ["folder"]),
+        (["-o", "/proc/picture.png"], ["/proc/picture.png cannot be written"]),
+        (["-o", "ring.png", "--count", "2"], ["ring-2.png is a folder"]),
         (["-o", "-", "--count", "2"], ["standard output"]),
         (["-o", "p.png", "--reference", "missing.png"], ["missing.png", "No such file"]),
         (["-o", "p.png", "--size", "large"], ["--size", "1024x768"]),
@@ -131,9 +133,43 @@ def test_misuse_is_told_before_anything_is_asked(
     klein: Klein, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: list[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "ring-2.png").mkdir()
     exit_code, out, err = klein("generate", "a star", *arguments)
     assert (exit_code, out) == (2, "")
     assert all(word in err for word in words)
+    assert [path.name for path in tmp_path.iterdir()] == ["ring-2.png"]
+
+
+def test_a_picture_that_is_not_written_leaves_its_seed_and_the_others(
+    klein: Klein, target: str, orchestrator: Orchestrator, tmp_path: Path
+) -> None:
+    # Between the check and the end of the work somebody makes a folder of the first picture's name.
+    orchestrator.before_answer = lambda: (tmp_path / "ring-1.png").mkdir()
+    exit_code, out, err = klein(
+        "generate", "a ring", "--count", 2, "--target", target, "-o", tmp_path / "ring.png"
+    )
+    assert exit_code == 1
+    assert "ring-1.png cannot be written: Is a directory" in err
+    assert (tmp_path / "ring-2.png").read_bytes() == b"picture 1"
+    assert f"{tmp_path / 'ring-2.png'}: 64×96, seeds 41, 42" in out
+
+
+def test_output_that_takes_nothing_is_told(target: str, orchestrator: Orchestrator) -> None:
+    orchestrator.models = api.ListModelsResponse(models=[api.RoutedModel(name="fake")])
+    for command in (["status", "--target", target], ["generate", "a", "--target", target, "-o", "-"]):
+        with Path("/dev/full").open("w") as full:
+            done = subprocess.run(
+                [sys.executable, "-m", "services.cli.main", *command],
+                env=inherited_environment(),
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+        assert done.returncode == 1
+        assert "No space left on device" in done.stderr
+        assert not any(word in done.stderr for word in ("fault in klein", "Traceback", "ignored"))
 
 
 def test_nothing_running_is_one_sentence_and_a_hint(klein: Klein, tmp_path: Path) -> None:
@@ -225,7 +261,28 @@ def test_control_c_cancels_the_call(target: str, orchestrator: Orchestrator, tmp
         _, err = process.communicate(timeout=10)
     assert orchestrator.cancelled.wait(5)
     assert process.returncode == 130
+    assert err.splitlines()[-1] == "Cancelled."
     assert "Traceback" not in err
+
+
+def test_control_c_while_the_command_is_imported_is_no_traceback() -> None:
+    script = (
+        "import sys\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name == 'services.cli.app': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+        "from services.cli.main import main\n"
+        "sys.exit(main(['--version']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=inherited_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (130, "Cancelled.\n")
 
 
 def stage(name: str, *, serving: bool = True, problem: str = "", described: bool = True) -> api.RoutedStage:

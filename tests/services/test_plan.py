@@ -11,9 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from klein_core.pico.location import WEIGHTS
+from services.cli.app import app
 from services.cli.errors import CliError
 from services.cli.hub.folders import RECEIPT
-from services.cli.main import app
 from services.cli.plan import memory_bytes
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
-from services.cli.errors import MISUSED, CliError
+from services.cli.errors import CliError
+from services.cli.exit_codes import MISUSED
 from services.cli.hub.client import DigestKind, Hub, Listing, RemoteFile
 from services.cli.hub.folders import RECEIPT
 from services.cli.hub.selection import Wanted
