@@ -21,11 +21,10 @@ from services.runtime.settings import (
     EMBEDDED_MODEL,
     ServerSettings,
     SettingsError,
-    describe,
     load_settings,
-    misspelt,
     variable_name,
 )
+from services.runtime.settings_report import describe, misspelt
 
 STAGE_NAMES = ("text-encoder", "denoiser", "vae-decoder", "orchestrator")
 _SHORT_FLAGS = {"model_path": "--model"}

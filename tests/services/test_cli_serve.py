@@ -95,6 +95,30 @@ def test_a_model_that_is_not_here_is_told_before_a_start(
     assert told in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("KLEIN_DEVICE", "gpu0"),
+        ("KLEIN_VARIANT", "klein-5b"),
+        ("KLEIN_WEIGHTS_PATH", "nowhere.safetensors"),
+        ("KLEIN_TOKENIZER_PATH", "nowhere"),
+    ],
+)
+def test_check_config_refuses_what_would_stop_the_start(
+    variable: str, value: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    assert klein("serve", "text-encoder", "--check-config") == 2
+    err = capsys.readouterr().err
+    assert variable in err
+    assert value in err
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:3", "mps"])
+def test_check_config_takes_every_device_s_name(device: str) -> None:
+    assert klein("serve", "vae-decoder", "--check-config", "--device", device) == 0
+
+
 def pulled(models: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that looks as `klein pull` leaves it, to whoever does not read the model."""
     monkeypatch.setenv("KLEIN_MODELS_FOLDER", str(models))
