@@ -50,7 +50,7 @@ lint: setup  ## Check style, types, imports and protos.
 protos: setup  ## Generate the Python code of protos/ anew.
 	@$(BIN)/python protos/generate.py
 
-bench: setup  ## Run the benchmarks whose numbers docs/benchmarks.md quotes.
+bench: setup  ## Run the benchmarks of a few minutes; CONTRIBUTING.md names the longer ones.
 	@for script in core transport overhead pico health; do $(BIN)/python -m benchmarks.$$script || exit 1; done
 
 clean:  ## Remove .venv and what was built.
