@@ -50,7 +50,7 @@ lint: setup  ## Check style, types, imports and protos.
 protos: setup  ## Generate the Python code of protos/ anew.
 	@$(BIN)/python protos/generate.py
 
-bench: setup  ## Run the benchmarks of a few minutes; CONTRIBUTING.md names the longer ones.
+bench: setup  ## Run five of the benchmarks in docs/benchmarks.md; CONTRIBUTING.md names the others.
 	@for script in core transport overhead pico health; do $(BIN)/python -m benchmarks.$$script || exit 1; done
 
 clean:  ## Remove .venv and what was built.
