@@ -14,7 +14,7 @@ from rich.text import Text
 from klein_core.checkpoint.inspection import ComponentReport, Report, inspect_place
 from klein_core.errors import CheckpointError, listed
 from klein_core.pico.location import WEIGHTS
-from services.cli.errors import CliError
+from services.cli.errors import CliError, with_period
 from services.cli.exit_codes import FAILED
 from services.cli.hub.folders import find_model
 from services.cli.suite import PICO
@@ -32,7 +32,7 @@ def run_inspect(path: str, console: Console, *, as_json: bool) -> int:
     try:
         report = inspect_place(place)
     except CheckpointError as error:
-        raise CliError(f"{error}.") from error
+        raise CliError(with_period(str(error))) from error
     if as_json:
         # Not through rich, which would fold long lines.
         console.file.write(json.dumps(report_table(report), indent=2) + "\n")

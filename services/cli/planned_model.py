@@ -13,7 +13,7 @@ from klein_core.errors import CheckpointError
 from klein_core.known_variants import variants_of_shape
 from klein_core.memory.plan import PlannedModel
 from klein_core.pico.location import WEIGHTS
-from services.cli.errors import CliError
+from services.cli.errors import CliError, with_period
 from services.cli.exit_codes import MISUSED
 from services.cli.hub.choice import Choice, choose, is_known
 from services.cli.hub.folders import find_model
@@ -35,7 +35,7 @@ def planned_model(model: str) -> PlannedModel:
         place = WEIGHTS if model == PICO else find_model(model)
         return _in_folder(model, place) if place.is_dir() else _bare_transformer(model, place)
     except CheckpointError as error:
-        raise CliError(f"{error}.", "`klein inspect` tells what a file is.", MISUSED) from error
+        raise CliError(with_period(str(error)), "`klein inspect` tells what a file is.", MISUSED) from error
 
 
 def _published(choice: Choice) -> PlannedModel:

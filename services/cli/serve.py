@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from services.cli.errors import CliError
+from services.cli.errors import CliError, with_period
 from services.cli.exit_codes import MISUSED
 from services.cli.hub.folders import find_model
 from services.cli.stage_process import run_stage
@@ -67,7 +67,7 @@ def run_serve(stage: str, overrides: dict[str, str], *, check_config: bool) -> i
         loaded.settings.check()
     except SettingsError as error:
         hint = f"`klein serve {stage} --help` shows every setting."
-        raise CliError(f"{error}.", hint, MISUSED) from error
+        raise CliError(with_period(str(error)), hint, MISUSED) from error
     if check_config:
         typer.echo(describe(loaded))
         for sentence in misspelt(type(loaded.settings), environment):

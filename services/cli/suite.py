@@ -24,7 +24,7 @@ from klein_core.errors import CheckpointError
 from klein_core.pico.location import WEIGHTS
 from klein_core.quantization.choices import NO_QUANTIZATION
 from services.cli.child import Child, ChildSpec, StageDied, inherited_environment, wait_for_all
-from services.cli.errors import CliError
+from services.cli.errors import CliError, with_period
 from services.cli.exit_codes import MISUSED
 from services.cli.hub.folders import find_model
 from services.cli.ports import LOOPBACK, free_ports, is_free
@@ -282,7 +282,7 @@ def require_model(files: ModelFiles) -> str:
         if not files.tokenizer_folder.is_dir():
             raise CheckpointError(f"{files.tokenizer_folder} is missing")
     except CheckpointError as error:
-        raise CliError(f"The model cannot be used: {error}.", _MODEL_HINT) from error
+        raise CliError(with_period(f"The model cannot be used: {error}"), _MODEL_HINT) from error
     return PICO if files.model == WEIGHTS else model_name(str(files.model or files.place(TRANSFORMER)))
 
 

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from klein_api.v1 import image_pb2
 from klein_api.v1 import image_service_pb2 as api
 from klein_api.v1 import stage_service_pb2 as stage_api
 from klein_core.errors import InvalidInput, Violation
+from klein_core.params import DEFAULT_LIMITS, size_violations
 from services.cli.child import inherited_environment
 from services.cli.main import main
 from services.cli.ports import free_ports
@@ -125,6 +127,8 @@ def test_a_dash_writes_the_picture_alone_to_standard_output(klein: Klein, target
         (["-o", "p.png", "--reference", "missing.png"], ["missing.png", "No such file"]),
         (["-o", "p.png", "--size", "large"], ["--size", "1024x768"]),
         (["-o", "p.png", "--size", "64x"], ["--size", "1024x768"]),
+        (["-o", "p.png", "--timeout", "inf"], ["--timeout", "86400"]),
+        (["-o", "p.png", "--target", " "], ["--target", "HOST:PORT"]),
         (["-o", "p.png", "--seed", str(2**63)], ["far outside", str(2**63)]),
         (["-o", "p.png", "--steps", str(2**31)], ["far outside", str(2**31)]),
     ],
@@ -190,6 +194,11 @@ def test_nothing_running_is_one_sentence_and_a_hint(klein: Klein, tmp_path: Path
             InvalidInput([Violation("width_px", "is 70; no"), Violation("references[1]", "is no image")]),
             2,
             ["2 values", "--size (width_px) is 70; no\n", "--reference[1] (references[1]) is no image"],
+        ),
+        (
+            InvalidInput(size_violations(1024, 1024, replace(DEFAULT_LIMITS, pixel_count=65536))),
+            2,
+            ["Error: --size is 1024 × 1024 = 1048576 pixels; "],
         ),
         (UnknownModel("model", "nono", ["pico"]), 2, ["There is no model 'nono'", "pico", "klein status"]),
         (

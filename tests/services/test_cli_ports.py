@@ -39,3 +39,9 @@ def test_logs_need_a_folder(tmp_path: Path) -> None:
     with pytest.raises(CliError, match=r"--log-folder .*file cannot be made: File exists") as caught:
         Suite(SuiteOptions(log_folder=tmp_path / "file"))
     assert caught.value.exit_code == 2
+
+
+def test_a_question_ends_in_one_mark(tmp_path: Path) -> None:
+    with pytest.raises(CliError, match=r"part of a diffusers folder\?") as caught:
+        Suite(SuiteOptions(model=str(tmp_path)))
+    assert caught.value.sentence.endswith("folder?")

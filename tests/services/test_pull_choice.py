@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from klein_core.known_variants import KNOWN_VARIANTS, SMALL_DECODER
+from services.cli.app import app
 from services.cli.errors import CliError
 from services.cli.hub.choice import choose
 from services.cli.hub.folders import (
@@ -70,6 +72,13 @@ def test_an_unknown_name_lists_the_known():
     with pytest.raises(CliError) as caught:
         choose("flux")
     assert all(name in caught.value.hint for name in KNOWN_VARIANTS)
+
+
+def test_the_help_that_a_hint_points_to_lists_the_known_names():
+    with pytest.raises(CliError, match="klein pull --help"):
+        find_model("./nowhere")
+    shown = CliRunner().invoke(app, ["pull", "--help"]).output
+    assert all(name in shown for name in KNOWN_VARIANTS)
 
 
 def test_models_have_one_place_that_can_be_chosen(monkeypatch, tmp_path):
