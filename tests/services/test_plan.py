@@ -66,6 +66,12 @@ def test_a_precision_can_be_demanded():
     assert {need["precision"] for need in told["needs"] if need["stage"] == "denoiser"} == {"bf16"}
 
 
+def test_int8_may_be_that_of_both_networks():
+    told = plan("--model", "klein-4b", "--device-memory", "12GiB", "--precision", "int8")
+    assert told["commands"] == ["klein up --model klein-4b --device cuda --quantization int8"]
+    assert [need["precision"] for need in told["together"]] == ["int8", "int8", "bf16"]
+
+
 def test_stages_that_do_not_fit_together_are_started_apart():
     told = plan(
         "--model", "klein-9b", "--device-memory", "12GiB", "--precision", "bf16", "--sizes", "2048x2048"
