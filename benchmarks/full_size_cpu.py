@@ -32,7 +32,8 @@ from benchmarks.measure import Bar, command, describe_machine, finish
 from benchmarks.shapes import SHAPES
 from klein_api.v1 import image_service_pb2 as api
 from services.cli.client import connect, generate
-from services.cli.suite import PROCESSES, Suite, SuiteOptions
+from services.cli.processes import PROCESSES
+from services.cli.suite import Suite, SuiteOptions
 
 PROMPT = "a lighthouse on a cliff at dusk"
 MEMORY_BAR_GIB = 24

@@ -24,6 +24,7 @@ from klein_core.memory.plan import (
 )
 from klein_core.memory.precision import PRECISIONS
 from klein_core.params import DEFAULT_LIMITS, size_violations
+from services.cli.byte_counts import memory_size
 from services.cli.errors import CliError
 from services.cli.exit_codes import FAILED, MISUSED
 from services.cli.planned_model import planned_model
@@ -182,7 +183,7 @@ def _show(model: PlannedModel, plan: Plan, device_bytes: int, console: Console) 
     for need in plan.needs:
         fits = "yes" if need.device_bytes <= device_bytes else "no"
         numbers = (need.weight_bytes, need.activation_bytes, need.device_bytes)
-        table.add_row(need.stage, need.name, *map(gibibytes, numbers), fits)
+        table.add_row(need.stage, need.name, *map(memory_size, numbers), fits)
     console.print(table)
     console.print(_verdict(plan, device_bytes), highlight=False, soft_wrap=True)
     for command in _suggested(model, plan):
@@ -190,12 +191,12 @@ def _show(model: PlannedModel, plan: Plan, device_bytes: int, console: Console) 
 
 
 def _verdict(plan: Plan, device_bytes: int) -> str:
-    memory = gibibytes(device_bytes)
+    memory = memory_size(device_bytes)
     if plan.together is not None:
-        total = gibibytes(sum(need.device_bytes for need in plan.together))
+        total = memory_size(sum(need.device_bytes for need in plan.together))
         ways = ", ".join(f"{need.stage} {need.name}" for need in plan.together)
         host = sum(need.host_bytes for need in plan.together)
-        kept = f"\nThe machine's memory keeps {gibibytes(host)} of blocks." if host else ""
+        kept = f"\nThe machine's memory keeps {memory_size(host)} of blocks." if host else ""
         return f"On one device of {memory} all stages fit in {total}: {ways}.{kept}"
     fitting = [f"{stage} {need.name}" for stage, need in plan.apart.items() if need is not None]
     lacking = [stage for stage, need in plan.apart.items() if need is None]
@@ -203,8 +204,3 @@ def _verdict(plan: Plan, device_bytes: int) -> str:
         alone = f"; alone fit {', '.join(fitting)}" if fitting else ""
         return f"{' and '.join(lacking)} fit no device of {memory} in any way{alone}."
     return f"Not all stages fit one device of {memory}. Each on a device of its own: {', '.join(fitting)}."
-
-
-def gibibytes(count: int) -> str:
-    """Returns bytes as a person reads them."""
-    return f"{count / (1 << 30):.2f} GiB" if count >= 1 << 30 else f"{count / (1 << 20):.0f} MiB"

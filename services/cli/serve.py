@@ -15,8 +15,9 @@ from typer.core import TyperCommand, TyperGroup
 from services.cli.errors import CliError, with_period
 from services.cli.exit_codes import MISUSED
 from services.cli.hub.folders import find_model
+from services.cli.processes import PROCESSES, STAGES
 from services.cli.stage_process import run_stage
-from services.cli.suite import STAGES, require_torch
+from services.cli.suite import require_torch
 from services.runtime.settings import (
     EMBEDDED_MODEL,
     ServerSettings,
@@ -26,7 +27,6 @@ from services.runtime.settings import (
 )
 from services.runtime.settings_report import describe, misspelt
 
-STAGE_NAMES = ("text-encoder", "denoiser", "vae-decoder", "orchestrator")
 _SHORT_FLAGS = {"model_path": "--model"}
 
 
@@ -34,10 +34,10 @@ class StageGroup(TyperGroup):
     """A command for each stage, made from the stage's settings when it is asked for."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return list(STAGE_NAMES)
+        return list(PROCESSES)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        return _command(cmd_name) if cmd_name in STAGE_NAMES else None
+        return _command(cmd_name) if cmd_name in PROCESSES else None
 
 
 def settings_class(stage: str) -> type[ServerSettings]:

@@ -10,8 +10,9 @@ from services.cli.exit_codes import FAILED
 from services.cli.followed_logs import FollowedLogs
 from services.cli.loading import wait_with_progress
 from services.cli.ports import DEFAULT_PORT, LOOPBACK, require_free
+from services.cli.processes import PROCESSES
 from services.cli.signals import StopSignals
-from services.cli.suite import PROCESSES, Suite, SuiteOptions
+from services.cli.suite import Suite, SuiteOptions
 
 WATCH_SECONDS = 0.1
 

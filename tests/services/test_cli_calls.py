@@ -346,7 +346,7 @@ def test_adapters_are_listed_with_what_is_wrong_with_them(
     got, out, _ = klein("adapters", "--target", target)
     assert got == (1 if problem else 0)
     oil, ink = (next(line for line in out.splitlines() if line.startswith(name)) for name in ("oil", "ink"))
-    assert oil.split() == ["oil", "LoRA", "16", "80", "5.0", "MiB"]
+    assert oil.split() == ["oil", "LoRA", "16", "80", "5.24", "MB"]
     assert ("unusable" in ink) == bool(problem)
     assert problem in out
     assert "bare offers no adapters" in out

@@ -7,7 +7,7 @@ import pytest
 
 from services.cli.hub.folders import RECEIPT
 from services.cli.main import main
-from services.cli.serve import STAGE_NAMES
+from services.cli.processes import PROCESSES
 
 
 def klein(*arguments: str) -> int:
@@ -17,7 +17,7 @@ def klein(*arguments: str) -> int:
         return int(end.code or 0)
 
 
-@pytest.mark.parametrize("stage", STAGE_NAMES)
+@pytest.mark.parametrize("stage", PROCESSES)
 def test_check_config_shows_every_setting_with_its_source(
     stage: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,7 +134,7 @@ def test_what_does_not_exist_is_refused(arguments: list[str], capsys: pytest.Cap
     assert arguments[-2 if len(arguments) > 1 else 0] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("stage", STAGE_NAMES)
+@pytest.mark.parametrize("stage", PROCESSES)
 def test_help_lists_the_settings(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert klein("serve", stage, "--help") == 0
     out = capsys.readouterr().out

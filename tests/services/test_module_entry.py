@@ -6,9 +6,9 @@ import sys
 import pytest
 
 from services.cli.child import inherited_environment
-from services.cli.serve import STAGE_NAMES
+from services.cli.processes import PROCESSES
 
-MODULES = [f"services.{stage.replace('-', '_')}" for stage in STAGE_NAMES]
+MODULES = [f"services.{stage.replace('-', '_')}" for stage in PROCESSES]
 WITHOUT_TORCH = """
 import runpy, sys
 class Absent:
