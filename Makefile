@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
 # Another index for torch's wheel, for example one of CPU-only builds; empty means the default index.
 TORCH_INDEX ?=
 STAMP := $(VENV)/.installed
@@ -17,13 +18,19 @@ help:  ## Show the targets.
 setup: $(STAMP)  ## Make .venv with everything that demo and test need.
 
 $(STAMP): pyproject.toml constraints.txt
+	@command -v $(firstword $(PYTHON)) >/dev/null || { \
+		echo "There is no $(PYTHON) here; Python 3.11 or newer is needed. Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "Python 3.11 or newer is needed, and $(PYTHON) is older. Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
+	@# Debian's Python without python3-venv leaves half a .venv, one without pip; it is completed later.
+	@$(PIP) --version >/dev/null 2>&1 || \
+		$(PYTHON) -m venv $$(test -x $(BIN)/python || echo --clear) $(VENV) || { \
 		echo "Python's venv module is needed. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@echo "Installing into $(VENV) (once; a few minutes, mostly torch) ..."
-	@$(if $(TORCH_INDEX),$(BIN)/pip install --quiet --constraint constraints.txt --index-url $(TORCH_INDEX) torch,true)
-	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]' || { \
+	@# Only torch itself is taken from there: such an index has other versions of what torch needs, or none.
+	@$(if $(TORCH_INDEX),$(PIP) install --quiet --constraint constraints.txt --no-deps --index-url $(TORCH_INDEX) torch,true) || { \
+		echo "torch could not be installed from $(TORCH_INDEX). Check TORCH_INDEX, and PIP_PROXY behind a proxy." >&2; exit 1; }
+	@$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]' || { \
 		echo "The installation failed. Behind a proxy set PIP_INDEX_URL; for CPU-only torch see TORCH_INDEX in README.md." >&2; exit 1; }
 	@touch $@
 
@@ -43,7 +50,7 @@ lint: setup  ## Check style, types, imports and protos.
 protos: setup  ## Generate the Python code of protos/ anew.
 	@$(BIN)/python protos/generate.py
 
-bench: setup  ## Run the benchmarks whose numbers docs/benchmarks.md quotes.
+bench: setup  ## Run five of the benchmarks in docs/benchmarks.md; CONTRIBUTING.md names the others.
 	@for script in core transport overhead pico health; do $(BIN)/python -m benchmarks.$$script || exit 1; done
 
 clean:  ## Remove .venv and what was built.

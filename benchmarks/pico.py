@@ -19,7 +19,9 @@ import psutil
 from klein_api.v1 import image_service_pb2 as api
 from services.cli.client import Generation, connect, generate
 from services.cli.errors import CliError
-from services.cli.suite import PICO, STAGES, Suite, SuiteOptions
+from services.cli.local_model import PICO
+from services.cli.processes import STAGES
+from services.cli.suite import Suite, SuiteOptions
 
 READY_SECONDS = 10.0
 PICTURE_SECONDS = 0.4

@@ -33,8 +33,9 @@ PICTURE_SIDE_PX = 128
 PROMPTS = (
     "a large red heart on a yellow background",
     "a blue star",
-    "two green circles above a small pink square",
+    "a green circle above an orange square on a black background",
 )
+"""Of pico's own world: where it was trained a picture is sharp, and a difference means something."""
 
 
 def main() -> int:

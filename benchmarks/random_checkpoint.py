@@ -53,11 +53,9 @@ def write_part(
     """Writes `config.json` and one safetensors file with the names and shapes of a module on `meta`."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-    tensors = {
-        name: tensor.shape
-        for name, tensor in module.state_dict().items()
-        if name != "lm_head.weight"  # tied to the embedding
-    }
+    # A head that is tied to the embedding is not written twice.
+    left_out = "lm_head.weight" if config.get("tie_word_embeddings") else None
+    tensors = {name: tensor.shape for name, tensor in module.state_dict().items() if name != left_out}
     with (folder / f"{stem}.safetensors").open("wb") as file:
         file.write(_header(tensors))
         for name, shape in tensors.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from klein_core.known_variants import KNOWN_VARIANTS, KnownVariant
 from klein_core.variants import TextEncoderConfig, TransformerConfig, VaeConfig
 
 
@@ -37,6 +38,10 @@ def qwen3(
     }
 
 
+def _published(row: KnownVariant) -> Shape:
+    return Shape(row.transformer, row.text_encoder, row.vae)
+
+
 SHAPES = {
     # Half of klein-4B's width and half of its depth: a step that a laptop's processor can do in seconds.
     "quarter": Shape(
@@ -46,16 +51,5 @@ SHAPES = {
         TextEncoderConfig(qwen3(640, 2432, 8, 2, 37984)),
         VaeConfig(block_out_channels=(64, 128, 256, 256)),
     ),
-    "klein-4b": Shape(
-        TransformerConfig(num_layers=5, num_single_layers=20, num_attention_heads=24),
-        TextEncoderConfig(qwen3(2560, 9728, 32, 8, 151936)),
-        VaeConfig(),
-    ),
-    "klein-9b": Shape(
-        TransformerConfig(
-            num_layers=8, num_single_layers=24, num_attention_heads=32, joint_attention_dim=12288
-        ),
-        TextEncoderConfig(qwen3(4096, 12288, 32, 8, 151936)),
-        VaeConfig(),
-    ),
+    **{name: _published(KNOWN_VARIANTS[name]) for name in ("klein-4b", "klein-9b")},
 }

@@ -108,7 +108,7 @@ def make_plan(
         precisions: those that the denoiser may have; empty means all that the model can be had in.
     """
     denoiser = _denoiser_needs(model, workload, list(precisions) or _transformer_precisions(model))
-    text = [_text_need(model, name) for name in _precisions(model.text_stored)]
+    text = [_text_need(model, name) for name in _with_int8(_precisions(model.text_stored))]
     images = _vae_needs(model, workload)
     together = next(
         (
@@ -136,7 +136,12 @@ def _precisions(stored: str) -> list[str]:
 def _transformer_precisions(model: PlannedModel) -> list[str]:
     if PRECISIONS[model.transformer_stored].is_quantised:
         return [model.transformer_stored]
-    return list(dict.fromkeys((*_precisions(model.transformer_stored), *model.published, "int8")))
+    return _with_int8(list(dict.fromkeys((*_precisions(model.transformer_stored), *model.published))))
+
+
+def _with_int8(names: list[str]) -> list[str]:
+    """Adds what plain matrices can be made into as well, last: no smaller than fp8, and slower."""
+    return names if PRECISIONS[names[0]].is_quantised else [*names, "int8"]
 
 
 def _denoiser_needs(model: PlannedModel, workload: Workload, names: Sequence[str]) -> list[Need]:

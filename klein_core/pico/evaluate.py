@@ -136,7 +136,7 @@ class Evaluation:
         self.add(title, everything)
 
     def sizes(self, count: int) -> None:
-        """Adds a row for each size: a third each of text-to-image, edits and two references."""
+        """Adds a row for each size, of tasks as `any_task` draws them."""
         for size in SIZES:
             name = f"{size[0]}x{size[1]}"
             self.add(f"  {name}", self.tasks(any_task, name, -(-count // len(SIZES)), size))
@@ -178,7 +178,7 @@ def any_edit(rng: random.Random) -> Task:
 
 
 def any_task(rng: random.Random) -> Task:
-    """Draws text-to-image in half of all cases."""
+    """Draws text-to-image in half of all cases, else an edit of one reference or a task of two."""
     return text_to_image(rng) if rng.random() < 0.5 else any_edit(rng)
 
 

@@ -44,14 +44,21 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m klein_core.pico.train", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m klein_core.pico.train",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("--state", type=Path, default=Path(".training"), help="folder of the training state")
-    parser.add_argument("--output", type=Path, default=WEIGHTS, help="folder of the finished checkpoint")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=WEIGHTS,
+        help="folder of the finished checkpoint; what is there is replaced, by default the package's own weights",
+    )
     parser.add_argument("--processes", type=int, default=2, help="processes of one thread each")
-    parser.add_argument("--vae-minutes", type=float, default=20)
-    parser.add_argument("--reading-minutes", type=float, default=12)
-    parser.add_argument("--flow-minutes", type=float, default=200)
-    parser.add_argument("--decoder-minutes", type=float, default=15)
+    for stage, minutes in (("vae", 20), ("reading", 12), ("flow", 200), ("decoder", 15)):
+        parser.add_argument(f"--{stage}-minutes", type=float, default=minutes, help="time for this stage")
     return parser.parse_args()
 
 

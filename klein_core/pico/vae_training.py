@@ -142,6 +142,9 @@ def train(plan: Plan) -> Autoencoder:
     step, elapsed, is_finished = _resume(plan.state, autoencoder, both)
     if is_finished:
         return autoencoder.eval()
+    if step:
+        # A run that was stopped goes on with scenes of its own, not with those of its first steps again.
+        rng = random.Random(1 + step)
     started = time.monotonic() - elapsed
     while elapsed < plan.seconds:
         share = elapsed / plan.seconds

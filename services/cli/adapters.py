@@ -9,10 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from klein_api.v1 import image_service_pb2 as api
-from services.cli.errors import FAILED
+from services.cli.byte_counts import file_size
+from services.cli.exit_codes import FAILED
 from services.cli.status import list_models
-
-_UNITS = ("B", "KiB", "MiB", "GiB")
 
 
 def run_adapters(target: str, timeout_seconds: float, console: Console) -> int:
@@ -41,7 +40,7 @@ def adapters_table(model: api.RoutedModel) -> Table:
     for adapter in model.adapters:
         told = (adapter.kind, str(adapter.rank or "–"), str(adapter.layer_count))
         cells = (Text("unusable", "red"), "–", "–") if adapter.problem else told
-        table.add_row(Text(adapter.name), *cells, size_text(adapter.size_bytes))
+        table.add_row(Text(adapter.name), *cells, file_size(adapter.size_bytes))
     return table
 
 
@@ -53,11 +52,3 @@ def problems(answer: api.ListModelsResponse) -> list[str]:
         for adapter in model.adapters
         if adapter.problem
     ]
-
-
-def size_text(size_bytes: int) -> str:
-    """Returns a size with a unit and at most one decimal."""
-    size, unit = float(size_bytes), 0
-    while size >= 1024 and unit < len(_UNITS) - 1:
-        size, unit = size / 1024, unit + 1
-    return f"{size:.1f} {_UNITS[unit]}" if unit else f"{size_bytes} B"

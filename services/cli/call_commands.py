@@ -14,10 +14,28 @@ from services.cli.ports import DEFAULT_PORT, LOOPBACK
 
 DEFAULT_TARGET = f"{LOOPBACK}:{DEFAULT_PORT}"
 
+LONGEST_TIMEOUT_SECONDS = 24 * 3600.0
+"""What an orchestrator may take for a request at most; gRPC cannot count to just any number."""
+
+
+def _named_target(target: str) -> str:
+    if not target.strip():
+        raise typer.BadParameter("it is empty; name an orchestrator as HOST:PORT")
+    return target
+
+
 Target = Annotated[
-    str, typer.Option(metavar="HOST:PORT", envvar="KLEIN_TARGET", help="The orchestrator to call.")
+    str,
+    typer.Option(
+        metavar="HOST:PORT", envvar="KLEIN_TARGET", help="The orchestrator to call.", callback=_named_target
+    ),
 ]
-Timeout = Annotated[float, typer.Option(min=0.001, metavar="SECONDS", help="Longest wait for an answer.")]
+Timeout = Annotated[
+    float,
+    typer.Option(
+        min=0.001, max=LONGEST_TIMEOUT_SECONDS, metavar="SECONDS", help="Longest wait for an answer."
+    ),
+]
 
 commands = typer.Typer()
 
@@ -79,7 +97,10 @@ def generate(
     ] = None,
     target: Target = DEFAULT_TARGET,
     timeout: Annotated[
-        float, typer.Option(min=0.001, metavar="SECONDS", help="Longest wait for all of it.")
+        float,
+        typer.Option(
+            min=0.001, max=LONGEST_TIMEOUT_SECONDS, metavar="SECONDS", help="Longest wait for all of it."
+        ),
     ] = 600.0,
 ) -> None:
     """Make images through a running suite and write them to files."""

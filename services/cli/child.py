@@ -125,6 +125,8 @@ def inherited_environment() -> dict[str, str]:
     """This process's environment with what lets Python children import the same packages."""
     return {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path),
+        # Else -m puts the current folder first, whose packages may have our names.
+        "PYTHONSAFEPATH": "1",
         "PYTHONUNBUFFERED": "1",
     }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,7 +20,8 @@ from klein_api.v1 import image_pb2
 from klein_api.v1 import image_service_pb2 as api
 from services.cli.child import inherited_environment
 from services.cli.client import Generation, connect, generate
-from services.cli.errors import FAILED, INTERRUPTED, CliError, call_error
+from services.cli.errors import CliError, call_error
+from services.cli.exit_codes import FAILED, INTERRUPTED
 from services.cli.loading import wait_with_progress
 from services.cli.progress import GenerationProgress
 from services.cli.suite import Suite, SuiteOptions
@@ -98,9 +101,23 @@ def run_demo(folder: Path, console: Console, options: SuiteOptions) -> None:
     draw_sheet(folder)
     console.print(times_table(made))
     console.print(f"The pictures are in {folder}/, all of them on {folder / SHEET}.", highlight=False)
+    klein = klein_command()
     console.print(
-        "Make your own: `klein up` in one terminal, `klein generate --help` in another.", markup=False
+        f"Make your own: `{klein} up` in one terminal, `{klein} generate --help` in another.",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
     )
+
+
+def klein_command() -> str:
+    """Returns how a shell in this folder finds the `klein` of this installation."""
+    own = Path(sys.executable).with_name("klein")
+    if not own.exists():
+        return f"{shlex.quote(sys.executable)} -m services.cli.main"
+    if shutil.which("klein") == str(own):
+        return "klein"
+    return shlex.quote(str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own))
 
 
 async def make_pictures(target: str, folder: Path, console: Console) -> dict[str, Generation]:

@@ -9,11 +9,8 @@ from rich.console import Console
 from rich.text import Text
 
 from klein_core.errors import Violation
+from services.cli.exit_codes import FAILED, INTERRUPTED, MISUSED
 from services.runtime.status import UNKNOWN_ADAPTER, StatusDetails, explain
-
-FAILED = 1
-MISUSED = 2
-INTERRUPTED = 130
 
 _FLAGS = {
     "prompt": "PROMPT",
@@ -30,6 +27,8 @@ _FLAGS = {
     "model": "--model",
     "adapters": "--adapter",
 }
+_AREA = "times height_px "
+"""How a server tells, of `width_px`, that both are too large together; here they are one flag."""
 
 
 @dataclass
@@ -80,7 +79,7 @@ def call_error(error: grpc.aio.AioRpcError, target: str) -> CliError:
 
 def _not_found(details: StatusDetails, target: str) -> CliError:
     descriptions = "; ".join(violation.description for violation in details.violations)
-    sentence = _period(descriptions) if descriptions else _sentence(details)
+    sentence = with_period(descriptions) if descriptions else _sentence(details)
     command, what = ("adapters",) * 2 if details.reason == UNKNOWN_ADAPTER else ("status", "models")
     return CliError(sentence, f"`klein {command} --target {target}` lists the {what}.", MISUSED)
 
@@ -112,13 +111,15 @@ def _violation_sentence(details: StatusDetails) -> str:
         case []:
             return _sentence(details)
         case [only]:
-            return _period(only)
+            return with_period(only)
         case _:
             return f"{len(violations)} values cannot be used:\n  " + "\n  ".join(violations)
 
 
 def _named(violation: Violation) -> str:
     field = violation.field.removeprefix("spec.")
+    if violation.description.startswith(_AREA):
+        return "--size " + violation.description.removeprefix(_AREA)
     name, bracket, index = field.partition("[")
     flag = _FLAGS.get(name, name)
     told = "" if flag.lower().lstrip("-").replace("-", "_") == name else f" ({field})"
@@ -126,9 +127,10 @@ def _named(violation: Violation) -> str:
 
 
 def _sentence(details: StatusDetails) -> str:
-    return _period(details.message or details.code.name.replace("_", " ").lower())
+    return with_period(details.message or details.code.name.replace("_", " ").lower())
 
 
-def _period(text: str) -> str:
+def with_period(text: str) -> str:
+    """Returns text as a sentence: a capital at its begin, one mark at its end."""
     text = text.strip()
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from services.cli.suite import PROCESSES
+from services.cli.processes import PROCESSES
 
 _COLOURS = dict(zip(PROCESSES, ("cyan", "magenta", "green", "yellow"), strict=True))
 

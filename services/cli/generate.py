@@ -7,6 +7,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import grpc
 from rich.console import Console
@@ -14,10 +15,13 @@ from rich.console import Console
 from klein_api.v1 import image_pb2
 from klein_api.v1 import image_service_pb2 as api
 from services.cli.client import Generation, connect, generate
-from services.cli.errors import MISUSED, CliError, call_error
+from services.cli.errors import CliError, call_error
+from services.cli.exit_codes import MISUSED
 from services.cli.progress import GenerationProgress
 
 STANDARD_OUTPUT = Path("-")
+_MOST_IMAGES = 64
+"""Of one request, whatever a server's settings."""
 _FORMATS = {
     "png": image_pb2.IMAGE_FORMAT_PNG,
     "jpeg": image_pb2.IMAGE_FORMAT_JPEG,
@@ -95,10 +99,10 @@ class GenerateOptions:
         if self.output == STANDARD_OUTPUT:
             if (self.count or 1) > 1:
                 raise CliError("Only one image fits on standard output.", "Name a file with -o.", MISUSED)
-        elif self.output.is_dir():
-            raise CliError(f"{self.output} is a folder.", "Name a file with -o.", MISUSED)
-        elif not self.output.parent.is_dir():
-            raise CliError(f"The folder {self.output.parent} does not exist.", "Make it first.", MISUSED)
+            return
+        # A count beyond what any server allows is the server's to refuse.
+        for index in range(min(self.count or 1, _MOST_IMAGES)):
+            _check_writable(self.file_of(index))
 
     def file_of(self, index: int) -> Path:
         """Where image `index` goes: FILE, or FILE-1, FILE-2 … when there are several."""
@@ -116,11 +120,14 @@ def run_generate(options: GenerateOptions, target: str, timeout_seconds: float, 
     options.check_output()
     spec = options.image_spec()
     generation = asyncio.run(_generate(spec, target, timeout_seconds, console))
-    files = [_write(options.file_of(image.index), image.data) for image in generation.images]
+    files, failures = _write_all(options, generation)
     out = console if options.output == STANDARD_OUTPUT else Console()
+    # Also after a failure: its seeds make the same images again.
     out.print(summary_line(generation, files), highlight=False, soft_wrap=True, markup=False)
     if generation.summary.prompt_truncated:
         console.print("The prompt was too long: its end was cut off.", style="yellow")
+    if failures:
+        raise failures[0]
 
 
 async def _generate(spec: api.ImageSpec, target: str, timeout_seconds: float, console: Console) -> Generation:
@@ -142,7 +149,8 @@ def summary_line(generation: Generation, files: list[str]) -> str:
     )
     total_seconds = summary.total_duration.ToMilliseconds() / 1000
     word = "seed" if len(images) == 1 else "seeds"
-    return f"{', '.join(files)}: {size}, {word} {seeds}, {summary.model}, {total_seconds:.2f} s ({timings})"
+    where = ", ".join(files) or "No file"
+    return f"{where}: {size}, {word} {seeds}, {summary.model}, {total_seconds:.2f} s ({timings})"
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -182,12 +190,42 @@ def _read(path: Path) -> bytes:
         ) from error
 
 
-def _write(path: Path, data: bytes) -> str:
+def _check_writable(path: Path) -> None:
+    """Tries to write without leaving a trace.
+
+    Raises:
+        CliError: it cannot be done.
+    """
+    if path.is_dir():
+        raise CliError(f"{path} is a folder.", "Name a file with -o.", MISUSED)
+    if not path.parent.is_dir():
+        raise CliError(f"The folder {path.parent} does not exist.", "Make it first.", MISUSED)
     try:
-        if path == STANDARD_OUTPUT:
-            sys.stdout.buffer.write(data)
-        else:
-            path.write_bytes(data)
+        if path.is_file():
+            path.open("ab").close()
+        elif not path.exists():
+            TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        raise CliError(f"{path} cannot be written: {error.strerror}.") from error
-    return str(path)
+        raise CliError(f"{path} cannot be written: {error.strerror}.", exit_code=MISUSED) from error
+
+
+def _write_all(options: GenerateOptions, generation: Generation) -> tuple[list[str], list[CliError]]:
+    """Writes what can be written; returns the files' names and what went wrong with others."""
+    files: list[str] = []
+    failures: list[CliError] = []
+    for image in generation.images:
+        path = options.file_of(image.index)
+        try:
+            _write(path, image.data)
+            files.append(str(path))
+        except OSError as error:
+            failures.append(CliError(f"{path} cannot be written: {error.strerror}."))
+    return files, failures
+
+
+def _write(path: Path, data: bytes) -> None:
+    if path == STANDARD_OUTPUT:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    else:
+        path.write_bytes(data)

@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from klein_core.checkpoint.inspection import ComponentReport, Report, inspect_place
+from klein_core.checkpoint.inspection import inspect_place
+from klein_core.checkpoint.reports import ComponentReport, Report
 from klein_core.errors import CheckpointError, listed
-from klein_core.pico.location import WEIGHTS
-from services.cli.errors import FAILED, CliError
-from services.cli.hub.folders import find_model
-from services.cli.suite import PICO
+from services.cli.byte_counts import file_size
+from services.cli.errors import CliError, with_period
+from services.cli.exit_codes import FAILED
+from services.cli.local_model import find_place
 
 _METADATA_SHOWN = 120
 
@@ -27,11 +28,11 @@ def run_inspect(path: str, console: Console, *, as_json: bool) -> int:
     Raises:
         CliError: there is no such path, or it holds nothing of a klein model or nothing that can be read.
     """
-    place = WEIGHTS if path == PICO else find_model(path)
+    place = find_place(path)
     try:
         report = inspect_place(place)
     except CheckpointError as error:
-        raise CliError(f"{error}.") from error
+        raise CliError(with_period(str(error))) from error
     if as_json:
         # Not through rich, which would fold long lines.
         console.file.write(json.dumps(report_table(report), indent=2) + "\n")
@@ -60,7 +61,7 @@ def _print(report: Report, console: Console) -> None:
 
 def _print_component(report: ComponentReport, console: Console) -> None:
     layout = f"{report.style} names" + (f" behind {report.prefix}" if report.prefix else "")
-    count = f"{report.tensor_count} tensors, {_size(report.byte_count)}"
+    count = f"{report.tensor_count} tensors, {file_size(report.byte_count)}"
     console.print(Text.assemble((report.component, "bold"), f": {count}, {layout}"), soft_wrap=True)
     if report.shape:
         known = f"; as in {' or '.join(report.variants)}" if report.variants else "; of no published model"
@@ -87,17 +88,10 @@ def _shares_table(report: ComponentReport) -> Table:
             share.group,
             share.precision,
             str(share.tensor_count),
-            _size(share.byte_count),
+            file_size(share.byte_count),
         )
         table.add_row(*(Text(cell) for cell in cells))
     return table
-
-
-def _size(byte_count: int) -> str:
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if byte_count >= size:
-            return f"{byte_count / size:.2f} {unit}"
-    return f"{byte_count} B"
 
 
 def _printable(text: str) -> str:

@@ -12,8 +12,9 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from services.cli.processes import PROCESSES
 from services.cli.readiness import Readiness
-from services.cli.suite import PROCESSES, Suite
+from services.cli.suite import Suite
 
 
 def wait_with_progress(

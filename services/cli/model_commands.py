@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from klein_core.known_variants import KNOWN_VARIANTS
 from services.cli.console import messages
 from services.cli.ports import DEFAULT_PORT
 
@@ -137,6 +138,7 @@ def up(
     epilog="[bold]klein pull klein-4b[/]: then [bold]klein up --model klein-4b[/]\n\n"
     "[bold]klein pull klein-9b --precision fp8 --accept-license[/]: a gated one; needs HF_TOKEN.\n\n"
     "[bold]klein pull owner/repository --to ./model[/]: any klein model in diffusers' layout.\n\n"
+    f"Known names: {', '.join(KNOWN_VARIANTS)}.\n\n"
     "Models go to KLEIN_MODELS_FOLDER, by default ~/.local/share/klein/models. HF_TOKEN, HF_ENDPOINT, HF_HOME "
     "and proxies mean what they mean to huggingface_hub. Interrupted, the same command goes on."
 )

@@ -24,7 +24,9 @@ from klein_core.memory.plan import (
 )
 from klein_core.memory.precision import PRECISIONS
 from klein_core.params import DEFAULT_LIMITS, size_violations
-from services.cli.errors import FAILED, MISUSED, CliError
+from services.cli.byte_counts import memory_size
+from services.cli.errors import CliError
+from services.cli.exit_codes import FAILED, MISUSED
 from services.cli.planned_model import planned_model
 
 _UNITS = {
@@ -114,16 +116,27 @@ def _count(flag: str, value: int, minimum: int) -> int:
     return value
 
 
-def _commands(model: PlannedModel, needs: Sequence[Need]) -> list[str]:
-    """Returns what starts these stages: one command for all of them, or one for a single stage."""
-    name, flags = model.name, _flags(model, needs)
-    published = {
-        need.precision for need in needs if need.stage == DENOISER and _is_pulled(model, need, flags)
-    }
-    pulls = [f"klein pull {name} --precision {precision}" for precision in published]
-    name = "-".join([name, *published])
-    told = " ".join(["--model", shlex.quote(name), "--device cuda", *flags])
-    return [*pulls, f"klein up {told}" if len(needs) > 1 else f"klein serve {needs[0].stage} {told}"]
+def _commands(model: PlannedModel, groups: Sequence[Sequence[Need]]) -> list[str]:
+    """Returns what starts stages: a command for each group, all of them with one model's name.
+
+    Args:
+        model: what was asked about.
+        groups: stages that start together; a group of one is a stage of its own.
+    """
+    published = [
+        need.precision for group in groups for need in group if _is_pulled(model, need, _flags(model, group))
+    ]
+    # Stages of two pulled folders would name two models, and no request could use both.
+    name = shlex.quote("-".join([model.name, *published]))
+    pulls = [f"klein pull {model.name} --precision {precision}" for precision in published]
+    return pulls + [
+        " ".join([_what_starts(group), "--model", name, "--device cuda", *_flags(model, group)])
+        for group in groups
+    ]
+
+
+def _what_starts(group: Sequence[Need]) -> str:
+    return "klein up" if len(group) > 1 else f"klein serve {group[0].stage}"
 
 
 def _flags(model: PlannedModel, needs: Sequence[Need]) -> list[str]:
@@ -136,8 +149,9 @@ def _flags(model: PlannedModel, needs: Sequence[Need]) -> list[str]:
 
 
 def _is_pulled(model: PlannedModel, need: Need, flags: Sequence[str]) -> bool:
-    """Whether its precision is that of a published file of its own."""
-    return need.precision in model.published and f"--quantization {need.precision}" not in flags
+    """Whether its precision is that of a published file of its own, as only transformers have."""
+    is_published = need.stage == DENOISER and need.precision in model.published
+    return is_published and f"--quantization {need.precision}" not in flags
 
 
 def _as_json(model: PlannedModel, plan: Plan, device_bytes: int) -> dict[str, object]:
@@ -156,8 +170,8 @@ def _as_json(model: PlannedModel, plan: Plan, device_bytes: int) -> dict[str, ob
 
 def _suggested(model: PlannedModel, plan: Plan) -> list[str]:
     if plan.together is not None:
-        return _commands(model, plan.together)
-    return [line for need in plan.apart.values() if need is not None for line in _commands(model, [need])]
+        return _commands(model, [plan.together])
+    return _commands(model, [[need] for need in plan.apart.values() if need is not None])
 
 
 def _show(model: PlannedModel, plan: Plan, device_bytes: int, console: Console) -> None:
@@ -169,7 +183,7 @@ def _show(model: PlannedModel, plan: Plan, device_bytes: int, console: Console) 
     for need in plan.needs:
         fits = "yes" if need.device_bytes <= device_bytes else "no"
         numbers = (need.weight_bytes, need.activation_bytes, need.device_bytes)
-        table.add_row(need.stage, need.name, *map(gibibytes, numbers), fits)
+        table.add_row(need.stage, need.name, *map(memory_size, numbers), fits)
     console.print(table)
     console.print(_verdict(plan, device_bytes), highlight=False, soft_wrap=True)
     for command in _suggested(model, plan):
@@ -177,12 +191,12 @@ def _show(model: PlannedModel, plan: Plan, device_bytes: int, console: Console) 
 
 
 def _verdict(plan: Plan, device_bytes: int) -> str:
-    memory = gibibytes(device_bytes)
+    memory = memory_size(device_bytes)
     if plan.together is not None:
-        total = gibibytes(sum(need.device_bytes for need in plan.together))
+        total = memory_size(sum(need.device_bytes for need in plan.together))
         ways = ", ".join(f"{need.stage} {need.name}" for need in plan.together)
         host = sum(need.host_bytes for need in plan.together)
-        kept = f"\nThe machine's memory keeps {gibibytes(host)} of blocks." if host else ""
+        kept = f"\nThe machine's memory keeps {memory_size(host)} of blocks." if host else ""
         return f"On one device of {memory} all stages fit in {total}: {ways}.{kept}"
     fitting = [f"{stage} {need.name}" for stage, need in plan.apart.items() if need is not None]
     lacking = [stage for stage, need in plan.apart.items() if need is None]
@@ -190,8 +204,3 @@ def _verdict(plan: Plan, device_bytes: int) -> str:
         alone = f"; alone fit {', '.join(fitting)}" if fitting else ""
         return f"{' and '.join(lacking)} fit no device of {memory} in any way{alone}."
     return f"Not all stages fit one device of {memory}. Each on a device of its own: {', '.join(fitting)}."
-
-
-def gibibytes(count: int) -> str:
-    """Returns bytes as a person reads them."""
-    return f"{count / (1 << 30):.2f} GiB" if count >= 1 << 30 else f"{count / (1 << 20):.0f} MiB"

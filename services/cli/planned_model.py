@@ -12,11 +12,10 @@ from klein_core.checkpoint_config import read_transformer_config, read_variant
 from klein_core.errors import CheckpointError
 from klein_core.known_variants import variants_of_shape
 from klein_core.memory.plan import PlannedModel
-from klein_core.pico.location import WEIGHTS
-from services.cli.errors import MISUSED, CliError
+from services.cli.errors import CliError, with_period
+from services.cli.exit_codes import MISUSED
 from services.cli.hub.choice import Choice, choose, is_known
-from services.cli.hub.folders import find_model
-from services.cli.suite import PICO
+from services.cli.local_model import PICO, find_place
 
 _PRECISIONS = {"F32": "fp32", "F16": "bf16", "BF16": "bf16", "F8_E4M3": "fp8", "U8": "nvfp4", "I8": "int8"}
 """Dtype of most of a file's bytes → precision; two bytes are two bytes."""
@@ -31,10 +30,10 @@ def planned_model(model: str) -> PlannedModel:
     if model != PICO and is_known(model) and not Path(model).exists():
         return _published(choose(model))
     try:
-        place = WEIGHTS if model == PICO else find_model(model)
+        place = find_place(model)
         return _in_folder(model, place) if place.is_dir() else _bare_transformer(model, place)
     except CheckpointError as error:
-        raise CliError(f"{error}.", "`klein inspect` tells what a file is.", MISUSED) from error
+        raise CliError(with_period(str(error)), "`klein inspect` tells what a file is.", MISUSED) from error
 
 
 def _published(choice: Choice) -> PlannedModel:

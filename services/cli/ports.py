@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from contextlib import ExitStack
 
-from services.cli.errors import MISUSED, CliError
+from services.cli.errors import CliError
+from services.cli.exit_codes import MISUSED
 
 LOOPBACK = "127.0.0.1"
 DEFAULT_PORT = 50050
@@ -29,13 +31,25 @@ def is_free(port: int, host: str = LOOPBACK) -> bool:
 
 
 def require_free(port: int, host: str) -> None:
-    """Raises CliError when something already listens on `port`."""
-    if not is_free(port, host):
-        raise CliError(
-            f"Port {port} of {host} is taken, or may not be used.",
+    """Raises CliError when no server could listen on `port` of `host`."""
+    try:
+        _bound(host, port).close()
+    except OSError as error:
+        raise _refusal(port, host, error) from error
+
+
+def _refusal(port: int, host: str, error: OSError) -> CliError:
+    if error.errno == errno.EADDRINUSE:
+        return CliError(
+            f"Port {port} of {host} is taken.",
             "Is the suite running already? `klein status` tells. --port 0 takes any free port.",
             MISUSED,
         )
+    return CliError(
+        f"Nothing can listen on port {port} of {host}: {error.strerror}.",
+        "--host takes an address of this machine, --port any that is free from 1024 on.",
+        MISUSED,
+    )
 
 
 def _bound(host: str, port: int) -> socket.socket:

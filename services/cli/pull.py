@@ -16,13 +16,15 @@ from klein_core.checkpoint_config import read_variant
 from klein_core.errors import CheckpointError
 from klein_core.known_variants import variants_of_shape
 from klein_core.variants import TransformerConfig
-from services.cli.errors import MISUSED, CliError
+from services.cli.byte_counts import file_size
+from services.cli.errors import CliError
+from services.cli.exit_codes import MISUSED
 from services.cli.hub.choice import Choice, choose
 from services.cli.hub.client import Hub, Listing
 from services.cli.hub.explanations import AGAIN, EXPLAINED, explain
 from services.cli.hub.folders import default_folder, read_receipt
 from services.cli.hub.selection import Wanted, configuration_files, weight_files
-from services.cli.hub.staging import Staging, human
+from services.cli.hub.staging import Staging
 
 _NON_COMMERCIAL = re.compile(r"non-?commercial|(^|-)nc(-|$)", re.IGNORECASE)
 
@@ -225,7 +227,7 @@ class DownloadProgress:
     def begin(self, file: Wanted, size_bytes: int | None) -> None:
         self._bar.update(self._task, description=file.place)
         if not self._console.is_terminal:
-            size = f" ({human(size_bytes)})" if size_bytes is not None else ""
+            size = f" ({file_size(size_bytes)})" if size_bytes is not None else ""
             self._console.print(f"{file.place}{size}", highlight=False, soft_wrap=True, markup=False)
 
     def advance(self, byte_count: int) -> None:

@@ -12,19 +12,21 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from services.cli.errors import MISUSED, CliError
+from services.cli.errors import CliError, with_period
+from services.cli.exit_codes import MISUSED
+from services.cli.hub.folders import find_model
+from services.cli.processes import PROCESSES, STAGES
 from services.cli.stage_process import run_stage
 from services.cli.suite import require_torch
 from services.runtime.settings import (
+    EMBEDDED_MODEL,
     ServerSettings,
     SettingsError,
-    describe,
     load_settings,
-    misspelt,
     variable_name,
 )
+from services.runtime.settings_report import describe, misspelt
 
-STAGE_NAMES = ("text-encoder", "denoiser", "vae-decoder", "orchestrator")
 _SHORT_FLAGS = {"model_path": "--model"}
 
 
@@ -32,10 +34,10 @@ class StageGroup(TyperGroup):
     """A command for each stage, made from the stage's settings when it is asked for."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return list(STAGE_NAMES)
+        return list(PROCESSES)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        return _command(cmd_name) if cmd_name in STAGE_NAMES else None
+        return _command(cmd_name) if cmd_name in PROCESSES else None
 
 
 def settings_class(stage: str) -> type[ServerSettings]:
@@ -55,22 +57,43 @@ def run_serve(stage: str, overrides: dict[str, str], *, check_config: bool) -> i
     """Runs a stage in this process, or only shows what it would be told; returns the exit code.
 
     Raises:
-        CliError: a setting has a value that it cannot have.
+        CliError: a setting has a value that it cannot have, or there is no such model.
     """
+    environment = dict(os.environ)
+    if stage in STAGES:
+        overrides, environment = _with_found_model(overrides, environment)
     try:
-        loaded = load_settings(settings_class(stage), os.environ, overrides)
+        loaded = load_settings(settings_class(stage), environment, overrides)
         loaded.settings.check()
     except SettingsError as error:
         hint = f"`klein serve {stage} --help` shows every setting."
-        raise CliError(f"{error}.", hint, MISUSED) from error
+        raise CliError(with_period(str(error)), hint, MISUSED) from error
     if check_config:
         typer.echo(describe(loaded))
-        for sentence in misspelt(type(loaded.settings), os.environ):
+        for sentence in misspelt(type(loaded.settings), environment):
             typer.echo(f"{sentence}.", err=True)
         return 0
     if stage != "orchestrator":
         require_torch()
-    return run_stage(stage, overrides)
+    return run_stage(stage, environment, overrides)
+
+
+def _with_found_model(
+    overrides: dict[str, str], environment: dict[str, str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Puts the folder of a pulled model where its name was given.
+
+    Raises:
+        CliError: there is no such folder or file, and no model of that name was pulled.
+    """
+    variable = variable_name("model_path")
+    given = overrides.get("model_path") or environment.get(variable) or EMBEDDED_MODEL
+    if given == EMBEDDED_MODEL:
+        return overrides, environment
+    place = str(find_model(given))
+    if overrides.get("model_path"):
+        return overrides | {"model_path": place}, environment
+    return overrides, environment | {variable: place}
 
 
 def _command(stage: str) -> TyperCommand:

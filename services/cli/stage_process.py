@@ -12,14 +12,15 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Mapping
 
 LONGEST_GOODBYE_SECONDS = 5.0
 
 
-def run_stage(stage: str, overrides: dict[str, str] | None = None) -> int:
+def run_stage(stage: str, environment: Mapping[str, str], overrides: Mapping[str, str]) -> int:
     """Runs a stage in this process until it is told to stop; returns its exit code."""
     module = importlib.import_module(f"services.{stage.replace('-', '_')}.__main__")
-    exit_code: int = module.main(os.environ, overrides or {})
+    exit_code: int = module.main(environment, overrides)
     return exit_code
 
 
@@ -38,4 +39,4 @@ def _outlast_parent() -> None:
 
 if __name__ == "__main__":
     end_with_parent()
-    sys.exit(run_stage(sys.argv[1]))
+    sys.exit(run_stage(sys.argv[1], os.environ, {}))

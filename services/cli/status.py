@@ -11,9 +11,9 @@ from rich.text import Text
 
 from klein_api.v1 import image_service_pb2 as api
 from services.cli.client import connect
-from services.cli.errors import FAILED, call_error
-
-STAGE_NAMES = ("text-encoder", "denoiser", "vae-decoder")
+from services.cli.errors import call_error
+from services.cli.exit_codes import FAILED
+from services.cli.processes import STAGES
 
 
 def run_status(target: str, timeout_seconds: float, console: Console) -> int:
@@ -65,7 +65,7 @@ def problems(answer: api.ListModelsResponse) -> list[str]:
 
 def _stage_cells(position: int, stage: api.RoutedStage) -> list[str | Text]:
     described = stage.description
-    name = described.stage or (STAGE_NAMES[position] if position < len(STAGE_NAMES) else "")
+    name = described.stage or (STAGES[position] if position < len(STAGES) else "")
     if not stage.HasField("description"):
         return [name, Text("unreachable", "red"), "–", "–", "–", stage.target]
     load = described.load

@@ -16,28 +16,22 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 
-from klein_core.checkpoint.inspection import check_component
-from klein_core.checkpoint.layouts import TEXT_ENCODER, TRANSFORMER, VAE
-from klein_core.checkpoint.model_files import TOKENIZER, ModelFiles
-from klein_core.checkpoint_config import read_variant
-from klein_core.errors import CheckpointError
+from klein_core.checkpoint.model_files import TOKENIZER
 from klein_core.pico.location import WEIGHTS
 from klein_core.quantization.choices import NO_QUANTIZATION
 from services.cli.child import Child, ChildSpec, StageDied, inherited_environment, wait_for_all
-from services.cli.errors import MISUSED, CliError
-from services.cli.hub.folders import find_model
+from services.cli.errors import CliError
+from services.cli.exit_codes import MISUSED
+from services.cli.local_model import COMPONENTS, PICO, model_files, require_model
 from services.cli.ports import LOOPBACK, free_ports, is_free
+from services.cli.processes import ORCHESTRATOR, PROCESSES, STAGES
 from services.cli.readiness import Probes, Readiness
-from services.runtime.settings import model_name
+from services.runtime.addresses import bracketed
 
-PICO = "pico"
-STAGES = ("text-encoder", "denoiser", "vae-decoder")
-COMPONENTS = {"text-encoder": TEXT_ENCODER, "denoiser": TRANSFORMER, "vae-decoder": VAE}
-"""Stage → the part of a model that it loads."""
-PROCESSES = (*STAGES, "orchestrator")
 FIRST_METRICS_PORT = 9464
 GRACE_SECONDS = 5.0
 POLL_SECONDS = 0.05
+_EVERY_ADDRESS = ("", "0.0.0.0", "[::]", "::")
 
 OnChange = Callable[[Mapping[str, Readiness]], None]
 
@@ -82,12 +76,12 @@ class Suite:
     def __init__(self, options: SuiteOptions) -> None:
         require_torch()
         self.options = options
-        self.files = model_files(options)
+        self.files = model_files(options.model, options.parts, options.variant)
         self.model_name = require_model(self.files)
         if options.adapters is not None and not options.adapters.is_dir():
             raise CliError(f"--adapters {options.adapters} is no folder.", exit_code=MISUSED)
         self.log_folder = options.log_folder or Path(tempfile.mkdtemp(prefix="klein-"))
-        self.log_folder.mkdir(parents=True, exist_ok=True)
+        _make_log_folder(self.log_folder)
         *stage_ports, free = free_ports(len(PROCESSES))
         self.ports = dict(zip(PROCESSES, (*stage_ports, options.port or free), strict=True))
         self.metrics_ports = _metrics_ports()
@@ -97,8 +91,8 @@ class Suite:
     @property
     def target(self) -> str:
         """Where clients on this machine reach the public API."""
-        host = LOOPBACK if self.options.host in ("0.0.0.0", "[::]", "::") else self.options.host
-        return f"{host}:{self.ports['orchestrator']}"
+        host = LOOPBACK if self.options.host in _EVERY_ADDRESS else self.options.host
+        return f"{bracketed(host)}:{self.ports['orchestrator']}"
 
     def __enter__(self) -> Suite:
         try:
@@ -168,8 +162,8 @@ class Suite:
         """
         running = [child for child in self.children.values() if child.exit_code is None]
         for group in (
-            [child for child in running if child.stage == "orchestrator"],
-            [child for child in running if child.stage != "orchestrator"],
+            [child for child in running if child.stage == ORCHESTRATOR],
+            [child for child in running if child.stage != ORCHESTRATOR],
         ):
             self._killed += _stop_together(group, insisted)
         return self._killed
@@ -180,11 +174,11 @@ class Suite:
 
     def _child_spec(self, process: str) -> ChildSpec:
         environment = inherited_environment() | self._settings(process)
-        address = self.target if process == "orchestrator" else f"{LOOPBACK}:{self.ports[process]}"
+        address = self.target if process == ORCHESTRATOR else f"{LOOPBACK}:{self.ports[process]}"
         return ChildSpec(process, address, environment, self.log_folder / f"{process}.log")
 
     def _settings(self, process: str) -> dict[str, str]:
-        is_public = process == "orchestrator"
+        is_public = process == ORCHESTRATOR
         common = {
             "KLEIN_HOST": self.options.host if is_public else LOOPBACK,
             "KLEIN_PORT": str(self.ports[process]),
@@ -224,11 +218,6 @@ class Suite:
         }
 
 
-_MODEL_HINT = (
-    "--model takes `pico`, a folder in the diffusers layout, a pulled model's name or a safetensors file; "
-    "--transformer, --vae, --text-encoder and --tokenizer take parts of their own, --variant tells which model "
-    "a bare file is. `klein inspect` shows what a file holds."
-)
 PICO_LIMITS = {"KLEIN_DEFAULT_SIZE_PX": "128", "KLEIN_MAXIMUM_PIXEL_COUNT": str(256 * 256)}
 """What pico was trained on; it makes nonsense of larger pictures."""
 
@@ -252,35 +241,13 @@ def require_torch() -> None:
         )
 
 
-def model_files(options: SuiteOptions) -> ModelFiles:
-    """Returns where each part of the model lies; parts of one's own are no parts of pico.
-
-    Raises:
-        CliError: the model is neither here nor pulled, or a part is not here.
-    """
-    embedded = None if options.parts else WEIGHTS
-    model = embedded if options.model == PICO else find_model(options.model)
-    for path in options.parts.values():
-        if not path.exists():
-            raise CliError(f"There is no {path}.", _MODEL_HINT, MISUSED)
-    return ModelFiles(model=model, variant=options.variant, **options.parts)
-
-
-def require_model(files: ModelFiles) -> str:
-    """Checks by configurations and headers that a model's parts are whole and fit each other; returns its name.
-
-    Raises:
-        CliError: they are not or do not.
-    """
+def _make_log_folder(folder: Path) -> None:
     try:
-        read_variant(files)
-        for component in COMPONENTS.values():
-            check_component(component, files)
-        if not files.tokenizer_folder.is_dir():
-            raise CheckpointError(f"{files.tokenizer_folder} is missing")
-    except CheckpointError as error:
-        raise CliError(f"The model cannot be used: {error}.", _MODEL_HINT) from error
-    return PICO if files.model == WEIGHTS else model_name(str(files.model or files.place(TRANSFORMER)))
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CliError(
+            f"--log-folder {folder} cannot be made: {error.strerror}.", exit_code=MISUSED
+        ) from error
 
 
 def _metrics_ports() -> dict[str, int]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
+
 from rich.console import Console
 
-from services.cli.errors import FAILED
+from services.cli.exit_codes import FAILED
 from services.cli.followed_logs import FollowedLogs
 from services.cli.loading import wait_with_progress
-from services.cli.ports import require_free
+from services.cli.ports import DEFAULT_PORT, LOOPBACK, require_free
+from services.cli.processes import PROCESSES
 from services.cli.signals import StopSignals
-from services.cli.suite import PROCESSES, Suite, SuiteOptions
+from services.cli.suite import Suite, SuiteOptions
 
 WATCH_SECONDS = 0.1
-DEFAULT_PORT = 50050
 
 
 def run_up(options: SuiteOptions, console: Console, *, verbose: bool) -> int:
@@ -22,8 +24,7 @@ def run_up(options: SuiteOptions, console: Console, *, verbose: bool) -> int:
         StageDied: one of the four ended by itself; the others were stopped.
         CliError: the suite cannot start.
     """
-    if options.port:
-        require_free(options.port, options.host)
+    require_free(options.port, options.host)
     suite = Suite(options)
     logs = FollowedLogs(suite.log_folder, console if verbose else None)
     with StopSignals() as signals, suite:
@@ -61,7 +62,8 @@ def _stop(suite: Suite, signals: StopSignals, console: Console) -> int:
 
 def how_to_call(suite: Suite, seconds: float) -> str:
     """What a person can do now that the suite runs."""
-    target = "" if suite.ports["orchestrator"] == DEFAULT_PORT else f" --target {suite.target}"
+    address = shlex.quote(suite.target)
+    target = "" if suite.target == f"{LOOPBACK}:{DEFAULT_PORT}" else f" --target {address}"
     metrics = "\n".join(
         f"    {process:<13} http://127.0.0.1:{suite.metrics_ports[process]}/metrics" for process in PROCESSES
     )
@@ -69,7 +71,7 @@ def how_to_call(suite: Suite, seconds: float) -> str:
 Ready after {seconds:.1f} s at {suite.target}. Call it:
     klein generate "a large red heart on a yellow background"{target} -o heart.png
     klein status{target}
-    grpcurl -plaintext -d '{{"spec": {{"prompt": "a blue star"}}}}' {suite.target} \\
+    grpcurl -plaintext -d '{{"spec": {{"prompt": "a blue star"}}}}' {address} \\
         klein_api.v1.ImageService/GenerateImage
 Metrics:
 {metrics}

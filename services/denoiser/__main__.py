@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping
 
-from services.denoiser.application import DenoiserApplication
 from services.denoiser.settings import DenoiserSettings
+from services.runtime.application import Application
+from services.runtime.module_entry import run_module
 from services.runtime.server import start
 
 
 def main(environment: Mapping[str, str], overrides: Mapping[str, object]) -> int:
     """Serves and returns the exit code; overrides are settings by name."""
-    return start(DenoiserSettings, DenoiserApplication, environment, overrides)
+    return start(DenoiserSettings, _application, environment, overrides)
+
+
+def _application(settings: DenoiserSettings) -> Application:
+    # Only here, so that settings are read, and a missing torch is told, before torch is imported.
+    from services.denoiser.application import DenoiserApplication
+
+    return DenoiserApplication(settings)
 
 
 if __name__ == "__main__":
-    sys.exit(main(os.environ, {}))
+    sys.exit(run_module(DenoiserSettings, main, sys.argv[1:]))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping
 
 from services.orchestrator.application import Orchestrator
 from services.orchestrator.settings import OrchestratorSettings
+from services.runtime.module_entry import run_module
 from services.runtime.server import start
 
 
@@ -21,4 +21,4 @@ def _orchestrator(settings: OrchestratorSettings) -> Orchestrator:
 
 
 if __name__ == "__main__":
-    sys.exit(main(os.environ, {}))
+    sys.exit(run_module(OrchestratorSettings, main, sys.argv[1:]))

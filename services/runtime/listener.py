@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha.reflection import enable_server_reflection
 
 from klein_core.errors import DeviceFault
+from services.runtime.addresses import bracketed
 from services.runtime.application import Application
 from services.runtime.channels import HTTP2_FRAME_BYTES
 from services.runtime.interceptors import interceptors
@@ -119,9 +120,8 @@ def _serve_metrics(host: str, port: int) -> tuple[WSGIServer, threading.Thread]:
 
 
 def _listening_host(host: str) -> str:
-    if host == "[::]" and not _has_ipv6():
-        return "0.0.0.0"
-    return host
+    host = bracketed(host)
+    return "0.0.0.0" if host == "[::]" and not _has_ipv6() else host
 
 
 def _has_ipv6() -> bool:

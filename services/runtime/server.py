@@ -22,11 +22,14 @@ from services.runtime import allocator, logs, metrics, tracing
 from services.runtime.application import Application
 from services.runtime.listener import BindError, Listener
 from services.runtime.readiness import Readiness, State
-from services.runtime.settings import ServerSettings, SettingsError, load_settings, misspelt
+from services.runtime.settings import ServerSettings, SettingsError, load_settings
+from services.runtime.settings_report import misspelt
 from services.runtime.signals import stop_signals
 from services.runtime.stages import software_version
 
 _Settings = TypeVar("_Settings", bound=ServerSettings)
+_STAGE_PACKAGES = ("torch", "transformers", "safetensors", "numpy", "PIL")
+"""What the base installation lacks, by the names that they are imported by."""
 _log = logging.getLogger("klein.server")
 
 
@@ -39,7 +42,8 @@ def start(
     """Reads the settings and serves; what a `__main__` does.
 
     Returns:
-        The process's exit code: 2 for a setting that it cannot have, else as `run`.
+        The process's exit code: 2 for a setting that it cannot have, 1 without torch where it is needed, else as
+        `run`.
     """
     try:
         settings = load_settings(settings_class, environment, overrides).settings
@@ -47,6 +51,14 @@ def start(
     except SettingsError as error:
         sys.stderr.write(f"{error}\n")
         return 2
+    except ModuleNotFoundError as error:
+        if error.name not in _STAGE_PACKAGES:
+            raise
+        sys.stderr.write(
+            f"This installation cannot run stages: {error.name} is missing. "
+            "Install it with: pip install 'klein-suite[stages]'\n"
+        )
+        return 1
     return run(settings, application, misspelt(settings_class, environment))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from klein_core.checkpoint.model_files import ModelFiles
+from klein_core.errors import CheckpointError
+from klein_core.known_variants import known_variant
 from klein_core.pico.location import WEIGHTS as EMBEDDED_WEIGHTS
 from klein_core.quantization.choices import NO_QUANTIZATION, QUANTIZATIONS
 
 PREFIX = "KLEIN_"
 EMBEDDED_MODEL = "pico"
 """The `model_path` that means the model inside the package; a folder of that name is `./pico`."""
-_LIKENESS = 0.93
-"""Of a misspelt name: one or two letters of it are wrong, missing or too many."""
+_DEVICE = re.compile(r"auto|(cpu|cuda|mps)(:\d{1,4})?")
 _Settings = TypeVar("_Settings", bound="ServerSettings")
 
 
@@ -132,6 +133,17 @@ class StageSettings(ServerSettings):
             # Frozen settings have no other way to derive one field from another.
             object.__setattr__(self, "model_name", model_name(self._named_path))
 
+    def check(self) -> None:
+        super().check()
+        if not _DEVICE.fullmatch(self.device):
+            raise SettingsError(f"KLEIN_DEVICE is {self.device!r}; it must be auto, cpu, cuda, cuda:N or mps")
+        if self.variant:
+            _check_variant(self.variant)
+        if self.model_path != EMBEDDED_MODEL:
+            require_place("model_path", self.model_path)
+        if self.weights_path:
+            require_place("weights_path", self.weights_path)
+
     def model_files(self, component: str) -> ModelFiles:
         """Returns where the parts of the model lie; `component` is the one that this stage loads."""
         own = {component: Path(self.weights_path)} if self.weights_path else {}
@@ -147,6 +159,19 @@ class StageSettings(ServerSettings):
     @property
     def _named_path(self) -> str:
         return self.model_path if self._model is not None else self.weights_path
+
+
+def _check_variant(name: str) -> None:
+    try:
+        known_variant(name)
+    except CheckpointError as error:
+        raise SettingsError(f"KLEIN_VARIANT: {error}") from error
+
+
+def require_place(field_name: str, place: str) -> None:
+    """Raises SettingsError when a path that a setting names leads nowhere."""
+    if not Path(place).exists():
+        raise SettingsError(f"{variable_name(field_name)} is {place!r}; there is no such folder or file")
 
 
 def model_name(path: str) -> str:
@@ -197,59 +222,22 @@ def load_settings(
     return LoadedSettings(cls(**values), sources)
 
 
-def misspelt(cls: type[ServerSettings], environment: Mapping[str, str]) -> list[str]:
-    """Returns a sentence for each `KLEIN_` variable that nothing here reads but that looks like one that is read.
-
-    Variables that look like none are left alone: stages may share an environment.
-    """
-    known = [variable_name(field.name) for field in dataclasses.fields(cls)]
-    unread = sorted(name for name in environment if name.startswith(PREFIX) and name not in known)
-    nearest = {name: difflib.get_close_matches(name, known, n=1, cutoff=_LIKENESS) for name in unread}
-    return [
-        f"{name} is no setting of this server and is not read; {meant[0]} is one"
-        for name, meant in nearest.items()
-        if meant
-    ]
-
-
 def variable_name(field_name: str) -> str:
     """Returns the environment variable that sets a field."""
     return PREFIX + field_name.upper()
 
 
-def describe(loaded: LoadedSettings[Any]) -> str:
-    """Returns a table of every setting: variable, value, source, help."""
-    fields = dataclasses.fields(loaded.settings)
-    rows = [
-        (variable_name(field.name), _shown(getattr(loaded.settings, field.name)), loaded.sources[field.name])
-        for field in fields
-    ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    cells = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(f"{text}  {_help_of(field)}" for text, field in zip(cells, fields, strict=True))
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return _number(value) if isinstance(value, float) else str(value) or '""'
-
-
-def _number(value: float) -> str:
+def number_text(value: float) -> str:
     """Returns a number as a person would write it: no exponent, no `.0`."""
     return f"{value:.6f}".rstrip("0").rstrip(".")
 
 
-def _help_of(field: dataclasses.Field[Any]) -> str:
-    limits = _limits_of(field)
-    return f"{field.metadata.get('help', '')}{f' ({limits})' if limits else ''}"
-
-
-def _limits_of(field: dataclasses.Field[Any]) -> str:
+def limits_of(field: dataclasses.Field[Any]) -> str:
+    """Returns a setting's limits in words; empty when it has none."""
     if field.metadata.get("choices"):
         return "one of " + ", ".join(field.metadata["choices"])
     bounds = [
-        f"{word} {_number(field.metadata[key])}"
+        f"{word} {number_text(field.metadata[key])}"
         for word, key in (("at least", "minimum"), ("at most", "maximum"))
         if field.metadata.get(key) is not None
     ]
@@ -264,7 +252,7 @@ def _parsed(source: str, raw: object, kind: type, field: dataclasses.Field[Any])
     too_small = minimum is not None and not value >= minimum
     too_large = maximum is not None and not value <= maximum
     if too_small or too_large or (choices and value not in choices):
-        raise SettingsError(f"{source} is {raw!r}; it must be {_limits_of(field)}")
+        raise SettingsError(f"{source} is {raw!r}; it must be {limits_of(field)}")
     return value
 
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping
 
+from services.runtime.application import Application
+from services.runtime.module_entry import run_module
 from services.runtime.server import start
-from services.text_encoder.application import TextEncoderApplication
 from services.text_encoder.settings import TextEncoderSettings
 
 
 def main(environment: Mapping[str, str], overrides: Mapping[str, object]) -> int:
     """Serves and returns the exit code; overrides are settings by name."""
-    return start(TextEncoderSettings, TextEncoderApplication, environment, overrides)
+    return start(TextEncoderSettings, _application, environment, overrides)
+
+
+def _application(settings: TextEncoderSettings) -> Application:
+    # Only here, so that settings are read, and a missing torch is told, before torch is imported.
+    from services.text_encoder.application import TextEncoderApplication
+
+    return TextEncoderApplication(settings)
 
 
 if __name__ == "__main__":
-    sys.exit(main(os.environ, {}))
+    sys.exit(run_module(TextEncoderSettings, main, sys.argv[1:]))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from klein_core.checkpoint.model_files import ModelFiles
-from services.runtime.settings import StageSettings, quantization_setting, setting
+from services.runtime.settings import StageSettings, quantization_setting, require_place, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +18,11 @@ class TextEncoderSettings(StageSettings):
     tokenizer_path: str = setting(
         "", help="Folder of the tokenizer, instead of the model's; needed where the weights are a bare file"
     )
+
+    def check(self) -> None:
+        super().check()
+        if self.tokenizer_path:
+            require_place("tokenizer_path", self.tokenizer_path)
 
     def model_files(self, component: str) -> ModelFiles:
         files = super().model_files(component)

@@ -161,3 +161,23 @@ def test_the_autoencoder_learns_and_its_encoder_stays_when_the_decoder_is_refine
     refined = decoder_training.refine_decoder(plan.state, tmp_path / "decoder.ckpt", 1.0)
     assert torch.equal(refined.encoder.conv_in.weight, finished.encoder.conv_in.weight)
     assert not torch.equal(refined.decoder.conv_out.weight, finished.decoder.conv_out.weight)
+
+
+def test_a_stopped_autoencoder_s_training_goes_on_with_other_scenes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draws: list[float] = []
+
+    def batch(step: int, rng: random.Random) -> torch.Tensor:
+        draws.append(rng.random())
+        if len(draws) > 1:
+            raise KeyboardInterrupt
+        return torch.zeros(1, 3, 64, 64)
+
+    monkeypatch.setattr(vae_training, "_batch_for", batch)
+    plan = vae_training.Plan(tmp_path / "vae.ckpt", seconds=60, report_every=1)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            vae_training.train(plan)
+    first, _, resumed = draws
+    assert resumed != first

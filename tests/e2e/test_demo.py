@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from services.cli.demo import PICTURES, SHEET, run_demo
+from services.cli.demo import PICTURES, SHEET, klein_command, run_demo
 from services.cli.errors import CliError
 from services.cli.suite import SuiteOptions
 from tests.tiny.checkpoint import save_tiny_checkpoint
@@ -39,3 +39,24 @@ def test_the_demo_makes_every_picture_and_a_sheet(tmp_path: Path) -> None:
 def test_a_demo_without_its_model_says_so(tmp_path: Path) -> None:
     with pytest.raises(CliError, match=r"model_index\.json is missing"):
         run_demo(tmp_path / "out", Console(quiet=True), SuiteOptions(model=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("installed", "on_path", "expected"),
+    [
+        (True, True, "klein"),
+        (True, False, ".venv/bin/klein"),
+        (False, False, "{folder}/.venv/bin/python -m services.cli.main"),
+    ],
+)
+def test_the_demo_names_a_command_that_this_shell_finds(
+    installed: bool, on_path: bool, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = tmp_path / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    if installed:
+        (programs / "klein").touch(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.executable", str(programs / "python"))
+    monkeypatch.setenv("PATH", str(programs if on_path else tmp_path))
+    assert klein_command() == expected.format(folder=tmp_path)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from klein_core.pipeline import Pipeline
 from services.cli.child import inherited_environment
 from services.cli.ports import free_ports
-from services.cli.suite import PROCESSES
+from services.cli.processes import PROCESSES
 from tests.services.denoiser_server import one_thread
 from tests.tiny.checkpoint import save_tiny_checkpoint
 from tests.tiny.layouts import bare_text_encoder, bfl_transformer, bfl_vae, prefixed

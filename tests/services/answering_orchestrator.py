@@ -1,7 +1,7 @@
 """An orchestrator's servicer that only remembers and answers, behind a real gRPC server."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -19,6 +19,7 @@ class Orchestrator(ImageServiceServicer):
         self.specs: list[api.ImageSpec] = []
         self.error: Exception | None = None
         self.blocks = False
+        self.before_answer: Callable[[], object] = lambda: None
         self.called = threading.Event()
         self.cancelled = threading.Event()
         self.models = api.ListModelsResponse()
@@ -37,6 +38,7 @@ class Orchestrator(ImageServiceServicer):
             status = status_of(self.error)
             context.set_trailing_metadata(status.trailing_metadata())
             context.abort(status.code, status.message)
+        self.before_answer()
         yield api.StreamGenerateImageResponse(queued=api.GenerationQueued(position=2))
         yield api.StreamGenerateImageResponse(step=api.GenerationStep(step=1, step_count=1))
         for index in range(request.spec.image_count or 1):

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from klein_api.v1 import image_pb2
 from klein_api.v1 import image_service_pb2 as api
 from klein_api.v1 import stage_service_pb2 as stage_api
 from klein_core.errors import InvalidInput, Violation
+from klein_core.params import DEFAULT_LIMITS, size_violations
 from services.cli.child import inherited_environment
 from services.cli.main import main
 from services.cli.ports import free_ports
@@ -119,10 +121,14 @@ def test_a_dash_writes_the_picture_alone_to_standard_output(klein: Klein, target
         (["-o", "picture.bmp"], ["picture.bmp", ".webp", "--format"]),
         (["-o", "nowhere/picture.png"], ["nowhere", "does not exist"]),
         (["-o", "."], ["folder"]),
+        (["-o", "/proc/picture.png"], ["/proc/picture.png cannot be written"]),
+        (["-o", "ring.png", "--count", "2"], ["ring-2.png is a folder"]),
         (["-o", "-", "--count", "2"], ["standard output"]),
         (["-o", "p.png", "--reference", "missing.png"], ["missing.png", "No such file"]),
         (["-o", "p.png", "--size", "large"], ["--size", "1024x768"]),
         (["-o", "p.png", "--size", "64x"], ["--size", "1024x768"]),
+        (["-o", "p.png", "--timeout", "inf"], ["--timeout", "86400"]),
+        (["-o", "p.png", "--target", " "], ["--target", "HOST:PORT"]),
         (["-o", "p.png", "--seed", str(2**63)], ["far outside", str(2**63)]),
         (["-o", "p.png", "--steps", str(2**31)], ["far outside", str(2**31)]),
     ],
@@ -131,9 +137,43 @@ def test_misuse_is_told_before_anything_is_asked(
     klein: Klein, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: list[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "ring-2.png").mkdir()
     exit_code, out, err = klein("generate", "a star", *arguments)
     assert (exit_code, out) == (2, "")
     assert all(word in err for word in words)
+    assert [path.name for path in tmp_path.iterdir()] == ["ring-2.png"]
+
+
+def test_a_picture_that_is_not_written_leaves_its_seed_and_the_others(
+    klein: Klein, target: str, orchestrator: Orchestrator, tmp_path: Path
+) -> None:
+    # Between the check and the end of the work somebody makes a folder of the first picture's name.
+    orchestrator.before_answer = lambda: (tmp_path / "ring-1.png").mkdir()
+    exit_code, out, err = klein(
+        "generate", "a ring", "--count", 2, "--target", target, "-o", tmp_path / "ring.png"
+    )
+    assert exit_code == 1
+    assert "ring-1.png cannot be written: Is a directory" in err
+    assert (tmp_path / "ring-2.png").read_bytes() == b"picture 1"
+    assert f"{tmp_path / 'ring-2.png'}: 64×96, seeds 41, 42" in out
+
+
+def test_output_that_takes_nothing_is_told(target: str, orchestrator: Orchestrator) -> None:
+    orchestrator.models = api.ListModelsResponse(models=[api.RoutedModel(name="fake")])
+    for command in (["status", "--target", target], ["generate", "a", "--target", target, "-o", "-"]):
+        with Path("/dev/full").open("w") as full:
+            done = subprocess.run(
+                [sys.executable, "-m", "services.cli.main", *command],
+                env=inherited_environment(),
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+        assert done.returncode == 1
+        assert "No space left on device" in done.stderr
+        assert not any(word in done.stderr for word in ("fault in klein", "Traceback", "ignored"))
 
 
 def test_nothing_running_is_one_sentence_and_a_hint(klein: Klein, tmp_path: Path) -> None:
@@ -154,6 +194,11 @@ def test_nothing_running_is_one_sentence_and_a_hint(klein: Klein, tmp_path: Path
             InvalidInput([Violation("width_px", "is 70; no"), Violation("references[1]", "is no image")]),
             2,
             ["2 values", "--size (width_px) is 70; no\n", "--reference[1] (references[1]) is no image"],
+        ),
+        (
+            InvalidInput(size_violations(1024, 1024, replace(DEFAULT_LIMITS, pixel_count=65536))),
+            2,
+            ["Error: --size is 1024 × 1024 = 1048576 pixels; "],
         ),
         (UnknownModel("model", "nono", ["pico"]), 2, ["There is no model 'nono'", "pico", "klein status"]),
         (
@@ -225,7 +270,28 @@ def test_control_c_cancels_the_call(target: str, orchestrator: Orchestrator, tmp
         _, err = process.communicate(timeout=10)
     assert orchestrator.cancelled.wait(5)
     assert process.returncode == 130
+    assert err.splitlines()[-1] == "Cancelled."
     assert "Traceback" not in err
+
+
+def test_control_c_while_the_command_is_imported_is_no_traceback() -> None:
+    script = (
+        "import sys\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name == 'services.cli.app': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+        "from services.cli.main import main\n"
+        "sys.exit(main(['--version']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=inherited_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (130, "Cancelled.\n")
 
 
 def stage(name: str, *, serving: bool = True, problem: str = "", described: bool = True) -> api.RoutedStage:
@@ -280,7 +346,7 @@ def test_adapters_are_listed_with_what_is_wrong_with_them(
     got, out, _ = klein("adapters", "--target", target)
     assert got == (1 if problem else 0)
     oil, ink = (next(line for line in out.splitlines() if line.startswith(name)) for name in ("oil", "ink"))
-    assert oil.split() == ["oil", "LoRA", "16", "80", "5.0", "MiB"]
+    assert oil.split() == ["oil", "LoRA", "16", "80", "5.24", "MB"]
     assert ("unusable" in ink) == bool(problem)
     assert problem in out
     assert "bare offers no adapters" in out

@@ -22,7 +22,7 @@ from klein_core.errors import CheckpointError
 from klein_core.known_variants import KNOWN_VARIANTS
 from services.cli.child import inherited_environment
 from services.cli.errors import CliError
-from services.cli.suite import require_model
+from services.cli.local_model import require_model
 from services.denoiser.application import DenoiserApplication
 from services.denoiser.settings import DenoiserSettings
 from services.runtime.channels import open_channel

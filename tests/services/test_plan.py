@@ -11,8 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from klein_core.pico.location import WEIGHTS
+from services.cli.app import app
 from services.cli.errors import CliError
-from services.cli.main import app
+from services.cli.hub.folders import RECEIPT
 from services.cli.plan import memory_bytes
 
 
@@ -65,6 +66,12 @@ def test_a_precision_can_be_demanded():
     assert {need["precision"] for need in told["needs"] if need["stage"] == "denoiser"} == {"bf16"}
 
 
+def test_int8_may_be_that_of_both_networks():
+    told = plan("--model", "klein-4b", "--device-memory", "12GiB", "--precision", "int8")
+    assert told["commands"] == ["klein up --model klein-4b --device cuda --quantization int8"]
+    assert [need["precision"] for need in told["together"]] == ["int8", "int8", "bf16"]
+
+
 def test_stages_that_do_not_fit_together_are_started_apart():
     told = plan(
         "--model", "klein-9b", "--device-memory", "12GiB", "--precision", "bf16", "--sizes", "2048x2048"
@@ -73,6 +80,19 @@ def test_stages_that_do_not_fit_together_are_started_apart():
     starts = [shlex.split(command) for command in told["commands"]]
     assert [words[:3] for words in starts] == [["klein", "serve", stage] for stage in told["apart"]]
     assert "--offload" in starts[1]
+
+
+def test_every_printed_command_can_be_run(monkeypatch, tmp_path):
+    told = plan("--model", "klein-4b", "--device-memory", "6GiB")
+    pull, *starts = (shlex.split(command)[1:] for command in told["commands"])
+    assert pull == ["pull", "klein-4b", "--precision", "fp8"]
+    assert [words[:2] for words in starts] == [["serve", stage] for stage in told["apart"]]
+    monkeypatch.setenv("KLEIN_MODELS_FOLDER", str(tmp_path))
+    (tmp_path / "klein-4b-fp8").mkdir()
+    (tmp_path / "klein-4b-fp8" / RECEIPT).write_text(json.dumps({"model": "klein-4b-fp8"}))
+    for words in starts:
+        result = CliRunner().invoke(app, [*words, "--check-config"])
+        assert result.exit_code == 0, (words, result.exception)
 
 
 def test_a_folder_is_planned_by_its_own_files():

@@ -18,8 +18,8 @@ import safetensors.torch
 from klein_core.known_variants import KNOWN_VARIANTS, SMALL_DECODER
 from klein_core.pipeline import Pipeline
 from services.cli.child import inherited_environment
+from services.cli.local_model import model_files, require_model
 from services.cli.ports import free_ports
-from services.cli.suite import SuiteOptions, model_files, require_model
 from tests.services.hub_server import Hub, Repository, serving
 from tests.tiny.checkpoint import save_tiny_checkpoint
 from tests.tiny.layouts import bfl_transformer
@@ -174,7 +174,7 @@ def test_a_known_model_is_pulled_with_only_what_is_needed_and_loads(
     assert [path.name for path in models.iterdir()] == [NAME]
     assert Pipeline.from_folder(models / NAME).is_distilled
     monkeypatch.setenv("KLEIN_MODELS_FOLDER", str(models))
-    assert require_model(model_files(SuiteOptions(model=NAME))) == NAME
+    assert require_model(model_files(NAME, {})) == NAME
 
     hub.requests.clear()
     again = pull(NAME)

@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from klein_core.known_variants import KNOWN_VARIANTS, SMALL_DECODER
+from services.cli.app import app
+from services.cli.byte_counts import file_size
 from services.cli.errors import CliError
 from services.cli.hub.choice import choose
 from services.cli.hub.folders import (
@@ -18,7 +21,7 @@ from services.cli.hub.folders import (
     pulled_folder,
 )
 from services.cli.hub.selection import weight_source
-from services.cli.hub.staging import Staging, human
+from services.cli.hub.staging import Staging
 
 
 @pytest.mark.parametrize("row", KNOWN_VARIANTS.values(), ids=lambda row: row.name)
@@ -70,6 +73,13 @@ def test_an_unknown_name_lists_the_known():
     with pytest.raises(CliError) as caught:
         choose("flux")
     assert all(name in caught.value.hint for name in KNOWN_VARIANTS)
+
+
+def test_the_help_that_a_hint_points_to_lists_the_known_names():
+    with pytest.raises(CliError, match="klein pull --help"):
+        find_model("./nowhere")
+    shown = CliRunner().invoke(app, ["pull", "--help"]).output
+    assert all(name in shown for name in KNOWN_VARIANTS)
 
 
 def test_models_have_one_place_that_can_be_chosen(monkeypatch, tmp_path):
@@ -132,7 +142,7 @@ def test_a_mounted_volume_is_not_a_place_for_a_model():
 
 
 def test_bytes_are_told_as_people_read_them():
-    assert [human(count) for count in (0, 999, 7_751_089_152, 18.2e9)] == [
+    assert [file_size(count) for count in (0, 999, 7_751_089_152, 18.2e9)] == [
         "0 bytes",
         "999 bytes",
         "7.75 GB",

@@ -132,6 +132,17 @@ async def test_a_drain_serves_until_callers_know_then_finishes_what_runs(server,
     await draining
 
 
+async def test_an_ipv6_host_needs_no_brackets(toy):
+    server = Server(ServerSettings(host="::1", metrics_port=0), toy)
+    try:
+        await server.start()
+        async with open_channel(f"[::1]:{server.port}") as channel:
+            assert await health(channel, "") == Status.SERVING
+    finally:
+        await server.abandon()
+        await toy.close()
+
+
 async def test_calls_that_outlive_the_grace_are_cancelled(toy):
     async def endless(request, context):
         await asyncio.sleep(60)

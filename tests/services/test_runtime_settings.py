@@ -13,12 +13,11 @@ from services.runtime.settings import (
     ServerSettings,
     SettingsError,
     StageSettings,
-    describe,
     load_settings,
-    misspelt,
     setting,
     variable_name,
 )
+from services.runtime.settings_report import describe, misspelt
 from services.text_encoder.settings import TextEncoderSettings
 from services.vae_decoder.settings import VaeDecoderSettings
 

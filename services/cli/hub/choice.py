@@ -7,7 +7,8 @@ import re
 from dataclasses import dataclass, replace
 
 from klein_core.known_variants import KNOWN_VARIANTS, SMALL_DECODER, HubFile, KnownVae, KnownVariant
-from services.cli.errors import MISUSED, CliError
+from services.cli.errors import CliError
+from services.cli.exit_codes import MISUSED
 
 BF16 = "bf16"
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

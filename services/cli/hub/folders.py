@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from services.cli.errors import MISUSED, CliError
+from services.cli.errors import CliError
+from services.cli.exit_codes import MISUSED
 from services.cli.hub.choice import Choice, choose, is_known
 
 RECEIPT = "klein-pull.json"

@@ -14,7 +14,9 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
-from services.cli.errors import MISUSED, CliError
+from services.cli.byte_counts import file_size
+from services.cli.errors import CliError
+from services.cli.exit_codes import MISUSED
 from services.cli.hub.client import DigestKind, Hub, Listing, RemoteFile
 from services.cli.hub.folders import RECEIPT
 from services.cli.hub.selection import Wanted
@@ -77,7 +79,7 @@ class Staging:
         free_bytes = shutil.disk_usage(self.folder).free
         if missing_bytes + SPARE_BYTES > free_bytes:
             raise CliError(
-                f"{self.target.parent} has {human(free_bytes)} free; {human(missing_bytes)} are to come.",
+                f"{self.target.parent} has {file_size(free_bytes)} free; {file_size(missing_bytes)} are to come.",
                 "Make room, or name another place with --to.",
             )
 
@@ -155,15 +157,6 @@ class Staging:
         except (OSError, ValueError):
             return {}
         return {str(place): str(digest) for place, digest in noted.items()} if isinstance(noted, dict) else {}
-
-
-def human(byte_count: float) -> str:
-    """Returns bytes as a person reads them: 7.75 GB."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if byte_count < 1000:
-            return f"{byte_count:.0f} {unit}" if unit == "bytes" else f"{byte_count:.3g} {unit}"
-        byte_count /= 1000
-    return f"{byte_count:,.3g} TB" if byte_count < 1000 else f"{byte_count:,.0f} TB"
 
 
 def _check_content(part: Path, remote: RemoteFile, wanted: Wanted) -> None:

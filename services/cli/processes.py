@@ -1,0 +1,7 @@
+"""The suite's processes by name."""
+
+from __future__ import annotations
+
+STAGES = ("text-encoder", "denoiser", "vae-decoder")
+ORCHESTRATOR = "orchestrator"
+PROCESSES = (*STAGES, ORCHESTRATOR)
