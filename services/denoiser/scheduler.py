@@ -218,7 +218,8 @@ class Scheduler:
     def _refuse_too_large(self, job: Job, spec: JobSpec) -> None:
         others = [other.spec.memory_bytes for other in self._jobs.values() if other is not job]
         if others and sum(others) + spec.memory_bytes > self.limits.memory_limit_bytes:
-            raise QueueFull(self.limits.queue_limit, self._retry_seconds())
+            what = "bytes for all requests' tensors are taken"
+            raise QueueFull(self.limits.memory_limit_bytes, self._retry_seconds(), what)
 
     def _refuse_hopeless(self, job: Job, now: float) -> None:
         if job.spec.deadline is None:

@@ -82,6 +82,7 @@ class DenoiserSettings(StageSettings):
 
     def check(self) -> None:
         super().check()
+        self.sizes_px(on_gpu=False)
         if self.adapters_folder and not Path(self.adapters_folder).is_dir():
             raise SettingsError(f"KLEIN_ADAPTERS_FOLDER is {self.adapters_folder!r}; it must be a folder")
 

@@ -32,12 +32,12 @@ class ServiceError(Exception):
 
 
 class QueueFull(ServiceError):
-    """The queue already holds `limit` requests."""
+    """The queue already holds `limit` requests, or, where `what` says so, that much of something else."""
 
-    def __init__(self, limit: int, retry_after_seconds: float = 1.0) -> None:
+    def __init__(self, limit: int, retry_after_seconds: float = 1.0, what: str = "requests wait") -> None:
         self.limit = limit
         self.retry_after_seconds = retry_after_seconds
-        super().__init__(f"the queue is full ({limit} requests wait); retry in {retry_after_seconds:.1f} s")
+        super().__init__(f"the queue is full ({limit} {what}); retry in {retry_after_seconds:.1f} s")
 
 
 class DeadlineUnreachable(ServiceError):

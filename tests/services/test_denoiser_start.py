@@ -101,7 +101,7 @@ def test_settings_have_the_denoisers_port_and_refuse_what_they_cannot_have():
     assert DenoiserSettings(warmup_sizes="64x128, 256x64").sizes_px(on_gpu=False) == ((64, 128), (256, 64))
     for sizes in ("1024", "64x65", "32x64", "big"):
         with pytest.raises(SettingsError, match="KLEIN_WARMUP_SIZES"):
-            DenoiserSettings(warmup_sizes=sizes).sizes_px(on_gpu=False)
+            DenoiserSettings(warmup_sizes=sizes).check()
     with pytest.raises(SettingsError, match="KLEIN_PACKING"):
         load_settings(DenoiserSettings, {"KLEIN_PACKING": "tight"})
 
