@@ -21,7 +21,7 @@ from klein_core.errors import InvalidInput
 from klein_core.memory.autoencoder import decode_bytes, encode_bytes
 from klein_core.params import SIZE_MULTIPLE_PX
 from klein_core.vae_decoder.autoencoder import Autoencoder
-from klein_core.vae_decoder.image import encode_image, to_rgb_bytes
+from klein_core.vae_decoder.image import check_encoding, encode_image, to_rgb_bytes
 from klein_core.vae_decoder.references import (
     DEFAULT_REFERENCE_LIMITS,
     ReferenceLimits,
@@ -155,6 +155,9 @@ class VaeDecoder:
         Raises:
             InvalidInput: as `decode` and `encode_image`.
         """
+        self._check(latents)
+        height_px, width_px = (extent * SIZE_MULTIPLE_PX for extent in latents.shape[:2])
+        check_encoding(width_px, height_px, image_format, quality, metadata)
         return encode_image(self.decode(latents), image_format, quality, metadata)
 
     def _needs(self, count: Callable[..., int], width_px: int, height_px: int) -> int:

@@ -91,3 +91,10 @@ def test_a_bad_reference_is_named_as_the_caller_names_it(stage):
     with pytest.raises(InvalidInput) as caught:
         stage.encode_reference(b"GIF89a", field="references[2]")
     assert caught.value.violations[0].field == "references[2]"
+
+
+@pytest.mark.parametrize("encoding", [("webp", None, None), ("png", 90, None), ("png", None, {"": "x"})])
+def test_what_cannot_be_encoded_is_refused_before_it_is_decoded(stage, encoding, monkeypatch):
+    monkeypatch.setattr(stage.autoencoder, "decode", lambda *_, **__: pytest.fail("was decoded"))
+    with pytest.raises(InvalidInput):
+        stage.decode_image(torch.zeros(1024, 4, 16), *encoding)
