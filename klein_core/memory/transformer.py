@@ -90,11 +90,18 @@ def step_bytes(
         emulated: a processor that multiplies bfloat16 as fp32 copies, both factors and the product.
     """
     step = _Step(config, precision.value_bytes, shape, emulated and precision.value_bytes == 2)
-    unfolded = 0
-    if precision.is_quantised:
-        matrices = (*_double_matrices(config), *_single_matrices(config))
-        unfolded = max(rows * columns for rows, columns in matrices) * precision.value_bytes
-    return step.inputs() + unfolded + max(step.moments())
+    return step.inputs() + _quantised_bytes(config, precision, shape) + max(step.moments())
+
+
+def _quantised_bytes(config: TransformerConfig, precision: Precision, shape: StepShape) -> int:
+    """Returns the most that a product takes for its matrix to be quantised: unfolded, or its inputs quantised too."""
+    if not precision.is_quantised:
+        return 0
+    matrices = (*_double_matrices(config), *_single_matrices(config))
+    unfolded = max(rows * columns for rows, columns in matrices) * precision.value_bytes
+    size, inner = config.hidden_size, _inner(config)
+    singles = shape.joint if config.num_single_layers > 1 else shape.targets
+    return max(unfolded, precision.input_bytes(max(shape.images * inner, singles * (size + inner))))
 
 
 def _double_matrices(config: TransformerConfig) -> list[tuple[int, int]]:
