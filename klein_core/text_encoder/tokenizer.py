@@ -52,7 +52,7 @@ class PromptTokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path | str, sequence_length: int) -> PromptTokenizer:
-        """Loads a `tokenizer/` folder.
+        """Loads a `tokenizer/` folder; code in it is never run.
 
         Raises:
             CheckpointError: files are missing or malformed, or there is no chat template or pad token.
@@ -61,7 +61,9 @@ class PromptTokenizer:
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is missing")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
             made = cls(tokenizer, sequence_length)
             made._render("")
         # transformers and tokenizers raise plain Exception for some malformed files.

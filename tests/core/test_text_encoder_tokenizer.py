@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import json
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -113,6 +116,21 @@ def test_a_tokenizer_that_is_missing_or_damaged_is_a_checkpoint_error(folder, tm
         (tmp_path / file.name).write_text("{")
     with pytest.raises(CheckpointError, match="not a usable tokenizer"):
         PromptTokenizer.from_folder(tmp_path, LENGTH)
+
+
+def test_code_beside_a_tokenizer_is_never_run_nor_asked_about(tmp_path, monkeypatch):
+    ORACLE.save_pretrained(tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    auto_map = {"AutoTokenizer": [None, "own.OwnTokenizer"]}
+    own = {"auto_map": auto_map, "tokenizer_class": "OwnTokenizer"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | own))
+    marker = tmp_path / "was_run"
+    (tmp_path / "own.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    with pytest.raises(CheckpointError, match="not a usable tokenizer"):
+        PromptTokenizer.from_folder(tmp_path, LENGTH)
+    assert not marker.exists()
+    assert sys.stdin.tell() == 0
 
 
 @pytest.mark.parametrize(("attribute", "value"), [("chat_template", None), ("pad_token", None)])
