@@ -98,9 +98,11 @@ def value_first(gate_and_value: Tensor, scratch: object, out: Tensor | None = No
     return torch.mul(torch.nn.functional.silu(gate), value, out=out)
 
 
-def scale_first(spread: Tensor, sublayers: int) -> tuple[conditioning.Modulation, ...]:
-    right = conditioning_modulations(spread, sublayers)
-    return tuple(conditioning.Modulation(m.scale - 1, 1 + m.shift, m.gate) for m in right)
+def scale_first(
+    per_span: Tensor, sublayers: int, owners: Tensor | None
+) -> tuple[conditioning.Modulation, ...]:
+    right = conditioning_modulations(per_span, sublayers, owners)
+    return tuple(m._replace(shift=m.scale - 1, scale=1 + m.shift) for m in right)
 
 
 def references_first(span: Span) -> Tensor:

@@ -81,6 +81,19 @@ def test_a_steps_memory_is_what_torch_hands_out(dtype, grids, spans):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_unequal_images_take_what_as_many_tokens_of_equal_ones_take(dtype):
+    network = FlowTransformer(NETWORK).to(dtype).eval().requires_grad_(False)
+    grids = [[(16, 12)], [(8, 8)], [(10, 8)]]
+    step = [random_span(each, text_length=64, in_channels=128, dtype=dtype) for each in grids]
+    shape = transformer.StepShape(spans=3, text=64, target=(16 * 12 + 8 * 8 + 10 * 8) // 3)
+    precision = PRECISIONS["fp32" if dtype == torch.float32 else "bf16"]
+    expected = transformer.step_bytes(NETWORK, precision, shape, emulated=not HAS_BFLOAT16_PRODUCTS)
+    with torch.no_grad():
+        found = traced_peak(lambda: network(step))
+    assert found <= 1.1 * expected, (found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tiled", [False, True], ids=["whole", "tiled"])
 def test_the_autoencoders_memory_is_what_torch_hands_out(tiled, dtype):
     config = replace(NARROW, sample_size=128 if tiled else 1024)
