@@ -73,6 +73,14 @@ def offloaded_bytes(config: TransformerConfig, precision: Precision) -> int:
     return outer_bytes(config, precision.value_bytes) + max(pairs)
 
 
+def parked_bytes(config: TransformerConfig, precision: Precision) -> int:
+    """Returns what blocks take in the machine's memory where they are streamed from it.
+
+    Each block is one pinned piece, and torch hands those out in powers of two (`CachingHostAllocator.h`).
+    """
+    return sum(1 << (block - 1).bit_length() for block in block_bytes(config, precision))
+
+
 def reference_cache_bytes(config: TransformerConfig, tokens: int, value_bytes: int) -> int:
     """Returns keys and values of reference tokens in every block."""
     return 2 * config.hidden_size * (config.num_layers + config.num_single_layers) * tokens * value_bytes

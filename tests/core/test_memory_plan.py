@@ -123,6 +123,14 @@ def test_offloading_leaves_two_blocks_on_the_device():
     assert transformer.offloaded_bytes(config, BF16) == outer + 2 * double
 
 
+@pytest.mark.parametrize(("precision", "gibibytes"), [("bf16", 7.5), ("fp8", 3.75), ("nvfp4", 3.75)])
+def test_a_parked_block_takes_a_power_of_two_of_pinned_memory(precision, gibibytes):
+    config = KNOWN_VARIANTS["klein-4b"].transformer
+    assert transformer.parked_bytes(config, PRECISIONS[precision]) == gibibytes * GIB
+    offloaded = next(need for need in make_plan(row_of("klein-4b"), Workload(), 0).needs if need.is_offloaded)
+    assert offloaded.host_bytes == transformer.parked_bytes(config, BF16)
+
+
 def test_more_memory_never_gets_a_worse_choice():
     model, chosen = row_of("klein-4b"), []
     for gibibytes in range(1, 33):
