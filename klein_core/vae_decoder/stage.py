@@ -86,10 +86,8 @@ class VaeDecoder:
             ignorable=is_unneeded,
         )
         autoencoder.requires_grad_(False).eval()
-        # Convolutions take channels last without reordering them: a tenth to a fifth faster on a CPU.
-        for parameter in autoencoder.parameters():
-            if parameter.ndim == 4:
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        if autoencoder.encoder.conv_in.weight.device.type == "cpu":
+            lay_channels_last(autoencoder)
         return cls(autoencoder, reference_limits, tiling)
 
     @property
@@ -175,6 +173,16 @@ class VaeDecoder:
             )
         if not latents.is_floating_point():
             raise InvalidInput.of("latents", f"are {latents.dtype}; must be floating point")
+
+
+def lay_channels_last(autoencoder: Autoencoder) -> None:
+    """Lets convolutions take channels last without reordering them: a tenth to a fifth faster on a CPU.
+
+    Not on CUDA: its group norm puts channels first again, so that each layer would copy its features twice.
+    """
+    for parameter in autoencoder.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
 def image_tensor(image: Image.Image) -> Tensor:
