@@ -173,7 +173,7 @@ class Pipeline:
     ) -> Iterator[Trajectory]:
         prompts = [params.prompt, params.negative_prompt or ""] if params.uses_guidance else [params.prompt]
         # One prompt a call, as the services do: the row count of a matrix product may change its last bit.
-        embeddings = [self.text_encoder.encode([prompt])[0].embedding for prompt in prompts]
+        embeddings = [self.text_encoder.encode([prompt], params.limits)[0].embedding for prompt in prompts]
         latents = tuple(reference.latents for reference in references)
         is_cached = self.uses_reference_cache and bool(latents)
         cache = self.transformer.reference_cache(latents, adapters) if is_cached else None

@@ -208,3 +208,9 @@ def test_files_that_cannot_be_written_are_refused_before_anything_is_computed(
     with pytest.raises(InvalidInput) as caught:
         pair.ours.generate_files(PROMPT, **arguments)
     assert [violation.field for violation in caught.value.violations] == [field]
+
+
+def test_a_longer_prompt_is_allowed_by_setting(pair: Pair):
+    arguments = {"width_px": 64, "height_px": 64, "step_count": 1}
+    longer = Limits(prompt_characters=40_000)
+    assert len(list(pair.ours.generate("x" * 40_000, limits=longer, **arguments))) == 1

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from klein_core.errors import CheckpointError, InvalidInput
-from klein_core.params import DEFAULT_LIMITS
+from klein_core.params import DEFAULT_LIMITS, Limits
 from klein_core.text_encoder.tokenizer import PromptTokenizer
 from tests.tiny.text_encoder import tiny_tokenizer
 
@@ -94,6 +94,12 @@ def test_ten_megabytes_are_refused_at_once_and_the_limit_is_named(tokenizer):
         tokenizer.tokenize("x" * 10_000_000)
     assert caught.value.violations[0].field == "prompt"
     assert time.monotonic() - started < 0.5
+
+
+def test_limits_and_the_fields_name_are_the_callers(tokenizer):
+    assert tokenizer.tokenize("x" * 40_000, Limits(prompt_characters=40_000)).truncated
+    with pytest.raises(InvalidInput, match=r"^negative_prompt: .*at most 3 "):
+        tokenizer.tokenize("four", Limits(prompt_characters=3), field="negative_prompt")
 
 
 @pytest.mark.parametrize("prompt", ["\ud800", "a\udfffb"])
