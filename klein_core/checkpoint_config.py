@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from klein_core.checkpoint import shapes
-from klein_core.checkpoint.config_file import ConfigFile, check_class
+from klein_core.checkpoint.config_file import LARGEST_INTEGER, LARGEST_LAYER_COUNT, ConfigFile, check_class
 from klein_core.checkpoint.layouts import TEXT_ENCODER, TRANSFORMER, VAE
 from klein_core.checkpoint.model_files import ModelFiles
+from klein_core.checkpoint.supported_values import SCHEDULER_ONLY, TRANSFORMER_ONLY, VAE_LEVELS, VAE_ONLY
 from klein_core.errors import CheckpointError
 from klein_core.known_variants import KNOWN_VARIANTS, known_variant, variant_of_bare_file, variants_of_shape
 from klein_core.quantization.notes import configured_algorithm
@@ -40,29 +40,8 @@ _CLASSES: dict[str, tuple[str, ...]] = {
     VAE_FOLDER: ("AutoencoderKLFlux2",),
     SCHEDULER_FOLDER: ("FlowMatchEulerDiscreteScheduler",),
 }
-_VAE_LEVELS = 4
-
-# Keys whose other values would need code that is not here; an absent key means klein's value.
-_TRANSFORMER_ONLY: dict[str, Any] = {"patch_size": 1, "guidance_embeds": False}
-_VAE_ONLY: dict[str, Any] = {
-    "act_fn": "silu",
-    "down_block_types": ["DownEncoderBlock2D"] * _VAE_LEVELS,
-    "up_block_types": ["UpDecoderBlock2D"] * _VAE_LEVELS,
-    "patch_size": [2, 2],
-    "in_channels": 3,
-    "out_channels": 3,
-}
-_SCHEDULER_ONLY: dict[str, Any] = {
-    "num_train_timesteps": 1000,
-    "use_dynamic_shifting": True,
-    "time_shift_type": "exponential",
-    "shift_terminal": None,
-    "invert_sigmas": False,
-    "stochastic_sampling": False,
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-}
+_TILE_MULTIPLE_PX = 32
+"""Of a tile: four latents, so that a quarter of its side, the overlap, is whole in latents too."""
 
 
 @dataclass(frozen=True)
@@ -153,9 +132,12 @@ def _read_text_encoder_file(path: Path) -> TextEncoderConfig:
     config = ConfigFile.read(path)
     config.require_only({"model_type": "qwen3"})
     configured_algorithm(path, config.values)
-    layer_count = config.integer("num_hidden_layers")
+    layer_count = config.integer("num_hidden_layers", largest=LARGEST_LAYER_COUNT)
     for key in ("hidden_size", "vocab_size", "num_attention_heads"):
         config.integer(key)
+    for key in ("head_dim", "intermediate_size", "num_key_value_heads"):
+        if config.values.get(key) is not None:
+            config.integer(key)
     taps = config.integers("text_encoder_out_layers", TextEncoderConfig.tapped_layers)
     length = config.integer("max_sequence_length", TextEncoderConfig.sequence_length)
     if max(taps) >= layer_count:
@@ -172,12 +154,12 @@ def read_transformer_config(files: ModelFiles | Path | str) -> TransformerConfig
         return shapes.transformer_config(files.open(TRANSFORMER))
     config = ConfigFile.read(path)
     config.require_class(_CLASSES[TRANSFORMER_FOLDER])
-    config.require_only(_TRANSFORMER_ONLY)
+    config.require_only(TRANSFORMER_ONLY)
     configured_algorithm(path, config.values)
     default = TransformerConfig
     read = TransformerConfig(
-        num_layers=config.integer("num_layers"),
-        num_single_layers=config.integer("num_single_layers"),
+        num_layers=config.integer("num_layers", largest=LARGEST_LAYER_COUNT),
+        num_single_layers=config.integer("num_single_layers", largest=LARGEST_LAYER_COUNT),
         num_attention_heads=config.integer("num_attention_heads"),
         attention_head_dim=config.integer("attention_head_dim", default.attention_head_dim),
         joint_attention_dim=config.integer("joint_attention_dim"),
@@ -192,10 +174,23 @@ def read_transformer_config(files: ModelFiles | Path | str) -> TransformerConfig
     )
     if config.values.get("out_channels"):
         config.require_only({"out_channels": read.in_channels})
-    if sum(read.axes_dims_rope) != read.attention_head_dim or len(read.axes_dims_rope) != 4:
-        needed = f"it must be four numbers that add up to attention_head_dim ({read.attention_head_dim})"
-        raise config.refuse("axes_dims_rope", list(read.axes_dims_rope), needed)
+    _check_products(config, read)
     return read
+
+
+def _check_products(config: ConfigFile, read: TransformerConfig) -> None:
+    """Refuses what no layer can be built with though each number is allowed."""
+    axes = read.axes_dims_rope
+    if sum(axes) != read.attention_head_dim or len(axes) != 4 or any(axis % 2 for axis in axes):
+        needed = f"it must be four even numbers that add up to attention_head_dim ({read.attention_head_dim})"
+        raise config.refuse("axes_dims_rope", list(axes), needed)
+    if read.timestep_guidance_channels % 2:
+        raise config.refuse("timestep_guidance_channels", read.timestep_guidance_channels, "it must be even")
+    inner_size = int(read.hidden_size * read.mlp_ratio)
+    for key, width in (("num_attention_heads", read.hidden_size), ("mlp_ratio", inner_size)):
+        if not 1 <= width <= LARGEST_INTEGER:
+            needed = f"the width that it makes, {width}, must be in 1 … {LARGEST_INTEGER}"
+            raise config.refuse(key, getattr(read, key), needed)
 
 
 def read_vae_config(files: ModelFiles | Path | str) -> VaeConfig:
@@ -208,7 +203,7 @@ def read_vae_config(files: ModelFiles | Path | str) -> VaeConfig:
         return read
     config = ConfigFile.read(path)
     config.require_class(_CLASSES[VAE_FOLDER])
-    config.require_only(_VAE_ONLY | {"quantization_config": None})
+    config.require_only(VAE_ONLY | {"quantization_config": None})
     default = VaeConfig
     decoder_widths = None
     if config.values.get("decoder_block_out_channels") is not None:
@@ -216,7 +211,7 @@ def read_vae_config(files: ModelFiles | Path | str) -> VaeConfig:
     read = VaeConfig(
         block_out_channels=config.integers("block_out_channels", default.block_out_channels),
         decoder_block_out_channels=decoder_widths,
-        layers_per_block=config.integer("layers_per_block", default.layers_per_block),
+        layers_per_block=config.integer("layers_per_block", default.layers_per_block, LARGEST_LAYER_COUNT),
         latent_channels=config.integer("latent_channels", default.latent_channels),
         norm_num_groups=config.integer("norm_num_groups", default.norm_num_groups),
         batch_norm_eps=config.number("batch_norm_eps", default.batch_norm_eps),
@@ -226,6 +221,9 @@ def read_vae_config(files: ModelFiles | Path | str) -> VaeConfig:
         sample_size=config.integer("sample_size", default.sample_size),
     )
     _check_widths(path, read)
+    if read.sample_size % _TILE_MULTIPLE_PX or read.sample_size < 2 * _TILE_MULTIPLE_PX:
+        needed = f"it must be a multiple of {_TILE_MULTIPLE_PX} from {2 * _TILE_MULTIPLE_PX} on"
+        raise config.refuse("sample_size", read.sample_size, needed)
     return read
 
 
@@ -235,10 +233,10 @@ def _check_widths(path: Path, read: VaeConfig) -> None:
         ("decoder_block_out_channels", read.decoder_block_out_channels),
     ):
         if widths is not None and (
-            len(widths) != _VAE_LEVELS or any(width % read.norm_num_groups for width in widths)
+            len(widths) != VAE_LEVELS or any(width % read.norm_num_groups for width in widths)
         ):
             raise CheckpointError(
-                f"{path}: {key} is {list(widths)}; it must be {_VAE_LEVELS} multiples of norm_num_groups "
+                f"{path}: {key} is {list(widths)}; it must be {VAE_LEVELS} multiples of norm_num_groups "
                 f"({read.norm_num_groups})"
             )
 
@@ -247,7 +245,7 @@ def read_scheduler_config(folder: Path | str) -> SchedulerConfig:
     """Reads `scheduler/scheduler_config.json`; the shift's constants are not in it but in the sampler."""
     config = ConfigFile.read(Path(folder) / SCHEDULER_FOLDER / "scheduler_config.json")
     config.require_class(_CLASSES[SCHEDULER_FOLDER])
-    config.require_only(_SCHEDULER_ONLY)
+    config.require_only(SCHEDULER_ONLY)
     return SchedulerConfig()
 
 

@@ -30,6 +30,9 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, bias=False)
         self.adaptations: dict[int, Sequence[Addition]] = {}
         """Thread → what is added to the products that it makes; set for the time of one step."""
+        self.is_adapted = False
+        """Whether some thread's step has adapters. The same in all layers that a step runs, whichever of them the
+        adapters change, so that compiled blocks have two programs and not one for each set of adapted layers."""
 
     def forward(self, tokens: Tensor, out: Tensor | None = None) -> Tensor:
         """Returns tokens · weightᵀ, in `out` if that is given."""
@@ -49,8 +52,18 @@ class Linear(nn.Linear):
             product = project(tokens, weight[start:stop])
         return self._adapted(product, tokens, start)
 
+    def adapt(self, thread: int, additions: Sequence[Addition]) -> None:
+        """Adds to the products of one thread, possibly nothing; not safe to call from several at once."""
+        self.adaptations[thread] = additions
+        self.is_adapted = True
+
+    def restore(self, thread: int) -> None:
+        """Undoes `adapt`."""
+        del self.adaptations[thread]
+        self.is_adapted = bool(self.adaptations)
+
     def _adapted(self, product: Tensor, tokens: Tensor, offset: int) -> Tensor:
-        if self.adaptations:
+        if self.is_adapted:
             self._adapt(product, tokens, offset)
         return product
 

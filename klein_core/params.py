@@ -18,7 +18,10 @@ SEED_LIMIT = 2**63
 
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """Names that adapters may have: fit for a file, a command line and a log."""
+ADAPTER_NAME_RULE = "1 to 128 letters, digits, dots, hyphens and underscores, the first a letter or digit"
 _SHOWN_CHARACTERS = 64
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+"""Half a character of UTF-16, which Python's texts can hold and UTF-8 cannot."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ class GenerationParams:
             yield Violation("step_count", f"is {self.steps}; must be in [1, {self.limits.step_count}]")
         if not 1 <= len(self.seeds) <= self.limits.image_count:
             yield Violation("image_count", f"is {len(self.seeds)}; must be in [1, {self.limits.image_count}]")
-        for seed in self.seeds:
+        for seed in self.seeds[: self.limits.image_count]:
             if not 0 <= seed < SEED_LIMIT:
                 yield Violation("seed", f"is {seed}; must be in [0, 2^63 - 1]")
         if not 0 <= self.reference_count <= self.limits.reference_count:
@@ -169,6 +172,8 @@ def prompt_violations(name: str, prompt: str, limits: Limits = DEFAULT_LIMITS) -
     """Yields what is wrong with a prompt; an empty one is fine."""
     if len(prompt) > limits.prompt_characters:
         yield Violation(name, f"has {len(prompt)} characters; at most {limits.prompt_characters} are allowed")
+    elif _SURROGATE.search(prompt):
+        yield Violation(name, "has a lone surrogate; it must be valid Unicode text")
 
 
 def adapter_violations(
@@ -182,8 +187,7 @@ def adapter_violations(
         if not ADAPTER_NAME.fullmatch(adapter.name):
             yield Violation(
                 f"adapters[{index}].name",
-                f"is {adapter.name[:_SHOWN_CHARACTERS]!r}; must be 1 to 128 letters, digits, dots, hyphens and "
-                "underscores, the first a letter or digit",
+                f"is {adapter.name[:_SHOWN_CHARACTERS]!r}; must be {ADAPTER_NAME_RULE}",
             )
         elif adapter.name in seen:
             yield Violation(f"adapters[{index}].name", f"is {adapter.name!r} again; name each adapter once")

@@ -20,7 +20,7 @@ from klein_core.errors import InvalidInput, Violation
 from klein_core.params import DEFAULT_LIMITS, AdapterChoice, GenerationParams, Limits
 from klein_core.quantization.choices import NO_QUANTIZATION
 from klein_core.text_encoder.encoder import TextEncoder
-from klein_core.vae_decoder.image import encode_image
+from klein_core.vae_decoder.image import check_encoding, encode_image
 from klein_core.vae_decoder.stage import EncodedReference, VaeDecoder
 from klein_core.vae_decoder.tiling import AUTOMATIC_TILING, TilingPolicy
 
@@ -138,14 +138,19 @@ class Pipeline:
         image_format: str = "png",
         quality: int | None = None,
         metadata: Mapping[str, str] | None = None,
+        width_px: int | None = None,
+        height_px: int | None = None,
         **arguments: object,
     ) -> list[bytes]:
         """Does `generate` and returns encoded files; takes the same arguments besides its own.
 
         Raises:
-            InvalidInput: as `generate`, and for an unknown format or quality.
+            InvalidInput: as `generate`, and, before anything is computed, as `encode_image`.
         """
-        images = self.generate(prompt, **arguments)  # type: ignore[arg-type]
+        # Sides that come from a reference are below every format's end.
+        width, height = (DEFAULT_SIDE_PX if side is None else side for side in (width_px, height_px))
+        check_encoding(width, height, image_format, quality, metadata)
+        images = self.generate(prompt, width_px=width_px, height_px=height_px, **arguments)  # type: ignore[arg-type]
         return [encode_image(image, image_format, quality, metadata) for image in images]
 
     def _encode_references(self, references: Sequence[bytes]) -> list[EncodedReference]:
@@ -168,7 +173,7 @@ class Pipeline:
     ) -> Iterator[Trajectory]:
         prompts = [params.prompt, params.negative_prompt or ""] if params.uses_guidance else [params.prompt]
         # One prompt a call, as the services do: the row count of a matrix product may change its last bit.
-        embeddings = [self.text_encoder.encode([prompt])[0].embedding for prompt in prompts]
+        embeddings = [self.text_encoder.encode([prompt], params.limits)[0].embedding for prompt in prompts]
         latents = tuple(reference.latents for reference in references)
         is_cached = self.uses_reference_cache and bool(latents)
         cache = self.transformer.reference_cache(latents, adapters) if is_cached else None

@@ -7,7 +7,6 @@ tensors' bytes without gaps. Source: the format's description in the safetensors
 from __future__ import annotations
 
 import json
-import os
 import stat
 from collections import Counter
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from klein_core.errors import CheckpointError, listed, refuse
+from klein_core.file_state import FileState
 
 MAXIMUM_HEADER_BYTES = 100_000_000
 """The format's own limit."""
@@ -70,6 +70,8 @@ class Header:
     tensors: Mapping[str, StoredTensor]
     metadata: Mapping[str, str]
     """Free text by the file's writer."""
+    state: FileState
+    """Of the file that was read."""
 
 
 def read_header(path: Path) -> Header:
@@ -81,14 +83,14 @@ def read_header(path: Path) -> Header:
             that overlap, leave gaps or leave the file.
     """
     with open_regular(path) as file:
-        byte_count = os.fstat(file.fileno()).st_size
-        text = _header_text(path, file, byte_count)
+        state = FileState.of_open(file.fileno())
+        text = _header_text(path, file, state.size_bytes)
     entries = _parsed(path, text)
     metadata = _checked_metadata(path, entries.pop(_METADATA, {}))
     data_start = _LENGTH_BYTES + len(text)
     tensors = _checked_tensors(path, entries, data_start)
-    _check_ranges(path, tensors, data_start, byte_count)
-    return Header(path, tensors, metadata)
+    _check_ranges(path, tensors, data_start, state.size_bytes)
+    return Header(path, tensors, metadata, state)
 
 
 def open_regular(path: Path) -> FileIO:

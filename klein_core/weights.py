@@ -38,6 +38,9 @@ class QuantisedWeights(Protocol):
     def is_companion(self, name: str) -> bool:
         """Whether a stored tensor only describes another one, so that it is no extra."""
 
+    def describes(self, name: str) -> bool:
+        """Whether a stored tensor has another form than plain numbers, which was checked with the form."""
+
     def shape(self, name: str, checkpoint: Checkpoint) -> tuple[int, ...]:
         """Returns the shape of the numbers that a stored tensor stands for, which may be packed."""
 
@@ -95,7 +98,7 @@ def load_weights(
     taken = {name for name in plan if quantised and quantised.takes(name, plan[name], checkpoint)}
     plain = {name: pieces for name, pieces in plan.items() if name not in taken}
     _check_shapes(plan, targets, _shapes(plan, checkpoint, quantised), checkpoint.place)
-    _check_dtypes(plain, checkpoint)
+    _check_dtypes(plan, checkpoint, quantised)
     dtype = dtype or commonest_dtype(plan, checkpoint)
     needed = {piece.name for pieces in plan.values() for piece in pieces}
     needed |= {
@@ -164,8 +167,11 @@ def _shapes(
     }
 
 
-def _check_dtypes(plan: Sources, checkpoint: Checkpoint) -> None:
-    kinds = {piece.name: checkpoint.entry(piece.name).dtype for pieces in plan.values() for piece in pieces}
+def _check_dtypes(plan: Sources, checkpoint: Checkpoint, quantised: QuantisedWeights | None) -> None:
+    """Also of what is plain in the file and only quantised on its way in."""
+    names = {piece.name for pieces in plan.values() for piece in pieces}
+    plain = {name for name in names if not (quantised and quantised.describes(name))}
+    kinds = {name: checkpoint.entry(name).dtype for name in plain}
     foreign = {f"{name} ({kind})" for name, kind in kinds.items() if kind not in PLAIN_DTYPES}
     refuse(checkpoint.place, [(f"not one of {', '.join(PLAIN_DTYPES)}:", foreign)])
 

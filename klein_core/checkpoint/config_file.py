@@ -10,6 +10,13 @@ from typing import Any
 from klein_core.errors import CheckpointError
 from klein_core.variants import read_json
 
+LARGEST_INTEGER = 1 << 20
+"""Of any count or width: beyond every model's, and too small to exhaust memory before tensors are compared."""
+LARGEST_LAYER_COUNT = 1024
+"""Of anything that a network is built of one by one."""
+LARGEST_NUMBER = 1e12
+_SHOWN_CHARACTERS = 200
+
 
 @dataclass(frozen=True)
 class ConfigFile:
@@ -29,7 +36,8 @@ class ConfigFile:
 
     def refuse(self, key: str, value: object, needed: str) -> CheckpointError:
         """Returns the error for a value; `needed` goes after a semicolon."""
-        return CheckpointError(f"{self.path}: {key} is {value!r}; {needed}")
+        shown = repr(value)[:_SHOWN_CHARACTERS]
+        return CheckpointError(f"{self.path}: {key} is {shown}; {needed}")
 
     def require_only(self, supported: Mapping[str, Any]) -> None:
         """Refuses keys that are present with another value than the one that is supported."""
@@ -41,22 +49,22 @@ class ConfigFile:
         """Refuses the name of a class that is not supported; no name is as good as a right one."""
         check_class(self.path, key, self.values.get(key), supported, optional=True)
 
-    def integer(self, key: str, default: int | None = None) -> int:
-        """Returns a whole number above 0."""
-        return self._integer(key, self.values.get(key, default))
+    def integer(self, key: str, default: int | None = None, largest: int = LARGEST_INTEGER) -> int:
+        """Returns a whole number in 1 … largest."""
+        return self._integer(key, self.values.get(key, default), largest)
 
     def integers(self, key: str, default: tuple[int, ...] = ()) -> tuple[int, ...]:
-        """Returns whole numbers above 0, at least one."""
+        """Returns whole numbers in 1 … `LARGEST_INTEGER`, at least one and a bounded number of them."""
         value = self.values.get(key, default)
-        if not isinstance(value, list | tuple) or not value:
-            raise self.refuse(key, value, "it must be a list of whole numbers")
-        return tuple(self._integer(key, item) for item in value)
+        if not isinstance(value, list | tuple) or not 1 <= len(value) <= LARGEST_LAYER_COUNT:
+            raise self.refuse(key, value, f"it must be a list of 1 to {LARGEST_LAYER_COUNT} whole numbers")
+        return tuple(self._integer(key, item, LARGEST_INTEGER) for item in value)
 
     def number(self, key: str, default: float) -> float:
-        """Returns a number above 0."""
+        """Returns a number above 0 and up to `LARGEST_NUMBER`."""
         value = self.values.get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-            raise self.refuse(key, value, "it must be a number above 0")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= LARGEST_NUMBER:
+            raise self.refuse(key, value, f"it must be a number above 0 and up to {LARGEST_NUMBER:g}")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
@@ -66,11 +74,11 @@ class ConfigFile:
             raise self.refuse(key, value, "it must be true or false")
         return value
 
-    def _integer(self, key: str, value: object) -> int:
+    def _integer(self, key: str, value: object, largest: int) -> int:
         if value is None:
             raise CheckpointError(f"{self.path}: {key} is missing")
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self.refuse(key, value, "it must be a whole number above 0")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
+            raise self.refuse(key, value, f"it must be a whole number in 1 … {largest}")
         return value
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from klein_core.checkpoint.files import Checkpoint
 from klein_core.checkpoint.sources import Piece
 from klein_core.errors import CheckpointError
+from klein_core.file_state import FileState
 from klein_core.safetensors_header import StoredTensor, open_regular
 
 DTYPES: dict[str, torch.dtype] = {
@@ -46,7 +47,7 @@ class Reader:
         device: where tensors are read to.
 
     Raises:
-        CheckpointError: a file cannot be opened.
+        CheckpointError: a file cannot be opened, or is not the one any more whose header was checked.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Reader:
     def __enter__(self) -> Reader:
         with ExitStack() as stack:
             for path in self._paths:
-                self._files[path] = stack.enter_context(open_regular(path))
+                self._files[path] = stack.enter_context(self._opened(path))
             self._stack = stack.pop_all()
         return self
 
@@ -77,7 +78,7 @@ class Reader:
         """Returns a stored tensor, or its rows from `start` up to but not with `stop`, as it is stored.
 
         Raises:
-            CheckpointError: torch has no such dtype, or the file changed since it was checked.
+            CheckpointError: torch has no such dtype, or the file was cut since it was opened.
         """
         entry = self.checkpoint.entry(name)
         if entry.dtype not in DTYPES:
@@ -104,6 +105,14 @@ class Reader:
             part = chunk[: count - begin]
             self._fill(piece.name, first + begin, part)
             values[begin : begin + len(part)].copy_(part)
+
+    def _opened(self, path: Path) -> FileIO:
+        """Opens a file. Offsets come from its header: read from another file they would be noise."""
+        file = open_regular(path)
+        if FileState.of_open(file.fileno()) != self.checkpoint.header(path).state:
+            file.close()
+            raise CheckpointError(f"{path} changed since its header was read; try again")
+        return file
 
     def _fill(self, name: str, first: int, values: Tensor) -> None:
         """Reads as many elements as `values` has, from the tensor's `first` on, into its memory."""

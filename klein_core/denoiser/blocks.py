@@ -22,6 +22,9 @@ from klein_core.linear import Linear
 from klein_core.variants import TransformerConfig
 
 
+LARGEST_HALF = float(torch.finfo(torch.float16).max)
+
+
 class Step(NamedTuple):
     """What all blocks of a step share, and what one layer's attention reads or leaves of references."""
 
@@ -56,6 +59,17 @@ def swiglu(gate_and_value: Tensor, scratch: Scratch, out: Tensor | None = None) 
     gate, value = gate_and_value.chunk(2, dim=-1)
     gate = F.silu(gate, inplace=scratch.may_overwrite)
     return torch.mul(gate, value, out=scratch.over(gate) if out is None else out)
+
+
+def clipped(tokens: Tensor, scratch: Scratch) -> Tensor:
+    """Returns float16 tokens without infinities, which the next norm would turn to NaN; others as they are.
+
+    Where diffusers' `Flux2TransformerBlock` and `Flux2SingleTransformerBlock` do the same: on what leaves a block,
+    but not on the image tokens of a double-stream block.
+    """
+    if tokens.dtype != torch.float16:
+        return tokens
+    return torch.clamp(tokens, -LARGEST_HALF, LARGEST_HALF, out=scratch.over(tokens))
 
 
 def normalised_heads(heads: Tensor, weight: Tensor, eps: float, scratch: Scratch) -> Tensor:
@@ -162,7 +176,8 @@ class DoubleStreamBlock(nn.Module):
         image = of_image.leave(image, image_update, scratch)
         text_update = self.ff_context(text_inner.enter(text, self.eps, scratch), scratch)
         image_update = self.ff(image_inner.enter(image, self.eps, scratch), scratch)
-        return text_inner.leave(text, text_update, scratch), image_inner.leave(image, image_update, scratch)
+        text = clipped(text_inner.leave(text, text_update, scratch), scratch)
+        return text, image_inner.leave(image, image_update, scratch)
 
 
 class ParallelAttention(nn.Module):
@@ -225,7 +240,7 @@ class SingleStreamBlock(nn.Module):
 
     def forward(self, tokens: Tensor, modulation: Modulation, step: Step) -> Tensor:
         update = self.attn(modulation.enter(tokens, self.eps, step.scratch), step)
-        return modulation.leave(tokens, update, step.scratch)
+        return clipped(modulation.leave(tokens, update, step.scratch), step.scratch)
 
 
 class FinalSingleStreamBlock(SingleStreamBlock):
@@ -241,4 +256,4 @@ class FinalSingleStreamBlock(SingleStreamBlock):
             targets.rotations,
             step,
         )
-        return targets.modulation.leave(targets.tokens, update, step.scratch)
+        return clipped(targets.modulation.leave(targets.tokens, update, step.scratch), step.scratch)

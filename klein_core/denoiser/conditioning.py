@@ -78,26 +78,40 @@ class ModulationLayer(nn.Module):
 
 
 class Modulation(NamedTuple):
-    """How one sublayer is conditioned; each (spans, 1, hidden) or (1, tokens, hidden)."""
+    """How one sublayer is conditioned; each (spans, 1, hidden).
+
+    Kept per span: spread over tokens it would take as much as the tokens, several times, for the whole step.
+    """
 
     shift: Tensor
     scale: Tensor
     """1 + the network's scale."""
     gate: Tensor
+    owners: Tensor | None = None
+    """(tokens,): the span of each token, where spans are not a batch."""
 
     def enter(self, tokens: Tensor, eps: float, scratch: Scratch) -> Tensor:
         """Returns LayerNorm(tokens) · scale + shift."""
-        return modulated_norm(tokens, self.scale, self.shift, eps, scratch)
+        scale, shift = spread(self.scale, self.owners), spread(self.shift, self.owners)
+        return modulated_norm(tokens, scale, shift, eps, scratch)
 
     def leave(self, residual: Tensor, update: Tensor, scratch: Scratch) -> Tensor:
         """Returns residual + gate · update, over the residual if that may be."""
-        return torch.addcmul(residual, self.gate, update, out=scratch.over(residual))
+        gate = spread(self.gate, self.owners)
+        return torch.addcmul(residual, gate, update, out=scratch.over(residual))
 
 
-def modulations(spread: Tensor, sublayers: int) -> tuple[Modulation, ...]:
-    """Cuts a layer's output, broadcastable to tokens already, into shift, scale and gate of each sublayer."""
-    chunks = spread.chunk(3 * sublayers, dim=-1)
-    return tuple(Modulation(chunks[i], 1 + chunks[i + 1], chunks[i + 2]) for i in range(0, len(chunks), 3))
+def modulations(per_span: Tensor, sublayers: int, owners: Tensor | None = None) -> tuple[Modulation, ...]:
+    """Cuts a layer's output (spans, 1, channels) into shift, scale and gate of each sublayer."""
+    chunks = per_span.chunk(3 * sublayers, dim=-1)
+    return tuple(
+        Modulation(chunks[i], 1 + chunks[i + 1], chunks[i + 2], owners) for i in range(0, len(chunks), 3)
+    )
+
+
+def spread(per_span: Tensor, owners: Tensor | None) -> Tensor:
+    """Makes (spans, 1, channels) broadcastable to tokens: as it is for a batch, else (1, tokens, channels)."""
+    return per_span if owners is None else per_span.index_select(0, owners).transpose(0, 1)
 
 
 def modulated_norm(tokens: Tensor, scale: Tensor, shift: Tensor, eps: float, scratch: Scratch) -> Tensor:

@@ -63,11 +63,21 @@ class Packing:
         """Undoes `pack`: (batch, tokens, …) → one (tokens_i, …) a span."""
         return list(tokens.unbind(0) if self.is_batch else torch.split(tokens[0], list(lengths)))
 
-    def spread(self, per_span: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Makes (spans, channels) broadcastable to tokens: (spans, 1, channels) or (1, tokens, channels)."""
+    def owners(self, device: torch.device) -> tuple[Tensor | None, ...]:
+        """Returns the span of each text, image, joint and target token: (tokens,) each.
+
+        `None` for a batch, where each row is a span's.
+        """
+        all_lengths = self.text_lengths, self.image_lengths, self.joint_lengths, self.target_lengths
         if self.is_batch:
-            return per_span[:, None]
-        return per_span.repeat_interleave(torch.tensor(lengths, device=per_span.device), dim=0)[None]
+            return (None,) * len(all_lengths)
+        # Pinned, and with the sums told: neither the copy nor a count makes the processor wait for the device.
+        counts = torch.tensor(all_lengths, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+        spans = torch.arange(len(self.text_lengths), device=device)
+        return tuple(
+            spans.repeat_interleave(of_kind, output_size=sum(lengths))
+            for of_kind, lengths in zip(counts.unbind(), all_lengths, strict=True)
+        )
 
     def join(self, text: Tensor, image: Tensor) -> Tensor:
         """Puts each span's text in front of its image tokens."""

@@ -28,6 +28,7 @@ from klein_core.denoiser.conditioning import (
     TimestepEmbedding,
     modulated_norm,
     modulations,
+    spread,
 )
 from klein_core.denoiser.packing import Packing, keep_from_compiler
 from klein_core.denoiser.positions import reference_rotations, span_rotations
@@ -46,13 +47,15 @@ Level = tuple[float, Adapters]
 
 
 class Conditioning(NamedTuple):
-    """Everything that the noise levels of a step decide, broadcastable to tokens."""
+    """Everything that the noise levels of a step decide."""
 
     text: tuple[Modulation, ...]
     image: tuple[Modulation, ...]
     joint: Modulation
+    targets: Modulation
+    """The same for the targets alone."""
     head: tuple[Tensor, Tensor]
-    """1 + scale and shift of the targets."""
+    """1 + scale and shift of the targets, (spans, 1, hidden)."""
 
 
 class FlowTransformer(nn.Module):
@@ -197,7 +200,8 @@ class FlowTransformer(nn.Module):
         tokens = self._target_tokens(
             text, image, conditioning, [step._replace(cached=layer) for layer in layers]
         )
-        return self.proj_out(modulated_norm(tokens, *conditioning.head, self.config.eps, step.scratch))
+        scale, shift = (spread(part, conditioning.targets.owners) for part in conditioning.head)
+        return self.proj_out(modulated_norm(tokens, scale, shift, self.config.eps, step.scratch))
 
     def _target_tokens(
         self, text: Tensor, image: Tensor, conditioning: Conditioning, steps: Sequence[Step]
@@ -212,7 +216,7 @@ class FlowTransformer(nn.Module):
             joint = block(joint, conditioning.joint, next(layers))
         last = next(layers)
         targets: Tensor = final_block(
-            joint, _targets(joint, conditioning.joint, last), conditioning.joint, last
+            joint, _targets(joint, conditioning.targets, last), conditioning.joint, last
         )
         return targets
 
@@ -220,12 +224,15 @@ class FlowTransformer(nn.Module):
         return tokens.to(self.device, self.dtype)
 
     def _conditioning(self, levels: list[Level], packing: Packing) -> Conditioning:
-        text, image, joint, head = self._per_span_modulation(levels)
-        scale, shift = packing.spread(head, packing.target_lengths).chunk(2, dim=-1)
+        text, image, joint, head = (part[:, None] for part in self._per_span_modulation(levels))
+        of_text, of_image, of_joint, of_targets = packing.owners(self.device)
+        (single,) = modulations(joint, 1, of_joint)
+        scale, shift = head.chunk(2, dim=-1)
         return Conditioning(
-            modulations(packing.spread(text, packing.text_lengths), 2),
-            modulations(packing.spread(image, packing.image_lengths), 2),
-            modulations(packing.spread(joint, packing.joint_lengths), 1)[0],
+            modulations(text, 2, of_text),
+            modulations(image, 2, of_image),
+            single,
+            single._replace(owners=of_targets),
             (1 + scale, shift),
         )
 
@@ -276,10 +283,8 @@ def _lengths(packing: Packing) -> dict[Stream, list[tuple[int, ...]]]:
 
 
 def _targets(joint: Tensor, modulation: Modulation, step: Step) -> Targets:
-    """Picks the targets' tokens, and their rotations and modulation where those differ by token."""
+    """Picks the targets' tokens and their rotations."""
     packing = step.packing
-    if not packing.is_batch:
-        modulation = Modulation(*(packing.targets(part) for part in modulation))
     return Targets(packing.targets(joint), packing.targets(step.rotations), modulation)
 
 

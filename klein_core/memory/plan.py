@@ -166,7 +166,7 @@ def _denoiser_need(
         cached = transformer.reference_cache_bytes(config, workload.batch * references, value_bytes)
     shape = _step_shape(model, workload, references)
     activations = transformer.step_bytes(config, precision, shape) + cached
-    host = sum(transformer.block_bytes(config, precision)) if is_offloaded else 0
+    host = transformer.parked_bytes(config, precision) if is_offloaded else 0
     return Need(DENOISER, precision.name, kept, activations, host, is_offloaded=is_offloaded)
 
 

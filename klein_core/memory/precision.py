@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from klein_core.quantization.rooms import FLOAT4_VALUES, FLOAT8_VALUES
+
 _SCALE_BYTES = 4
 _NVFP4_BLOCK = 16
 _NVFP4_TILE_ROWS, _NVFP4_TILE_COLUMNS = 128, 4
@@ -22,6 +24,9 @@ class Precision:
     """(rows, columns) of a weight that is → what it takes."""
     is_quantised: bool = False
     """Whether a matrix may have to be unfolded for its product."""
+    input_bytes: Callable[[int], int] = lambda values: 0
+    """Values of a product's input → what they take quantised, while they are made so; where the device multiplies
+    the matrix as it is stored."""
 
 
 def _nvfp4_bytes(rows: int, columns: int) -> int:
@@ -34,15 +39,25 @@ def _byte_and_row_scales(rows: int, columns: int) -> int:
     return rows * columns + rows * _SCALE_BYTES
 
 
+def _float8_inputs(values: int) -> int:
+    """A byte each, and of those under way two copies in fp32."""
+    return values + 8 * min(values, FLOAT8_VALUES)
+
+
+def _nvfp4_inputs(values: int) -> int:
+    """Half a byte and a block's share of its scale, twice while parts are put together; or 29 bytes under way."""
+    return values * 9 // 8 + 29 * min(values, FLOAT4_VALUES)
+
+
 PRECISIONS: Mapping[str, Precision] = MappingProxyType(
     {
         each.name: each
         for each in (
             Precision("fp32", 4, lambda rows, columns: 4 * rows * columns),
             Precision("bf16", 2, lambda rows, columns: 2 * rows * columns),
-            Precision("fp8", 2, _byte_and_row_scales, is_quantised=True),
+            Precision("fp8", 2, _byte_and_row_scales, is_quantised=True, input_bytes=_float8_inputs),
             Precision("int8", 2, _byte_and_row_scales, is_quantised=True),
-            Precision("nvfp4", 2, _nvfp4_bytes, is_quantised=True),
+            Precision("nvfp4", 2, _nvfp4_bytes, is_quantised=True, input_bytes=_nvfp4_inputs),
         )
     }
 )

@@ -73,6 +73,14 @@ def offloaded_bytes(config: TransformerConfig, precision: Precision) -> int:
     return outer_bytes(config, precision.value_bytes) + max(pairs)
 
 
+def parked_bytes(config: TransformerConfig, precision: Precision) -> int:
+    """Returns what blocks take in the machine's memory where they are streamed from it.
+
+    Each block is one pinned piece, and torch hands those out in powers of two (`CachingHostAllocator.h`).
+    """
+    return sum(1 << (block - 1).bit_length() for block in block_bytes(config, precision))
+
+
 def reference_cache_bytes(config: TransformerConfig, tokens: int, value_bytes: int) -> int:
     """Returns keys and values of reference tokens in every block."""
     return 2 * config.hidden_size * (config.num_layers + config.num_single_layers) * tokens * value_bytes
@@ -90,11 +98,18 @@ def step_bytes(
         emulated: a processor that multiplies bfloat16 as fp32 copies, both factors and the product.
     """
     step = _Step(config, precision.value_bytes, shape, emulated and precision.value_bytes == 2)
-    unfolded = 0
-    if precision.is_quantised:
-        matrices = (*_double_matrices(config), *_single_matrices(config))
-        unfolded = max(rows * columns for rows, columns in matrices) * precision.value_bytes
-    return step.inputs() + unfolded + max(step.moments())
+    return step.inputs() + _quantised_bytes(config, precision, shape) + max(step.moments())
+
+
+def _quantised_bytes(config: TransformerConfig, precision: Precision, shape: StepShape) -> int:
+    """Returns the most that a product takes for its matrix to be quantised: unfolded, or its inputs quantised too."""
+    if not precision.is_quantised:
+        return 0
+    matrices = (*_double_matrices(config), *_single_matrices(config))
+    unfolded = max(rows * columns for rows, columns in matrices) * precision.value_bytes
+    size, inner = config.hidden_size, _inner(config)
+    singles = shape.joint if config.num_single_layers > 1 else shape.targets
+    return max(unfolded, precision.input_bytes(max(shape.images * inner, singles * (size + inner))))
 
 
 def _double_matrices(config: TransformerConfig) -> list[tuple[int, int]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from klein_core.quantization import e2m1, float8
 from klein_core.quantization.devices import Capability, multiplies_float4
+from klein_core.quantization.rooms import FLOAT4_VALUES
 from klein_core.quantization.stored_weight import StoredWeight, stacked_input_scale, stacked_scale
 from klein_core.quantization.swizzle import swizzled, unswizzled
 from klein_core.quantization.tiles import BLOCK, TILE_ROWS
@@ -110,21 +111,30 @@ class Float4Weight(StoredWeight):
 
         Inputs take the file's static scale, or else each token its own, so that requests in one step stay apart.
         """
-        exact = tokens.float() if self.smoothing is None else tokens.float() * self.smoothing
-        input_scale = self._input_scale(exact)
-        packed, tiles = quantised_inputs(exact, input_scale)
+        parts = [self._quantised(rows) for rows in _split(tokens, tokens.shape[1])]
+        packed, block_scales, input_scale = (torch.cat(part) for part in zip(*parts, strict=True))
         weight = self.values[start:stop].view(torch.float4_e2m1fn_x2).t()
         weight_tiles = self.block_scales[start : -(-stop // TILE_ROWS) * TILE_ROWS].view(torch.float8_e4m3fn)
         product = torch._scaled_mm(
             packed.view(torch.float4_e2m1fn_x2),
             weight,
-            tiles.view(torch.float8_e4m3fn).flatten(),
+            swizzled(block_scales).view(torch.float8_e4m3fn).flatten(),
             weight_tiles.flatten(),
             out_dtype=torch.bfloat16,
         )
-        factor = input_scale * self._scale_of(start, stop).t()
+        scale, out = self._scale_of(start, stop).t(), product if out is None else out
         # In fp32 inside, rounded once.
-        return torch.mul(product, factor, out=product if out is None else out)
+        for target, rows, factor in zip(
+            *(_split(each, stop - start) for each in (out, product, input_scale)), strict=True
+        ):
+            torch.mul(rows, factor * scale, out=target)
+        return out
+
+    def _quantised(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns what `quantised_inputs` does of some tokens, and their scales (tokens, 1)."""
+        exact = tokens.float() if self.smoothing is None else tokens.float() * self.smoothing
+        scale = self._input_scale(exact).expand(len(exact), 1)
+        return *quantised_inputs(exact, scale), scale
 
     def _input_scale(self, tokens: Tensor) -> Tensor:
         """Returns (1, 1) or (tokens, 1)."""
@@ -142,13 +152,20 @@ def quantised_inputs(tokens: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Quantises fp32 tokens (count, inputs) under a scale (1, 1) or (count, 1).
 
     Returns:
-        Packed bytes (count, inputs / 2), and the bytes of their block scales in tile order.
+        Packed bytes (count, inputs / 2), and the bytes of their block scales (count, inputs / 16).
     """
     blocks = _in_blocks(tokens)
     block_scales = float8.float8(blocks.abs().amax(dim=-1) / e2m1.LARGEST, scale)
     divisor = (block_scales.float() * scale)[..., None]
     scaled = torch.where(divisor > 0, blocks / divisor, 0)
-    return e2m1.encoded(scaled.flatten(1)), swizzled(block_scales.view(torch.uint8))
+    return e2m1.encoded(scaled.flatten(1)), block_scales.view(torch.uint8)
+
+
+def _split(rows: Tensor, width: int) -> tuple[Tensor, ...]:
+    """Cuts (rows, …) into as many rows at a time as have room when each has `width` values."""
+    if torch.compiler.is_compiling():
+        return (rows,)
+    return torch.split(rows, max(FLOAT4_VALUES // width, 1))
 
 
 def _in_blocks(values: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from klein_core.quantization.devices import Capability, multiplies_float8
+from klein_core.quantization.rooms import FLOAT8_VALUES
 from klein_core.quantization.stored_weight import StoredWeight, stacked_input_scale, stacked_scale
 
 LARGEST = float(torch.finfo(torch.float8_e4m3fn).max)
@@ -92,11 +93,11 @@ class Float8Weight(StoredWeight):
         """
         scale = self.scale if len(self.scale) == 1 else self.scale[start:stop]
         if self.input_scale is not None and len(scale) == 1:
-            inputs, input_scale = float8(tokens.float(), self.input_scale), self.input_scale
+            input_scale = self.input_scale
         else:
             input_scale = self._token_scale(tokens)
-            inputs = float8(tokens.float(), input_scale)
             scale = scale.expand(stop - start)[None].contiguous()
+        inputs = float8(tokens, input_scale)
         weight = self.values[start:stop].view(self.element).t()
         return torch._scaled_mm(
             inputs, weight, input_scale, scale, out_dtype=torch.bfloat16, use_fast_accum=True, out=out
@@ -106,7 +107,9 @@ class Float8Weight(StoredWeight):
         """Returns (tokens, 1)."""
         if self.input_scale is not None:
             return self.input_scale.expand(len(tokens), 1).contiguous()
-        return (tokens.float().abs().amax(dim=1, keepdim=True) / LARGEST).clamp(min=SMALLEST_SCALE)
+        # The norm is the largest magnitude, without a copy of the tokens.
+        largest: Tensor = torch.linalg.vector_norm(tokens, ord=torch.inf, dim=1, keepdim=True).float()
+        return (largest / LARGEST).clamp(min=SMALLEST_SCALE)
 
 
 def is_finite(codes: Tensor, element: torch.dtype) -> bool:
@@ -129,5 +132,23 @@ def _by_way_of_halves(codes: Tensor, element: torch.dtype) -> tuple[Tensor, floa
 
 
 def float8(values: Tensor, scale: Tensor) -> Tensor:
-    """Returns values / scale as e4m3 floats; what is beyond their range becomes the largest."""
-    return (values / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+    """Returns values / scale as e4m3 floats; what is beyond their range becomes the largest.
+
+    Computed in fp32, a bounded number of rows at a time.
+
+    Args:
+        values: (rows, …).
+        scale: fp32 of at least one axis, for all rows (1, …) or one each (rows, …).
+    """
+    if torch.compiler.is_compiling():
+        return _quotient(values, scale).to(torch.float8_e4m3fn)
+    floats = torch.empty(values.shape, dtype=torch.float8_e4m3fn, device=values.device)
+    count = max(FLOAT8_VALUES // max(values[:1].numel(), 1), 1)
+    for start in range(0, len(values), count):
+        rows = slice(start, start + count)
+        floats[rows] = _quotient(values[rows], scale if len(scale) == 1 else scale[rows])
+    return floats
+
+
+def _quotient(values: Tensor, scale: Tensor) -> Tensor:
+    return (values / scale).clamp_(-LARGEST, LARGEST)

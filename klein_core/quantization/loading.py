@@ -74,6 +74,9 @@ class StoredForms:
     def is_companion(self, name: str) -> bool:
         return is_companion(name)
 
+    def describes(self, name: str) -> bool:
+        return name in self._forms
+
     def shape(self, name: str, checkpoint: Checkpoint) -> tuple[int, ...]:
         """Returns the shape of what a stored tensor stands for."""
         return self._forms[name].shape if name in self._forms else checkpoint.entry(name).shape

@@ -17,6 +17,7 @@ from klein_core.checkpoint.text_encoder import is_past, text_encoder_sources
 from klein_core.checkpoint_config import read_text_encoder_config
 from klein_core.errors import CheckpointError
 from klein_core.linear import Linear
+from klein_core.params import DEFAULT_LIMITS, Limits
 from klein_core.quantization.choices import NO_QUANTIZATION
 from klein_core.quantization.loading import StoredForms
 from klein_core.text_encoder.tokenizer import PromptTokenizer, TokenizedPrompt
@@ -88,15 +89,15 @@ class TextEncoder:
         model.train(False)
         return cls(config, tokenizer, model)
 
-    def encode(self, prompts: Sequence[str]) -> list[EncodedPrompt]:
+    def encode(self, prompts: Sequence[str], limits: Limits = DEFAULT_LIMITS) -> list[EncodedPrompt]:
         """Encodes prompts in one batch, in the model's dtype and on its device.
 
         Raises:
-            InvalidInput: a prompt is too long in characters or is not valid text.
+            InvalidInput: a prompt has more characters than `limits` allow or is not valid text.
         """
         if not prompts:
             return []
-        tokenized = [self.tokenizer.tokenize(prompt) for prompt in prompts]
+        tokenized = [self.tokenizer.tokenize(prompt, limits) for prompt in prompts]
         embeddings = self.embed(tokenized)
         return [
             EncodedPrompt(embedding, tokens.token_count, tokens.truncated)

@@ -15,7 +15,7 @@ import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from klein_core.errors import CheckpointError, InvalidInput
-from klein_core.params import prompt_violations
+from klein_core.params import DEFAULT_LIMITS, Limits, prompt_violations
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class PromptTokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path | str, sequence_length: int) -> PromptTokenizer:
-        """Loads a `tokenizer/` folder.
+        """Loads a `tokenizer/` folder; code in it is never run.
 
         Raises:
             CheckpointError: files are missing or malformed, or there is no chat template or pad token.
@@ -61,7 +61,9 @@ class PromptTokenizer:
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is missing")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
             made = cls(tokenizer, sequence_length)
             made._render("")
         # transformers and tokenizers raise plain Exception for some malformed files.
@@ -69,18 +71,22 @@ class PromptTokenizer:
             raise CheckpointError(f"{folder} is not a usable tokenizer: {error}") from error
         return made
 
-    def tokenize(self, prompt: str) -> TokenizedPrompt:
+    def tokenize(
+        self, prompt: str, limits: Limits = DEFAULT_LIMITS, *, field: str = "prompt"
+    ) -> TokenizedPrompt:
         """Returns the prompt's tokens inside the chat template.
 
+        Args:
+            prompt: the caller's text.
+            limits: of its characters.
+            field: the caller's name for it in errors.
+
         Raises:
-            InvalidInput: the prompt is longer than the character limit of `klein_core.params` or is not text
-                that can be encoded.
+            InvalidInput: the prompt is longer than the limit or is not text that can be encoded.
         """
-        violations = list(prompt_violations("prompt", prompt))
+        violations = list(prompt_violations(field, prompt, limits))
         if violations:
             raise InvalidInput(violations)
-        if any(0xD800 <= ord(character) <= 0xDFFF for character in prompt):
-            raise InvalidInput.of("prompt", "has a lone surrogate; it must be valid Unicode text")
         ids = self._backend.encode(self._render(prompt)).ids
         kept = ids[: self.sequence_length]
         pad_count = self.sequence_length - len(kept)

@@ -21,7 +21,7 @@ from klein_core.errors import InvalidInput
 from klein_core.memory.autoencoder import decode_bytes, encode_bytes
 from klein_core.params import SIZE_MULTIPLE_PX
 from klein_core.vae_decoder.autoencoder import Autoencoder
-from klein_core.vae_decoder.image import encode_image, to_rgb_bytes
+from klein_core.vae_decoder.image import check_encoding, encode_image, to_rgb_bytes
 from klein_core.vae_decoder.references import (
     DEFAULT_REFERENCE_LIMITS,
     ReferenceLimits,
@@ -86,10 +86,8 @@ class VaeDecoder:
             ignorable=is_unneeded,
         )
         autoencoder.requires_grad_(False).eval()
-        # Convolutions take channels last without reordering them: a tenth to a fifth faster on a CPU.
-        for parameter in autoencoder.parameters():
-            if parameter.ndim == 4:
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        if autoencoder.encoder.conv_in.weight.device.type == "cpu":
+            lay_channels_last(autoencoder)
         return cls(autoencoder, reference_limits, tiling)
 
     @property
@@ -155,6 +153,9 @@ class VaeDecoder:
         Raises:
             InvalidInput: as `decode` and `encode_image`.
         """
+        self._check(latents)
+        height_px, width_px = (extent * SIZE_MULTIPLE_PX for extent in latents.shape[:2])
+        check_encoding(width_px, height_px, image_format, quality, metadata)
         return encode_image(self.decode(latents), image_format, quality, metadata)
 
     def _needs(self, count: Callable[..., int], width_px: int, height_px: int) -> int:
@@ -172,6 +173,16 @@ class VaeDecoder:
             )
         if not latents.is_floating_point():
             raise InvalidInput.of("latents", f"are {latents.dtype}; must be floating point")
+
+
+def lay_channels_last(autoencoder: Autoencoder) -> None:
+    """Lets convolutions take channels last without reordering them: a tenth to a fifth faster on a CPU.
+
+    Not on CUDA: its group norm puts channels first again, so that each layer would copy its features twice.
+    """
+    for parameter in autoencoder.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
 def image_tensor(image: Image.Image) -> Tensor:

@@ -10,8 +10,8 @@ import torch
 from klein_api.v1 import image_pb2
 from klein_api.v1 import vae_decoder_service_pb2 as pb
 from klein_core.errors import InvalidInput
+from klein_core.image_format import format_size_violations, format_violations, metadata_violations
 from klein_core.params import SIZE_MULTIPLE_PX, Limits, size_violations
-from klein_core.vae_decoder.image import format_violations
 from services.runtime.frames import MAX_FRAME_BYTES, FrameReader, shown_shape
 from services.runtime.stages import require_model
 from services.runtime.tensors import frames_tensor
@@ -33,7 +33,7 @@ class Encoding:
     """How an image is to be encoded."""
 
     name: str
-    """One of `klein_core.vae_decoder.image.IMAGE_FORMATS`."""
+    """One of `klein_core.image_format.IMAGE_FORMATS`."""
     quality: int | None
     metadata: dict[str, str]
 
@@ -172,11 +172,12 @@ class DecodeRequest:
             raise InvalidInput.of("format", f"is {int(spec.format)}; must be a known ImageFormat")
         quality = spec.quality if spec.HasField("quality") else None
         name = _FORMATS[spec.format]
-        violations = list(format_violations(name, quality))
+        metadata = dict(spec.metadata)
+        violations = [*format_violations(name, quality), *metadata_violations(metadata)]
         if violations:
             raise InvalidInput(violations)
         self._admit()
-        self._encoding = Encoding(name, quality, dict(spec.metadata))
+        self._encoding = Encoding(name, quality, metadata)
 
     def _check_size(self, shape: Sequence[int]) -> None:
         if len(shape) != 3 or shape[2] != self._channels:
@@ -184,6 +185,10 @@ class DecodeRequest:
                 "latents", f"have shape {shown_shape(shape)}; must be [rows, columns, {self._channels}]"
             )
         height_px, width_px = (extent * SIZE_MULTIPLE_PX for extent in shape[:2])
-        for violation in size_violations(width_px, height_px, self._limits):
+        violations = [
+            *size_violations(width_px, height_px, self._limits),
+            *format_size_violations(self.encoding.name, width_px, height_px),
+        ]
+        for violation in violations:
             size = f"are of a {width_px} × {height_px} image, whose {violation.field}"
             raise InvalidInput.of("latents", f"{size} {violation.description}")

@@ -221,3 +221,9 @@ def test_a_whole_alpha_may_be_an_integer(tmp_path: Path):
     assert adapter.size_bytes == sum(
         t.nbytes for n, t in form.write(ORACLE).tensors.items() if "alpha" not in n
     )
+
+
+@pytest.mark.parametrize("stem", ["my style", "stil-ü", "-x", "x" * 129])
+def test_a_file_that_no_request_could_name_is_refused(tmp_path: Path, stem: str):
+    path = Written(pair()).save(tmp_path / f"{stem}.safetensors")
+    assert "rename the file" in refusal(path, by_header=False)

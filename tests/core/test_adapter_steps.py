@@ -267,3 +267,46 @@ def test_compiled_layers_leave_adapters_to_plain_code(adapters: list[Adapter]):
         for wanted in ((), (ScaledAdapter(adapters[0], 1.0),), ()):
             with adapted(OURS.linears, lengths, [(), wanted]):
                 assert relative_error(compiled(tokens, Scratch()), plain(tokens, Scratch())) < TOLERANCE
+
+
+@pytest.mark.timeout(600)
+def test_adapters_of_other_layers_do_not_compile_anew(adapters: list[Adapter]):
+    torch.compiler.reset()
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = twin(tiny_oracle(num_layers=1, num_single_layers=2))
+    compiled.compile_blocks(backend=counting)
+    span = random_span([(3, 4)])
+    single = "single_transformer_blocks.0.attn.to_out"
+    layers = ("transformer_blocks.0.ff.linear_in", "transformer_blocks.0.attn.to_qkv", single)
+    of_one = [replace(adapters[0], segments={layer: adapters[0].segments[layer]}) for layer in layers]
+    with torch.no_grad():
+        for wanted in ([], [of_one[0]]):
+            compiled([with_adapters(span, *((adapter, 1.0) for adapter in wanted))])
+        programs = len(graphs)
+        assert programs
+        for wanted in ([], of_one[1:2], of_one[2:], of_one, [adapters[0]]):
+            compiled([with_adapters(span, *((adapter, 1.0) for adapter in wanted))])
+    assert len(graphs) == programs
+
+
+def test_the_end_of_one_threads_step_leaves_anothers_adapters(adapters: list[Adapter]):
+    span = with_adapters(random_span([(2, 3)]), (adapters[0], 1.0))
+    (expected,) = velocities([span])
+    lengths = {stream: [[1]] for stream in Stream}
+    other = threading.Thread(target=lambda: _begin_and_end(lengths, adapters[0]))
+    with adapted(OURS.linears, lengths, [(ScaledAdapter(adapters[0], 1.0),)]):
+        other.start()
+        other.join()
+        assert all(linear.is_adapted for linear in OURS.linears.values())
+    assert not any(linear.is_adapted for linear in OURS.linears.values())
+    assert torch.equal(velocities([span])[0], expected)
+
+
+def _begin_and_end(lengths: dict[Stream, list[list[int]]], adapter: Adapter) -> None:
+    with adapted(OURS.linears, lengths, [(ScaledAdapter(adapter, 1.0),)]):
+        pass

@@ -36,4 +36,4 @@ def test_the_wave_equals_diffusers(channels: int):
 
 def test_modulation_is_shift_scale_gate_for_each_sublayer():
     first, second = modulations(torch.arange(6.0).reshape(1, 1, 6), sublayers=2)
-    assert [part.item() for part in (*first, *second)] == [0, 1 + 1, 2, 3, 1 + 4, 5]
+    assert [part.item() for part in (*first[:3], *second[:3])] == [0, 1 + 1, 2, 3, 1 + 4, 5]

@@ -66,6 +66,27 @@ def test_bfloat16_stays_close_to_float32(references: list[tuple[int, int]]):
     assert relative_error(velocity, exact) < 1.5 * theirs
 
 
+@pytest.mark.parametrize(
+    "loud",
+    [
+        "transformer_blocks.0.ff_context.linear_out",
+        "transformer_blocks.1.ff_context.linear_out",
+        "single_transformer_blocks.0.attn.to_out",
+        "single_transformer_blocks.2.attn.to_out",
+    ],
+)
+def test_what_float16_cannot_hold_is_clipped_as_diffusers_clips(loud: str):
+    oracle, span = tiny_oracle(), span_for({}, [(3, 4)], dtype=torch.float16)
+    oracle.get_submodule(loud).weight.mul_(3000)
+    oracle = oracle.half()
+    expected = oracle_velocity(oracle, span)
+    assert expected.isfinite().all()
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            (velocity,) = twin(oracle)([span])
+        assert relative_error(velocity, expected) < 0.02
+
+
 def half_split(heads: Tensor, table: Tensor, scratch: object) -> Tensor:
     table = table.reshape(*table.shape[:2], *(1,) * (heads.ndim - 3), *table.shape[2:])
     (cosine, sine), (first, second) = table.unbind(-1), heads.chunk(2, dim=-1)
@@ -77,9 +98,11 @@ def value_first(gate_and_value: Tensor, scratch: object, out: Tensor | None = No
     return torch.mul(torch.nn.functional.silu(gate), value, out=out)
 
 
-def scale_first(spread: Tensor, sublayers: int) -> tuple[conditioning.Modulation, ...]:
-    right = conditioning_modulations(spread, sublayers)
-    return tuple(conditioning.Modulation(m.scale - 1, 1 + m.shift, m.gate) for m in right)
+def scale_first(
+    per_span: Tensor, sublayers: int, owners: Tensor | None
+) -> tuple[conditioning.Modulation, ...]:
+    right = conditioning_modulations(per_span, sublayers, owners)
+    return tuple(m._replace(shift=m.scale - 1, scale=1 + m.shift) for m in right)
 
 
 def references_first(span: Span) -> Tensor:

@@ -15,7 +15,8 @@ from hypothesis.extra import numpy as arrays
 from PIL import ExifTags, Image, JpegImagePlugin
 
 from klein_core.errors import InvalidInput
-from klein_core.vae_decoder.image import METADATA_BYTE_LIMIT, encode_image, to_rgb_bytes
+from klein_core.image_format import METADATA_BYTE_LIMIT, SIDE_LIMITS_PX, format_size_violations
+from klein_core.vae_decoder.image import encode_image, to_rgb_bytes
 
 PIXELS = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8))
 
@@ -99,3 +100,36 @@ def test_metadata_fits_up_to_its_limit(image_format):
     assert encode_image(PIXELS, image_format, metadata=largest)
     with pytest.raises(InvalidInput, match=str(METADATA_BYTE_LIMIT)):
         encode_image(PIXELS, image_format, metadata={"prompt": largest["prompt"] + "x"})
+
+
+@pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
+def test_software_that_is_stored_twice_is_counted_twice(image_format):
+    assert encode_image(PIXELS, image_format, metadata={"Software": "x" * 29_900})
+    with pytest.raises(InvalidInput, match=str(METADATA_BYTE_LIMIT)) as caught:
+        encode_image(PIXELS, image_format, metadata={"Software": "x" * 40_000})
+    assert fields(caught) == ["metadata"]
+
+
+def test_what_is_said_of_bad_keys_is_bounded():
+    metadata = {"x" * (1000 + index): "" for index in range(40)}
+    with pytest.raises(InvalidInput) as caught:
+        encode_image(PIXELS, "png", metadata=metadata)
+    assert len(str(caught.value)) < 2000
+
+
+@pytest.mark.parametrize("image_format", ["jpeg", "webp"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_format_is_written_up_to_its_longest_side_and_refused_beyond(image_format, axis):
+    limit = SIDE_LIMITS_PX[image_format]
+    shape = [limit, 2] if axis == 0 else [2, limit]
+    assert encode_image(torch.zeros(*shape, 3, dtype=torch.uint8), image_format, 1)
+    shape[axis] += 1
+    with pytest.raises(InvalidInput, match=f"{image_format} ends at {limit}") as caught:
+        encode_image(torch.zeros(*shape, 3, dtype=torch.uint8), image_format, 1)
+    assert fields(caught) == [("height_px", "width_px")[axis]]
+
+
+@pytest.mark.parametrize("image_format", ["png", "raw"])
+def test_other_formats_have_room_for_the_longest_image_of_any_request(image_format):
+    assert not list(format_size_violations(image_format, 65_536, 65_536))
+    assert encode_image(torch.zeros(65_536, 2, 3, dtype=torch.uint8), image_format)

@@ -81,6 +81,19 @@ def test_a_steps_memory_is_what_torch_hands_out(dtype, grids, spans):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_unequal_images_take_what_as_many_tokens_of_equal_ones_take(dtype):
+    network = FlowTransformer(NETWORK).to(dtype).eval().requires_grad_(False)
+    grids = [[(16, 12)], [(8, 8)], [(10, 8)]]
+    step = [random_span(each, text_length=64, in_channels=128, dtype=dtype) for each in grids]
+    shape = transformer.StepShape(spans=3, text=64, target=(16 * 12 + 8 * 8 + 10 * 8) // 3)
+    precision = PRECISIONS["fp32" if dtype == torch.float32 else "bf16"]
+    expected = transformer.step_bytes(NETWORK, precision, shape, emulated=not HAS_BFLOAT16_PRODUCTS)
+    with torch.no_grad():
+        found = traced_peak(lambda: network(step))
+    assert found <= 1.1 * expected, (found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tiled", [False, True], ids=["whole", "tiled"])
 def test_the_autoencoders_memory_is_what_torch_hands_out(tiled, dtype):
     config = replace(NARROW, sample_size=128 if tiled else 1024)
@@ -108,6 +121,14 @@ def test_offloading_leaves_two_blocks_on_the_device():
     double, *_, single = transformer.block_bytes(config, BF16)
     outer = transformer.weight_bytes(config, BF16) - 5 * double - 20 * single
     assert transformer.offloaded_bytes(config, BF16) == outer + 2 * double
+
+
+@pytest.mark.parametrize(("precision", "gibibytes"), [("bf16", 7.5), ("fp8", 3.75), ("nvfp4", 3.75)])
+def test_a_parked_block_takes_a_power_of_two_of_pinned_memory(precision, gibibytes):
+    config = KNOWN_VARIANTS["klein-4b"].transformer
+    assert transformer.parked_bytes(config, PRECISIONS[precision]) == gibibytes * GIB
+    offloaded = next(need for need in make_plan(row_of("klein-4b"), Workload(), 0).needs if need.is_offloaded)
+    assert offloaded.host_bytes == transformer.parked_bytes(config, BF16)
 
 
 def test_more_memory_never_gets_a_worse_choice():

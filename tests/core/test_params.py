@@ -44,6 +44,8 @@ def test_sizes_at_the_bound_are_taken(width: int, height: int):
         ({"seeds": (2**63,)}, "seed"),
         ({"seeds": ()}, "image_count"),
         ({"seeds": tuple(range(9))}, "image_count"),
+        ({"prompt": "a\ud800"}, "prompt"),
+        ({"negative_prompt": "\udfffb"}, "negative_prompt"),
         ({"reference_count": 5}, "references"),
         ({"guidance_scale": math.nan}, "guidance_scale"),
         ({"guidance_scale": math.inf}, "guidance_scale"),
@@ -81,3 +83,7 @@ def test_a_message_says_the_value_and_the_limit():
 def test_unset_means_the_models_default(distilled: bool, steps: int, guidance: float):
     params = GenerationParams(width_px=64, height_px=64, is_distilled=distilled)
     assert (params.steps, params.guidance, params.uses_guidance) == (steps, guidance, not distilled)
+
+
+def test_no_more_is_said_of_seeds_than_images_are_allowed():
+    assert fields_refused(seeds=(-1,) * 1000) == ["image_count", *["seed"] * 8]

@@ -191,3 +191,26 @@ def test_files_are_the_images(pair: Pair):
     [image] = pair.ours.generate(PROMPT, **arguments)
     [file] = pair.ours.generate_files(PROMPT, image_format="png", **arguments)
     assert np.array_equal(np.asarray(Image.open(BytesIO(file))), image.numpy())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ({"image_format": "webp", "width_px": 16_400, "height_px": 64}, "width_px"),
+        ({"image_format": "tiff"}, "format"),
+        ({"image_format": "png", "quality": 50}, "quality"),
+    ],
+)
+def test_files_that_cannot_be_written_are_refused_before_anything_is_computed(
+    pair: Pair, arguments: dict[str, Any], field: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Pipeline, "generate", lambda *_, **__: pytest.fail("was computed"))
+    with pytest.raises(InvalidInput) as caught:
+        pair.ours.generate_files(PROMPT, **arguments)
+    assert [violation.field for violation in caught.value.violations] == [field]
+
+
+def test_a_longer_prompt_is_allowed_by_setting(pair: Pair):
+    arguments = {"width_px": 64, "height_px": 64, "step_count": 1}
+    longer = Limits(prompt_characters=40_000)
+    assert len(list(pair.ours.generate("x" * 40_000, limits=longer, **arguments))) == 1

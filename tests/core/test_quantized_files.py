@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from klein_core.denoiser.transformer import FlowTransformer
 from klein_core.errors import CheckpointError
+from klein_core.quantization.choices import QUANTIZATIONS
 from klein_core.quantization.float4 import Float4Weight
 from klein_core.quantization.float8 import Float8Weight
 from klein_core.quantization.int8 import Int8Weight
@@ -320,3 +322,14 @@ def test_text_encoders_as_comfy_has_them(tmp_path: Path, form: str, prefix: str)
     exact = TextEncoder.from_folder(tmp_path)
     for one, other in zip(ours.encode(["the cat", "an"]), exact.encode(["the cat", "an"]), strict=True):
         assert torch.equal(one.embedding, other.embedding)
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint16, torch.bool, torch.float64], ids=str)
+def test_plain_tensors_of_unsupported_types_are_not_quantised_either(
+    plain: Tensors, tmp_path: Path, quantization: str, dtype: torch.dtype
+):
+    name = "single_transformer_blocks.0.attn.to_out.weight"
+    folder = save(tmp_path, plain | {name: plain[name].to(dtype)})
+    with pytest.raises(CheckpointError, match=re.escape(name)):
+        FlowTransformer.from_folder(folder, quantization=quantization)

@@ -10,8 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from benchmarks.peak_memory import traced_peak
 from klein_core.linear import Linear
-from klein_core.quantization import devices, e2m1, stored_weight
+from klein_core.memory import precision
+from klein_core.quantization import devices, e2m1, float4, stored_weight
+from klein_core.quantization import float8 as float8_module
 from klein_core.quantization.float4 import Float4Weight, quantised_inputs
 from klein_core.quantization.float8 import Float8Weight, is_finite
 from klein_core.quantization.int8 import Int8Weight
@@ -267,9 +270,9 @@ def test_a_token_does_not_change_its_neighbours_in_eight_bits(on_device: None):
 def test_four_bit_inputs_are_near_what_they_stand_for():
     tokens = torch.randn(5, 64, generator=torch.Generator().manual_seed(2))
     scale = tokens.abs().amax(dim=1, keepdim=True) / (448 * 6)
-    packed, tiles = quantised_inputs(tokens, scale)
+    packed, block_scales = quantised_inputs(tokens, scale)
     values = e2m1.decoded(packed, e2m1.pair_table("cpu")).view(5, 4, 16)
-    scales = unswizzled(tiles, 4, 0, 5).view(torch.float8_e4m3fn).float() * scale
+    scales = block_scales.view(torch.float8_e4m3fn).float() * scale
     assert relative_error((values * scales[..., None]).view(5, 64), tokens) < 0.12
     silent, _ = quantised_inputs(torch.zeros(1, 32), torch.ones(1, 1))
     assert not silent.any()
@@ -321,6 +324,44 @@ def test_four_bit_products(
     out = torch.empty_like(result)
     assert torch.equal(layer(tokens, out), result)
     assert torch.equal(out, result)
+
+
+def uncomputed(a: Tensor, b: Tensor, *scales: Tensor, out_dtype: torch.dtype, **_: object) -> Tensor:
+    return torch.zeros(len(a), b.shape[1], dtype=out_dtype)
+
+
+@pytest.mark.parametrize("room", [1 << 14, 1 << 30], ids=["in parts", "at once"])
+@pytest.mark.parametrize(
+    ("kind", "input_scale"), [("fp8", None), ("fp8", 0.1), ("nvfp4", None), ("nvfp4", 0.1)], ids=str
+)
+def test_quantising_inputs_takes_no_more_than_is_planned(
+    kind: str, input_scale: float | None, room: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch, "_scaled_mm", uncomputed)
+    for module in (float8_module, float4, precision):
+        for name in ("FLOAT8_VALUES", "FLOAT4_VALUES"):
+            monkeypatch.setattr(module, name, room, raising=False)
+    write, read = KINDS[kind]
+    weight = read(write(matrix(16, 1024), input_scale=input_scale))
+    tokens = torch.randn(512, 1024).bfloat16()
+    product_bytes = 512 * 16 * 2
+    planned = precision.PRECISIONS[kind].input_bytes(tokens.numel()) + product_bytes
+    assert traced_peak(lambda: weight.product(tokens, 0, 16)) <= 1.05 * planned
+
+
+@pytest.mark.parametrize("kind", ["fp8", "nvfp4"])
+def test_inputs_quantised_in_parts_are_the_same(kind: str, on_device: None, monkeypatch: pytest.MonkeyPatch):
+    if kind == "nvfp4":
+        monkeypatch.setattr(torch, "_scaled_mm", multiply_float4)
+    write, read = KINDS[kind]
+    tokens = torch.randn(70, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    for input_scale in (None, 0.01):
+        weight = read(write(matrix(256, 64), input_scale=input_scale))
+        whole = weight.product(tokens, 0, 256)
+        with monkeypatch.context() as patch:
+            patch.setattr(float8_module, "FLOAT8_VALUES", 640)
+            patch.setattr(float4, "FLOAT4_VALUES", 640)
+            assert torch.equal(weight.product(tokens, 0, 256), whole)
 
 
 def test_the_processor_multiplies_nothing_as_it_is_stored():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import json
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from klein_core.errors import CheckpointError, InvalidInput
-from klein_core.params import DEFAULT_LIMITS
+from klein_core.params import DEFAULT_LIMITS, Limits
 from klein_core.text_encoder.tokenizer import PromptTokenizer
 from tests.tiny.text_encoder import tiny_tokenizer
 
@@ -93,6 +96,12 @@ def test_ten_megabytes_are_refused_at_once_and_the_limit_is_named(tokenizer):
     assert time.monotonic() - started < 0.5
 
 
+def test_limits_and_the_fields_name_are_the_callers(tokenizer):
+    assert tokenizer.tokenize("x" * 40_000, Limits(prompt_characters=40_000)).truncated
+    with pytest.raises(InvalidInput, match=r"^negative_prompt: .*at most 3 "):
+        tokenizer.tokenize("four", Limits(prompt_characters=3), field="negative_prompt")
+
+
 @pytest.mark.parametrize("prompt", ["\ud800", "a\udfffb"])
 def test_a_lone_surrogate_is_refused(tokenizer, prompt):
     with pytest.raises(InvalidInput, match="surrogate"):
@@ -113,6 +122,21 @@ def test_a_tokenizer_that_is_missing_or_damaged_is_a_checkpoint_error(folder, tm
         (tmp_path / file.name).write_text("{")
     with pytest.raises(CheckpointError, match="not a usable tokenizer"):
         PromptTokenizer.from_folder(tmp_path, LENGTH)
+
+
+def test_code_beside_a_tokenizer_is_never_run_nor_asked_about(tmp_path, monkeypatch):
+    ORACLE.save_pretrained(tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    auto_map = {"AutoTokenizer": [None, "own.OwnTokenizer"]}
+    own = {"auto_map": auto_map, "tokenizer_class": "OwnTokenizer"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | own))
+    marker = tmp_path / "was_run"
+    (tmp_path / "own.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    with pytest.raises(CheckpointError, match="not a usable tokenizer"):
+        PromptTokenizer.from_folder(tmp_path, LENGTH)
+    assert not marker.exists()
+    assert sys.stdin.tell() == 0
 
 
 @pytest.mark.parametrize(("attribute", "value"), [("chat_template", None), ("pad_token", None)])

@@ -91,3 +91,22 @@ def test_a_bad_reference_is_named_as_the_caller_names_it(stage):
     with pytest.raises(InvalidInput) as caught:
         stage.encode_reference(b"GIF89a", field="references[2]")
     assert caught.value.violations[0].field == "references[2]"
+
+
+@pytest.mark.parametrize("encoding", [("webp", None, None), ("png", 90, None), ("png", None, {"": "x"})])
+def test_what_cannot_be_encoded_is_refused_before_it_is_decoded(stage, encoding, monkeypatch):
+    monkeypatch.setattr(stage.autoencoder, "decode", lambda *_, **__: pytest.fail("was decoded"))
+    with pytest.raises(InvalidInput):
+        stage.decode_image(torch.zeros(1024, 4, 16), *encoding)
+
+
+def test_convolutions_take_channels_last_on_the_processor(stage):
+    assert stage.autoencoder.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_convolutions_take_channels_first_on_a_gpu_as_its_norms_do(checkpoint):
+    assert VaeDecoder.from_folder(
+        checkpoint[0], device="cuda"
+    ).autoencoder.decoder.conv_in.weight.is_contiguous()

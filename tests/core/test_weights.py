@@ -155,6 +155,14 @@ def test_loaded_tensors_do_not_depend_on_the_file(tmp_path):
     assert torch.equal(module.out.weight, TENSORS["out.weight"])
 
 
+def test_a_file_that_was_replaced_since_its_header_was_read_is_refused(tmp_path):
+    """Names, shapes and size are the same; only the file system tells."""
+    checkpoint = open_checkpoint(write(tmp_path, TENSORS))
+    write(tmp_path, {name: tensor + 1 for name, tensor in TENSORS.items()}, "new")
+    (tmp_path / "new").replace(tmp_path / "model.safetensors")
+    assert "changed since its header was read" in refusal(checkpoint)
+
+
 def test_a_missing_shard_is_named(tmp_path):
     write_shards(tmp_path, TENSORS)
     (tmp_path / "model-00002-of-00005.safetensors").unlink()

@@ -51,3 +51,12 @@ def test_every_part_of_a_large_tensor_counts():
         changed = copy.deepcopy(large)
         changed.weight.data[start : start + 100] += 1
         assert weights_digest(changed) != before
+
+
+@pytest.mark.parametrize("first", [1, 2048])
+@pytest.mark.parametrize("shape", [(3072, 3072), (1024, 4096), (27648, 3072)], ids=str)
+def test_every_range_of_columns_counts(shape, first):
+    large = nn.Linear(*reversed(shape), bias=False).requires_grad_(False)
+    before = weights_digest(large)
+    large.weight[:, first : first + 1024] += 1
+    assert weights_digest(large) != before

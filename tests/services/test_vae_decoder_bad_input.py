@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from itertools import islice
 
 import grpc
 import pytest
@@ -9,10 +10,13 @@ import pytest_asyncio
 
 from klein_api.v1 import image_pb2, tensor_pb2, vae_decoder_service_pb2_grpc
 from klein_api.v1 import vae_decoder_service_pb2 as pb
+from klein_core.errors import InvalidInput
+from klein_core.params import Limits
 from services.runtime.channels import open_channel
 from services.runtime.frames import MAX_FRAME_BYTES
 from services.runtime.server import running_server
 from services.runtime.tensors import tensor_frames
+from services.vae_decoder.requests import DecodeRequest
 from tests.services.runtime_toy import until
 from tests.services.vae_decoder_calls import (
     LIMIT_BYTES,
@@ -166,6 +170,15 @@ async def test_bad_latents_name_field_and_limit(stub, case):
     assert details.code is INVALID
     assert details.violations[0].field == field
     assert told in details.violations[0].description
+
+
+async def test_a_side_that_the_format_cannot_have_is_refused_with_the_first_frame():
+    webp = image_pb2.IMAGE_FORMAT_WEBP
+    request = DecodeRequest("", 16, Limits(), admit=lambda: None)
+    spec, frame = islice(decode_parts(latents(4, 1024), format=webp), 2)
+    request.accept(spec)
+    with pytest.raises(InvalidInput, match=r"width_px is 16384; webp ends at 16383"):
+        request.accept(frame)
 
 
 @pytest.mark.parametrize("method", ["EncodeReference", "DecodeLatents"])

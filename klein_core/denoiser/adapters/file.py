@@ -11,30 +11,13 @@ from torch import Tensor
 
 from klein_core.denoiser.adapters.problems import Problems
 from klein_core.errors import CheckpointError
+from klein_core.file_state import FileState as FileState
 from klein_core.safetensors_header import Header, open_regular, read_header
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Element types that an adapter's factors may have."""
 _NUMBER_DTYPES = {**_DTYPES, "F64": torch.float64, "I32": torch.int32, "I64": torch.int64}
 """Those that a single number may have: tools also store a whole alpha as such."""
-
-
-@dataclass(frozen=True)
-class FileState:
-    """What changes when somebody replaces a file or writes into it."""
-
-    inode: int
-    size_bytes: int
-    modified_ns: int
-
-    @classmethod
-    def of(cls, path: Path) -> FileState:
-        """Asks the file system. Raises CheckpointError when the file is not there."""
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise CheckpointError(f"{path.name} cannot be read: {error.strerror}") from None
-        return cls(status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from klein_core.denoiser.adapters.layers import Layers
 from klein_core.denoiser.adapters.plan import LayerPlan, plan_layers, summarised
 from klein_core.denoiser.adapters.problems import Problems
 from klein_core.denoiser.adapters.term import Kronecker, LowRank, Term, hadamard
+from klein_core.errors import CheckpointError
+from klein_core.params import ADAPTER_NAME, ADAPTER_NAME_RULE
 from klein_core.safetensors_header import Header
 
 
@@ -33,7 +35,7 @@ def describe_adapter(path: Path, layers: Layers) -> AdapterSummary:
 
 
 def read_adapter(path: Path, layers: Layers, *, device: torch.device | str, dtype: torch.dtype) -> Adapter:
-    """Reads a file; the adapter has its name without the suffix.
+    """Reads a file; the adapter has its name without the suffix, which requests must be able to say.
 
     Args:
         path: a safetensors file.
@@ -41,8 +43,13 @@ def read_adapter(path: Path, layers: Layers, *, device: torch.device | str, dtyp
         device, dtype: the model's.
 
     Raises:
-        CheckpointError: it cannot be applied to a model with these layers; all reasons are named.
+        CheckpointError: it cannot be applied to a model with these layers; all reasons are named. Or its name
+            is none that an adapter may have.
     """
+    if not ADAPTER_NAME.fullmatch(path.stem):
+        raise CheckpointError(
+            f"{path.stem!r} cannot be an adapter's name; rename the file: {ADAPTER_NAME_RULE}"
+        )
     file = AdapterFile.read(path)
     plans, alphas = _planned(file.header, layers)
     problems = Problems()

@@ -18,6 +18,8 @@ from torch import Tensor
 from klein_core.denoiser.adapters.adapter import ScaledAdapter, Segment
 from klein_core.linear import Linear
 
+_ATTACHING = threading.Lock()
+"""Held for a moment, so that the end of one thread's step does not hide the adapters of another's."""
 Adapters = tuple[ScaledAdapter, ...]
 """What one span wants added; empty is nothing."""
 Range = tuple[int, int]
@@ -61,15 +63,17 @@ def adapted(linears: Mapping[str, Linear], lengths: Lengths, adapters: Sequence[
     if not any(adapters):
         yield
         return
-    thread, attached = threading.get_ident(), []
+    thread, found = threading.get_ident(), _adaptations(lengths, adapters)
+    of_step = {name: linear for name, linear in linears.items() if stream_of(name) in lengths}
+    with _ATTACHING:
+        for name, linear in of_step.items():
+            linear.adapt(thread, found.get(name, ()))
     try:
-        for name, adaptation in _adaptations(lengths, adapters).items():
-            linears[name].adaptations[thread] = adaptation
-            attached.append(linears[name])
         yield
     finally:
-        for linear in attached:
-            del linear.adaptations[thread]
+        with _ATTACHING:
+            for linear in of_step.values():
+                linear.restore(thread)
 
 
 @dataclass(frozen=True)
