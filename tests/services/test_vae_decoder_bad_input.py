@@ -25,6 +25,7 @@ from tests.services.vae_decoder_calls import (
     refusal,
     tiny_application,
 )
+from tests.tiny.pictures import png_bomb, webp_bomb
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
@@ -69,6 +70,16 @@ BAD_REFERENCES = {
         [REFERENCE, pb.EncodeReferenceRequest(image_chunk=picture()[:-4000])],
         "references[1]",
         "truncated",
+    ),
+    "a picture that claims too many pixels": (
+        [*reference_parts(png_bomb(9_000), field_name="references[1]")],
+        "references[1]",
+        "pixels",
+    ),
+    "a canvas that claims too many pixels": (
+        [*reference_parts(webp_bomb(65_535), field_name="references[1]")],
+        "references[1]",
+        "pixels",
     ),
     "an image too narrow": ([*reference_parts(picture(4000, 1))], "reference", "at least 64"),
     "a long name": (
