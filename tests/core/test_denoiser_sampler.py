@@ -59,6 +59,19 @@ def test_noise_is_that_of_diffusers(dtype: torch.dtype, size: tuple[int, int]):
     assert torch.equal(ours.flatten(0, 1), packed)
 
 
+@pytest.mark.parametrize(("channels", "size"), [(3, (3, 3)), (5, (7, 3))])
+def test_noise_in_bfloat16_is_drawn_in_bfloat16(channels: int, size: tuple[int, int]):
+    """Counts of elements that 16 does not divide: at others float32 noise, rounded, is the same on a processor."""
+    generator = torch.Generator("cpu").manual_seed(42)
+    rounded = torch.randn((1, channels, *size), generator=generator).to(torch.bfloat16)
+    generator.manual_seed(42)
+    theirs = randn_tensor(
+        (1, channels, *size), generator=generator, device=torch.device("cpu"), dtype=torch.bfloat16
+    )
+    assert not torch.equal(theirs, rounded)
+    assert torch.equal(initial_noise(42, *size, channels, torch.bfloat16).permute(2, 0, 1), theirs[0])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_noise_drawn_channels_last_is_another(dtype: torch.dtype):
     generator = torch.Generator("cpu").manual_seed(42)

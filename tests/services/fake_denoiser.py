@@ -31,6 +31,10 @@ class FakeDenoiser(FakeStage, denoiser_service_pb2_grpc.DenoiserServiceServicer)
     """Holds back every step until it is set."""
     images_made: int | None = None
     """Sends the latents of so many images only."""
+    large_latents: bytes = b""
+    """Sent instead of every image's latents; a whole number of 256 vectors."""
+    frames_sent: int = 0
+    """Of latents."""
     image_gates: dict[int, asyncio.Event] = field(default_factory=dict)
     steps_done: int = 0
     lost_calls: int = 0
@@ -67,6 +71,7 @@ class FakeDenoiser(FakeStage, denoiser_service_pb2_grpc.DenoiserServiceServicer)
                     await self.image_gates[index].wait()
                 for message in self._latents(spec, index, tensors, "latents"):
                     yield message
+                    self.frames_sent += 1
             summary = denoiser_pb2.DenoiseSummary(step_count=spec.step_count)
             summary.compute_duration.FromMilliseconds(7)
             yield denoiser_pb2.DenoiseLatentsResponse(summary=summary)
@@ -109,7 +114,7 @@ class FakeDenoiser(FakeStage, denoiser_service_pb2_grpc.DenoiserServiceServicer)
 
     def _latents(self, spec, index, tensors, arm) -> list[denoiser_pb2.DenoiseLatentsResponse]:
         references = [tensors[f"reference_latents[{i}]"] for i in range(spec.reference_count)]
-        data = image_latents(
+        data = self.large_latents or image_latents(
             spec.width_px,
             spec.height_px,
             spec.seeds[index],
@@ -118,6 +123,8 @@ class FakeDenoiser(FakeStage, denoiser_service_pb2_grpc.DenoiserServiceServicer)
             references,
         )
         shape = (spec.height_px // 16, spec.width_px // 16, LATENT_CHANNELS)
+        if self.large_latents:
+            shape = (len(data) // (256 * LATENT_CHANNELS * 4), 256, LATENT_CHANNELS)
         return [
             denoiser_pb2.DenoiseLatentsResponse(
                 **{arm: denoiser_pb2.IndexedTensorFrame(index=index, frame=frame)}

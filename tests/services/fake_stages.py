@@ -16,7 +16,7 @@ from klein_api.v1.tensor_pb2 import TensorFrame
 from klein_core.errors import InvalidInput
 from services.runtime.application import Application
 from services.runtime.errors import UnknownModel
-from services.runtime.frames import FrameReader
+from services.runtime.frames import MAX_FRAME_BYTES, FrameReader
 from tests.services.fake_tensors import (
     LATENT_CHANNELS,
     TEXT_CHANNELS,
@@ -153,10 +153,16 @@ class FakeVaeDecoder(FakeStage, vae_decoder_service_pb2_grpc.VaeDecoderServiceSe
     latent_channels: int = LATENT_CHANNELS
     encode_error: BaseException | None = None
     decode_error: BaseException | None = None
+    reading_gate: asyncio.Event | None = None
+    """Holds back the reading of latents until it is set."""
     decode_gate: asyncio.Event | None = None
+    chunk_gate: asyncio.Event | None = None
+    """Holds an image back, but not its summary, until it is set."""
     references: list[bytes] = field(default_factory=list)
     decode_specs: list[vae_pb2.DecodeSpec] = field(default_factory=list)
     announced_extra_bytes: int = 0
+    padding: bytes = b""
+    """Follows every image."""
 
     def add_service(self, server) -> None:
         vae_decoder_service_pb2_grpc.add_VaeDecoderServiceServicer_to_server(self, server)
@@ -185,6 +191,8 @@ class FakeVaeDecoder(FakeStage, vae_decoder_service_pb2_grpc.VaeDecoderServiceSe
         spec = (await anext(messages)).spec
         self.decode_specs.append(spec)
         async with self.handling(context, spec.model):
+            if self.reading_gate is not None:
+                await self.reading_gate.wait()
             reader = FrameReader("latents", limit_bytes=64 << 20)
             async for message in messages:
                 reader.add(message.latents)
@@ -194,7 +202,7 @@ class FakeVaeDecoder(FakeStage, vae_decoder_service_pb2_grpc.VaeDecoderServiceSe
             if self.decode_error is not None:
                 raise self.decode_error
             quality = spec.quality if spec.HasField("quality") else None
-            image = encoded_image(bytes(reader.data), spec.format, quality)
+            image = encoded_image(bytes(reader.data), spec.format, quality) + self.padding
             rows, columns, _ = reader.spec.shape
             yield vae_pb2.DecodeLatentsResponse(
                 summary=vae_pb2.DecodeSummary(
@@ -204,5 +212,8 @@ class FakeVaeDecoder(FakeStage, vae_decoder_service_pb2_grpc.VaeDecoderServiceSe
                     size_bytes=len(image) + self.announced_extra_bytes,
                 )
             )
+            if self.chunk_gate is not None:
+                await self.chunk_gate.wait()
             yield vae_pb2.DecodeLatentsResponse(image_chunk=image[:7])
-            yield vae_pb2.DecodeLatentsResponse(image_chunk=image[7:])
+            for start in range(7, len(image), MAX_FRAME_BYTES):
+                yield vae_pb2.DecodeLatentsResponse(image_chunk=image[start : start + MAX_FRAME_BYTES])

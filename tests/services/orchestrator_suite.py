@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -105,11 +105,23 @@ async def drained(call, events=None) -> None:
             events.append(event)
 
 
+def parts_running() -> set[str]:
+    """Returns which parts of requests have tasks now."""
+    names = ("Generation", "Flow", "Conditioning")
+    return {name for name in names for task in asyncio.all_tasks() if f"{name}." in repr(task)}
+
+
 async def nothing_left_running() -> None:
     """Waits until no request has a task any more."""
-    names = ("Generation.", "Flow.", "Conditioning.")
+    await until(lambda: not parts_running())
 
-    def running() -> bool:
-        return any(name in repr(task) for task in asyncio.all_tasks() for name in names)
 
-    await until(lambda: not running())
+async def standstill(count: Callable[[], int], seconds: float = 0.5) -> int:
+    """Waits until something has begun and then not gone on for so long; returns how far it came."""
+    await until(lambda: count() > 0)
+    async with asyncio.timeout(30):
+        before = 0
+        while (now := count()) != before:
+            before = now
+            await asyncio.sleep(seconds)
+    return before

@@ -48,6 +48,16 @@ def test_the_least_recently_used_makes_room():
     assert [cache.get(key(number)) is not None for number in range(3)] == [True, False, True]
 
 
+def test_one_that_cannot_fit_drives_nothing_out():
+    cache = TensorCache(CAPACITY)
+    small = CachedTensor(b"", (bytes(10),))
+    cache.put(key(0), small)
+    cache.put(key(1), CachedTensor(b"", (bytes(CAPACITY + 1),)))
+    assert cache.get(key(0)) is small
+    assert cache.get(key(1)) is None
+    assert cache.size_bytes == small.size_bytes
+
+
 def test_keys_tell_kinds_models_and_contents_apart():
     keys = {
         CacheKey.of(kind, model, content)

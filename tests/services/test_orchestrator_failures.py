@@ -186,6 +186,16 @@ async def test_a_stage_with_another_model_than_the_table_says_is_unavailable():
         assert part in details.message
 
 
+async def test_stages_whose_addresses_are_mixed_up_are_told_what_they_are():
+    async with running_server(FakeVaeDecoder()) as decoder, running_server(FakeDenoiser()) as denoiser:
+        settings = {"denoiser_target": decoder, "vae_decoder_target": denoiser}
+        async with FakeSuite(settings=settings).running() as suite:
+            details = await refusal(suite)
+    assert details.code is grpc.StatusCode.UNAVAILABLE
+    assert f"denoiser at {decoder} is a vae-decoder, not a denoiser" in details.message
+    assert f"vae-decoder at {denoiser} is a denoiser, not a vae-decoder" in details.message
+
+
 async def test_a_model_that_is_replaced_under_way_is_unavailable(suite):
     await generate(suite, prompt="a")
     suite.text_encoder.model = "klein-9b"
@@ -201,6 +211,15 @@ async def test_stages_that_do_not_fit_each_other_are_unavailable():
     assert details.code is grpc.StatusCode.UNAVAILABLE
     assert "12 channels" in details.message
     assert "takes 8" in details.message
+
+
+async def test_a_decoder_of_other_latents_than_the_denoiser_makes_is_unavailable():
+    async with FakeSuite(vae_decoder=FakeVaeDecoder(latent_channels=8)).running() as suite:
+        details = await refusal(suite)
+    assert details.code is grpc.StatusCode.UNAVAILABLE
+    assert f"denoiser at {suite.targets['denoiser']}" in details.message
+    assert "makes latents of 4 channels" in details.message
+    assert f"vae-decoder at {suite.targets['vae-decoder']} ('fake') takes 8" in details.message
 
 
 async def test_stages_of_different_element_types_are_unavailable_where_it_matters():
@@ -253,3 +272,11 @@ async def test_a_decoder_that_sends_less_than_it_announced_is_a_fault_of_ours(su
     suite.vae_decoder.announced_extra_bytes = 1
     details = await refusal(suite)
     assert (details.code, details.reason) == (grpc.StatusCode.INTERNAL, "INTERNAL_ERROR")
+
+
+async def test_a_decoder_that_announces_far_too_much_is_cut_off_before_it_sends_it(suite):
+    suite.vae_decoder.announced_extra_bytes = 65 << 20
+    suite.vae_decoder.chunk_gate = asyncio.Event()
+    details = await refusal(suite, within_seconds=10)
+    assert (details.code, details.reason) == (grpc.StatusCode.INTERNAL, "INTERNAL_ERROR")
+    await until(lambda: suite.vae_decoder.cancelled == 1)

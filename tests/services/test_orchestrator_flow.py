@@ -15,6 +15,7 @@ from klein_api.v1.image_service_pb2 import (
     ListModelsRequest,
     StreamGenerateImageRequest,
 )
+from services.runtime.channels import STAGE_MESSAGE_BYTES
 from services.runtime.errors import StageUnavailable
 from tests.services.fake_tensors import reference_file
 from tests.services.orchestrator_suite import FakeSuite, generate
@@ -139,6 +140,16 @@ async def test_the_stream_tells_queued_steps_previews_images_and_one_summary(sui
     assert sorted(event.image.index for event in events if event.HasField("image")) == [0, 1]
     assert kinds.count("summary") == 1
     assert kinds[-1] == "summary"
+
+
+async def test_an_image_larger_than_a_stages_message_reaches_the_caller(suite):
+    suite.vae_decoder.padding = bytes(range(256)) * (5 << 12)
+    expected = suite.expected_image("fox", 1) + suite.vae_decoder.padding
+    assert len(expected) > STAGE_MESSAGE_BYTES
+    response = await generate(suite, prompt="fox", seed=1)
+    assert response.images[0].data == expected
+    call = suite.images.StreamGenerateImage(StreamGenerateImageRequest(spec=ImageSpec(prompt="fox", seed=1)))
+    assert [event.image.data async for event in call if event.HasField("image")] == [expected]
 
 
 async def test_each_image_is_sent_as_soon_as_it_is_finished(suite):

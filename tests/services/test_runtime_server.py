@@ -158,6 +158,29 @@ async def test_calls_that_outlive_the_grace_are_cancelled(toy):
     assert toy.ended == ["ended"]
 
 
+async def test_an_old_connection_takes_no_new_calls_and_lets_running_ones_end(toy):
+    may_end = asyncio.Event()
+
+    async def tell_connection(request, context):
+        if request == b"slow":
+            await may_end.wait()
+        yield context.peer().encode()
+
+    toy.behaviour = tell_connection
+    settings = ServerSettings(drain_delay_seconds=0, metrics_port=0, max_connection_age_seconds=0.5)
+    async with running_server(toy, settings) as address, open_channel(address) as channel:
+        running = asyncio.create_task(call(channel, "unary_unary", b"slow"))
+        await until(lambda: toy.calls == 1)
+        first = await call(channel, "unary_unary")
+
+        async def is_on_another():
+            return await call(channel, "unary_unary") != first
+
+        await until(is_on_another)
+        may_end.set()
+        assert await running == first
+
+
 async def test_reflection_lists_every_service(toy_channel):
     request = reflection_pb2.ServerReflectionRequest(list_services="")
     started = reflection_pb2_grpc.ServerReflectionStub(toy_channel).ServerReflectionInfo(iter([request]))

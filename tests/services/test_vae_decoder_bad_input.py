@@ -20,6 +20,7 @@ from services.vae_decoder.requests import DecodeRequest
 from tests.services.runtime_toy import until
 from tests.services.vae_decoder_calls import (
     LIMIT_BYTES,
+    RECEIVE_TIMEOUT_SECONDS,
     decode,
     decode_parts,
     encode_reference,
@@ -29,6 +30,7 @@ from tests.services.vae_decoder_calls import (
     refusal,
     tiny_application,
 )
+from tests.tiny.pictures import png_bomb, webp_bomb
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
@@ -73,6 +75,16 @@ BAD_REFERENCES = {
         [REFERENCE, pb.EncodeReferenceRequest(image_chunk=picture()[:-4000])],
         "references[1]",
         "truncated",
+    ),
+    "a picture that claims too many pixels": (
+        [*reference_parts(png_bomb(9_000), field_name="references[1]")],
+        "references[1]",
+        "pixels",
+    ),
+    "a canvas that claims too many pixels": (
+        [*reference_parts(webp_bomb(65_535), field_name="references[1]")],
+        "references[1]",
+        "pixels",
     ),
     "an image too narrow": ([*reference_parts(picture(4000, 1))], "reference", "at least 64"),
     "a long name": (
@@ -197,21 +209,37 @@ async def test_another_model_is_not_found_before_the_rest_is_read(stub, method):
     assert (details.code, details.reason) == (grpc.StatusCode.NOT_FOUND, "UNKNOWN_MODEL")
 
 
+async def stalled(method: str):
+    """Sends a whole picture or tensor but does not end its stream."""
+    for part in reference_parts(picture()) if method == "EncodeReference" else decode_parts(latents()):
+        yield part
+    await asyncio.sleep(60)
+
+
+async def trickling(method: str):
+    """Sends a good picture or tensor byte by byte, never as slowly as the receive timeout."""
+    whole = next(tensor_frames(latents()))
+    data = picture() if method == "EncodeReference" else whole.data
+    yield REFERENCE if method == "EncodeReference" else SPEC
+    for position in range(len(data)):
+        byte = data[position : position + 1]
+        frame = tensor_pb2.TensorFrame(data=byte, spec=whole.spec if position == 0 else None)
+        if method == "EncodeReference":
+            yield pb.EncodeReferenceRequest(image_chunk=byte)
+        else:
+            yield pb.DecodeLatentsRequest(latents=frame)
+        await asyncio.sleep(RECEIVE_TIMEOUT_SECONDS / 10)
+
+
 @pytest.mark.parametrize("method", ["EncodeReference", "DecodeLatents"])
-async def test_a_stream_that_never_ends_is_given_up(application, stub, method):
-    parts = {
-        "EncodeReference": [*reference_parts(picture())],
-        "DecodeLatents": [*decode_parts(latents())],
-    }[method]
-
-    async def never_ending():
-        for part in parts:
-            yield part
-        await asyncio.sleep(60)
-
-    details = await refusal(getattr(stub, method)(never_ending()).read())
+@pytest.mark.parametrize("never_ending", [stalled, trickling])
+async def test_a_stream_that_never_ends_is_given_up(application, stub, never_ending, method):
+    # The caller would wait for much longer, and its own deadline has no reason.
+    call = getattr(stub, method)(never_ending(method), timeout=10)
+    details = await refusal(call.read())
     assert (details.code, details.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, "RECEIVE_TIMEOUT")
     assert (application.worker.queued_count, application.worker.running_count) == (0, 0)
+    await until(lambda: application.places.taken_count == 0)
 
 
 def handlers():

@@ -1,10 +1,13 @@
 """The vae-decoder over gRPC: klein_core's very latents and images."""
 
 import asyncio
+from io import BytesIO
 
+import numpy as np
 import pytest
 import pytest_asyncio
 import torch
+from PIL import Image
 
 from klein_api.v1 import (
     image_pb2,
@@ -26,6 +29,7 @@ from tests.services.vae_decoder_calls import (
     reference_parts,
     tiny_application,
 )
+from tests.tiny import pictures
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -59,6 +63,27 @@ async def test_a_reference_becomes_klein_cores_latents_bit_for_bit(stub, oracle,
     assert torch.equal(encoded, expected.latents)
     assert (summary.width_px, summary.height_px) == (96, 64)
     assert summary.compute_duration.ToTimedelta().total_seconds() > 0
+
+
+PHOTO = Image.open(BytesIO(picture(100, 70)))
+LYING_ON_ITS_SIDE = Image.Exif()
+LYING_ON_ITS_SIDE[0x0112] = 6
+KINDS_OF_PICTURES = {
+    "CMYK": pictures.encoded(PHOTO.convert("CMYK"), "JPEG", quality=95),
+    "turned by EXIF": pictures.encoded(PHOTO, "JPEG", quality=95, exif=LYING_ON_ITS_SIDE),
+    "palette": pictures.encoded(PHOTO.quantize(17)),
+    "alpha": pictures.encoded(PHOTO.convert("RGBA")),
+    "16-bit colours": pictures.sixteen_bit_png(np.asarray(PHOTO).astype(np.uint16) * 257),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_PICTURES)
+async def test_every_kind_of_picture_becomes_klein_cores_latents(stub, oracle, kind):
+    data = KINDS_OF_PICTURES[kind]
+    summary, encoded = await encode_reference(stub, reference_parts(data))
+    assert torch.equal(encoded, oracle.encode_reference(data).latents)
+    is_turned = kind == "turned by EXIF"
+    assert (summary.width_px, summary.height_px) == ((64, 96) if is_turned else (96, 64))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from tests.services.runtime_toy import failure
 
 LIMIT_BYTES = 3 << 20
 """Most bytes of a reference's file."""
+RECEIVE_TIMEOUT_SECONDS = 0.5
 
 
 def tiny_application(checkpoint, **settings):
@@ -22,7 +23,7 @@ def tiny_application(checkpoint, **settings):
     defaults = {
         "queue_limit": 4,
         "reference_bytes": LIMIT_BYTES,
-        "receive_timeout_seconds": 0.5,
+        "receive_timeout_seconds": RECEIVE_TIMEOUT_SECONDS,
         "maximum_pixel_count": 512 * 512,
     }
     return VaeDecoderApplication(
