@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from klein_api.v1.image_pb2 import ImageFormat, Priority
 from klein_api.v1.image_service_pb2 import ImageSpec
 from klein_core.errors import InvalidInput, Violation
+from klein_core.image_format import format_size_violations
 from klein_core.params import DEFAULT_LIMITS, AdapterChoice, GenerationParams, Limits
 from services.orchestrator.routing import Route
 from services.orchestrator.stages import RouteFacts
@@ -99,6 +100,9 @@ def validated(
         params = _params(spec, route, facts, limits)
     except InvalidInput as error:
         violations = [*error.violations, *violations]
+    if params is not None:
+        # A side that a reference will decide is below every format's end.
+        violations += format_size_violations(_format_name(spec), params.width_px, params.height_px)
     if violations or params is None:
         raise InvalidInput(violations)
     return ImageRequest(
@@ -185,6 +189,13 @@ def _quality_violations(spec: ImageSpec) -> Iterator[Violation]:
         yield Violation("quality", "is not taken by lossless formats; leave it out or choose JPEG or WebP")
     elif not 1 <= spec.quality <= 100:
         yield Violation("quality", f"is {spec.quality}; must be in [1, 100]")
+
+
+def _format_name(spec: ImageSpec) -> str:
+    """Returns the format as `klein_core.image_format` names it; PNG is the default."""
+    known = spec.format if spec.format in ImageFormat.values() else ImageFormat.IMAGE_FORMAT_UNSPECIFIED
+    name = ImageFormat.Name(known or ImageFormat.IMAGE_FORMAT_PNG)
+    return name.removeprefix("IMAGE_FORMAT_").lower()
 
 
 def _names(keys: list[str]) -> str:

@@ -30,6 +30,8 @@ async def suite():
         ({"width_px": 2064, "height_px": 2048}, "width_px", "4194304"),
         ({"width_px": 2147483632, "height_px": 2147483632}, "width_px", "4194304"),
         ({"references": [REFERENCE], "width_px": 65552}, "width_px", "pixels"),
+        ({"width_px": 16400, "height_px": 64, "format": 3}, "width_px", "webp ends at 16383"),
+        ({"width_px": 64, "height_px": 65536, "format": 2}, "height_px", "jpeg ends at 65500"),
         ({"step_count": 0}, "step_count", "[1, 1000]"),
         ({"step_count": 100000}, "step_count", "[1, 1000]"),
         ({"seed": -1}, "seed", "2^63 - 1"),
