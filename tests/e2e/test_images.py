@@ -3,79 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
 import grpc
-import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from klein_api.v1 import image_pb2
 from klein_api.v1 import image_service_pb2 as api
 from klein_api.v1.image_pb2 import Adapter
 from klein_core.denoiser.adapters.adapter import ScaledAdapter
-from klein_core.pico.location import WEIGHTS
-from klein_core.pipeline import Pipeline
-from services.cli.client import Generation, connect, generate
+from services.cli.client import connect
 from services.cli.status import list_models
-from services.cli.suite import Suite, SuiteOptions
 from services.runtime.status import explain
-from tests.tiny.adapters import FORMATS
-from tests.tiny.checkpoint import save_tiny_checkpoint
-
-READY_SECONDS = 120.0
-
-
-@dataclass(frozen=True)
-class Case:
-    """One request, as both sides take it."""
-
-    prompt: str
-    size: tuple[int | None, int | None] = (None, None)
-    references: tuple[bytes, ...] = ()
-    seeds: tuple[int, ...] = (0,)
-    options: dict = field(default_factory=dict)
-
-    def spec(self, default_size: tuple[int, int]) -> api.ImageSpec:
-        width, height = self._size(default_size)
-        return api.ImageSpec(
-            prompt=self.prompt,
-            references=self.references,
-            width_px=width,
-            height_px=height,
-            seed=self.seeds[0],
-            image_count=len(self.seeds),
-            format=image_pb2.IMAGE_FORMAT_RAW_RGB,
-            **self.options,
-        )
-
-    def expected(self, pipeline: Pipeline, default_size: tuple[int, int]) -> list[bytes]:
-        width, height = self._size(default_size)
-        images = pipeline.generate(
-            self.prompt,
-            references=self.references,
-            width_px=width,
-            height_px=height,
-            seeds=self.seeds,
-            **self.options,
-        )
-        return [image.numpy().tobytes() for image in images]
-
-    def _size(self, default_size: tuple[int, int]) -> tuple[int | None, int | None]:
-        return self.size if self.references or self.size != (None, None) else default_size
-
-
-def picture(width: int, height: int, seed: int) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    file = BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
-
+from tests.e2e.running_suite import (
+    Case,
+    Running,
+    encoder_calls,
+    expected_encoder_calls,
+    of_variant,
+    picture,
+    running_suite,
+    save_with_adapters,
+)
+from tests.services.runtime_toy import until
 
 FIRST, SECOND = picture(96, 80, 1), picture(70, 130, 2)
 CASES = {
@@ -95,60 +51,6 @@ CASES = {
 FLOWS = {0: "text-to-image", 1: "edit", 2: "multi-reference", 4: "multi-reference"}
 
 
-@dataclass(frozen=True)
-class Running:
-    """A suite and the pipeline that it must equal."""
-
-    target: str
-    pipeline: Pipeline
-    default_size: tuple[int, int]
-    adapters: Path | None
-    """Folder of `plain` and `kron`; pico has none."""
-
-    def ask(self, *cases: Case) -> list[Generation]:
-        """Sends all requests at once, each from a client of its own."""
-
-        async def one(case: Case) -> Generation:
-            async with connect(self.target) as stub:
-                return await generate(stub, case.spec(self.default_size), timeout_seconds=120)
-
-        async def all_of_them() -> list[Generation]:
-            return await asyncio.gather(*map(one, cases))
-
-        return asyncio.run(all_of_them())
-
-
-@contextmanager
-def running_suite(folder: Path, model: Path | str, adapters: Path | None = None) -> Iterator[Running]:
-    """Runs all services with a model, and its pipeline in this process."""
-    options = SuiteOptions(
-        model=str(model),
-        device="cpu",
-        threads=1,
-        log_folder=folder / "logs",
-        adapters=adapters,
-        settings={"KLEIN_DEFAULT_SIZE_PX": "128"},
-    )
-    threads = torch.get_num_threads()
-    # A matrix product may differ in its last bit with the number of threads, so both sides use one.
-    torch.set_num_threads(1)
-    with Suite(options) as suite:
-        suite.wait_until_ready(timeout_seconds=READY_SECONDS)
-        pipeline = Pipeline.from_folder(WEIGHTS if model == "pico" else Path(model))
-        yield Running(suite.target, pipeline, (128, 128), adapters)
-    torch.set_num_threads(threads)
-
-
-def save_with_adapters(folder: Path, **variant: bool) -> tuple[Path, Path]:
-    """Writes a tiny model and two adapters for it; returns the model's folder and theirs."""
-    tiny = save_tiny_checkpoint(folder / "model", **variant)
-    adapters = folder / "adapters"
-    adapters.mkdir()
-    for name, form in (("plain", "ai-toolkit"), ("kron", "lokr-both")):
-        FORMATS[form].write(tiny.transformer).save(adapters / f"{name}.safetensors")
-    return folder / "model", adapters
-
-
 @pytest.fixture(scope="module", params=["tiny", "pico", "base"])
 def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("suite")
@@ -159,19 +61,6 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     )
     with running_suite(folder, model, adapters) as running:
         yield running
-
-
-def of_variant(case: Case, pipeline: Pipeline) -> Case:
-    """Gives base models, whose default is 50 steps, fewer of them and something to avoid."""
-    if pipeline.is_distilled:
-        return case
-    return Case(
-        case.prompt,
-        case.size,
-        case.references,
-        case.seeds,
-        {"step_count": 3, "guidance_scale": 2.5, "negative_prompt": "dull"},
-    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -187,11 +76,12 @@ def test_a_request_alone_gives_the_pipelines_bytes(running: Running, name: str) 
 
 
 def test_eight_clients_at_once_each_get_the_pipelines_bytes(running: Running) -> None:
-    cases = [of_variant(case, running.pipeline) for case in CASES.values()]
+    cases = [of_variant(case, running.pipeline).afresh() for case in CASES.values()]
     assert len(cases) == 8
     for case, generation in zip(cases, running.ask(*cases), strict=True):
         expected = case.expected(running.pipeline, running.default_size)
         assert [image.data for image in generation.images] == expected, case.prompt[:40]
+        assert encoder_calls(generation) == expected_encoder_calls(case)
 
 
 def assert_adapters_do_not_mix(running: Running, case: Case) -> None:
@@ -225,7 +115,7 @@ def test_requests_with_different_adapters_at_once_each_get_the_pipelines_bytes(r
 
 
 def test_adapters_are_listed(running: Running) -> None:
-    [model] = asyncio.run(list_models(running.target, 30.0)).models
+    [model] = asyncio.run(list_models(running.suite.target, 30.0)).models
     listed = [(adapter.name, adapter.kind, adapter.problem) for adapter in model.adapters]
     assert listed == ([] if running.adapters is None else [("kron", "LoKr", ""), ("plain", "LoRA", "")])
     assert model.limits.adapter_count == 8
@@ -242,16 +132,90 @@ def test_an_unknown_adapter_is_not_found(running: Running) -> None:
 
 
 def test_a_summary_accounts_for_the_request(running: Running) -> None:
-    case = of_variant(CASES["two references"], running.pipeline)
+    case = of_variant(CASES["two references"], running.pipeline).afresh()
     [generation] = running.ask(case)
     summary = generation.summary
     operations = {timing.operation: timing.call_count for timing in summary.stage_timings}
-    assert operations["encode-reference"] in (0, 2)
+    assert encoder_calls(generation) == expected_encoder_calls(case)
     assert operations["denoise"] == operations["decode"] == 1
     assert summary.output_megapixels == pytest.approx(96 * 80 / 1e6)
     assert summary.input_megapixels == pytest.approx((96 * 80 + 64 * 128) / 1e6)
     assert summary.request_id
     assert summary.total_duration.ToTimedelta().total_seconds() > 0
+
+
+def test_a_unary_request_gives_the_pipelines_bytes(running: Running) -> None:
+    case = of_variant(CASES["two references"], running.pipeline)
+    case = replace(case, seeds=(3, 4))
+
+    async def asked() -> api.GenerateImageResponse:
+        async with connect(running.suite.target) as stub:
+            request = api.GenerateImageRequest(spec=case.spec(running.default_size))
+            return await stub.GenerateImage(request, timeout=120)
+
+    response = asyncio.run(asked())
+    assert [image.data for image in response.images] == case.expected(running.pipeline, running.default_size)
+    assert [(image.index, image.seed) for image in response.images] == [(0, 3), (1, 4)]
+    assert response.summary.flow == "multi-reference"
+
+
+def test_previews_are_pictures_of_the_images_size_and_change_nothing(running: Running) -> None:
+    case = of_variant(Case("a green ring", size=(144, 64), seeds=(5,)), running.pipeline)
+    case = replace(case, options=case.options | {"step_count": 20})
+
+    async def events() -> list[api.StreamGenerateImageResponse]:
+        async with connect(running.suite.target) as stub:
+            request = api.StreamGenerateImageRequest(
+                spec=case.spec(running.default_size), preview_interval_steps=1
+            )
+            return [event async for event in stub.StreamGenerateImage(request, timeout=120)]
+
+    heard = asyncio.run(events())
+    previews = [event.preview for event in heard if event.HasField("preview")]
+    assert previews
+    for preview in previews:
+        assert (preview.index, preview.seed, preview.format) == (0, 5, image_pb2.IMAGE_FORMAT_JPEG)
+        with Image.open(BytesIO(preview.data)) as opened:
+            assert (opened.format, opened.size) == ("JPEG", (144, 64))
+    images = [event.image.data for event in heard if event.HasField("image")]
+    assert images == case.expected(running.pipeline, running.default_size)
+    steps = [event.step.step for event in heard if event.HasField("step")]
+    assert (steps, steps[-1]) == (sorted(set(steps)), 20)
+
+
+def denoiser_metric(running: Running, name: str) -> float:
+    """Reads one of the denoiser process's metrics, all of its labels together."""
+    url = f"http://127.0.0.1:{running.suite.metrics_ports['denoiser']}/metrics"
+    page = urllib.request.urlopen(url, timeout=10).read().decode()
+    samples = re.findall(rf"^{name}(?:{{.*}})? (\S+)$", page, re.MULTILINE)
+    assert samples, name
+    return sum(map(float, samples))
+
+
+def test_a_caller_that_goes_away_stops_the_denoiser(running: Running) -> None:
+    if running.adapters is None:
+        pytest.skip("pico's three steps would only take longer than the tiny models'")
+    # Large, so that a thousand steps take much longer than a late caller needs to hear of the third.
+    case = of_variant(Case("a blue star", size=(512, 512)), running.pipeline)
+    case = replace(case, options=case.options | {"step_count": 1000})
+    names = ("klein_denoise_step_seconds_count", "klein_abandoned_work_seconds_total")
+    steps, abandoned = (denoiser_metric(running, name) for name in names)
+
+    async def go_away_after_step(step: int) -> None:
+        async with connect(running.suite.target) as stub:
+            request = api.StreamGenerateImageRequest(spec=case.spec(running.default_size))
+            call = stub.StreamGenerateImage(request, timeout=120)
+            async for event in call:
+                if event.step.step >= step:
+                    break
+            assert denoiser_metric(running, "klein_running_requests") == 1
+            call.cancel()
+            await until(lambda: denoiser_metric(running, "klein_running_requests") == 0, seconds=60)
+
+    asyncio.run(go_away_after_step(3))
+    assert 3 <= denoiser_metric(running, names[0]) - steps < 1000
+    assert denoiser_metric(running, names[1]) > abandoned
+    assert denoiser_metric(running, "klein_queue_depth") == 0
 
 
 def test_references_that_are_cached_give_the_pipelines_bytes_at_first_and_again(tmp_path: Path) -> None:

@@ -1,0 +1,163 @@
+"""Four real processes beside the pipeline that they must equal, and requests that both take."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from klein_api.v1 import image_pb2
+from klein_api.v1 import image_service_pb2 as api
+from klein_core.pico.location import WEIGHTS
+from klein_core.pipeline import Pipeline
+from services.cli.client import Generation, connect, generate
+from services.cli.suite import Suite, SuiteOptions
+from tests.services.denoiser_server import one_thread
+from tests.tiny.adapters import FORMATS
+from tests.tiny.checkpoint import save_tiny_checkpoint
+
+READY_SECONDS = 120.0
+UNSEEN = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One request, as both sides take it."""
+
+    prompt: str
+    size: tuple[int | None, int | None] = (None, None)
+    references: tuple[bytes, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    options: dict = field(default_factory=dict)
+
+    def spec(self, default_size: tuple[int, int]) -> api.ImageSpec:
+        width, height = self._size(default_size)
+        return api.ImageSpec(
+            prompt=self.prompt,
+            references=self.references,
+            width_px=width,
+            height_px=height,
+            seed=self.seeds[0],
+            image_count=len(self.seeds),
+            format=image_pb2.IMAGE_FORMAT_RAW_RGB,
+            **self.options,
+        )
+
+    def expected(self, pipeline: Pipeline, default_size: tuple[int, int]) -> list[bytes]:
+        width, height = self._size(default_size)
+        images = pipeline.generate(
+            self.prompt,
+            references=self.references,
+            width_px=width,
+            height_px=height,
+            seeds=self.seeds,
+            **self.options,
+        )
+        return [image.numpy().tobytes() for image in images]
+
+    def afresh(self) -> Case:
+        """The same request with a prompt and pictures that no stage has seen, so that no cache answers it."""
+        seed = next(UNSEEN)
+        return replace(
+            self,
+            prompt=f"{seed} {self.prompt}",
+            references=tuple(
+                picture(*Image.open(BytesIO(data)).size, seed * 100 + index)
+                for index, data in enumerate(self.references)
+            ),
+            options=self.options
+            | ({"negative_prompt": f"dull {seed}"} if "negative_prompt" in self.options else {}),
+        )
+
+    def _size(self, default_size: tuple[int, int]) -> tuple[int | None, int | None]:
+        return self.size if self.references or self.size != (None, None) else default_size
+
+
+def picture(width: int, height: int, seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    file = BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+@dataclass(frozen=True)
+class Running:
+    """A suite and the pipeline that it must equal."""
+
+    suite: Suite
+    pipeline: Pipeline
+    default_size: tuple[int, int]
+    adapters: Path | None
+    """Folder of `plain` and `kron`; pico has none."""
+
+    def ask(self, *cases: Case) -> list[Generation]:
+        """Sends all requests at once, each from a client of its own."""
+
+        async def one(case: Case) -> Generation:
+            async with connect(self.suite.target) as stub:
+                return await generate(stub, case.spec(self.default_size), timeout_seconds=120)
+
+        async def all_of_them() -> list[Generation]:
+            return await asyncio.gather(*map(one, cases))
+
+        return asyncio.run(all_of_them())
+
+
+@contextmanager
+def running_suite(folder: Path, model: Path | str, adapters: Path | None = None) -> Iterator[Running]:
+    """Runs all services with a model, and its pipeline in this process."""
+    options = SuiteOptions(
+        model=str(model),
+        device="cpu",
+        threads=1,
+        log_folder=folder / "logs",
+        adapters=adapters,
+        settings={"KLEIN_DEFAULT_SIZE_PX": "128"},
+    )
+    # A matrix product may differ in its last bit with the number of threads, so both sides use one.
+    with one_thread(), Suite(options) as suite:
+        suite.wait_until_ready(timeout_seconds=READY_SECONDS)
+        pipeline = Pipeline.from_folder(WEIGHTS if model == "pico" else Path(model))
+        yield Running(suite, pipeline, (128, 128), adapters)
+
+
+def save_with_adapters(folder: Path, **variant: bool) -> tuple[Path, Path]:
+    """Writes a tiny model and two adapters for it; returns the model's folder and theirs."""
+    tiny = save_tiny_checkpoint(folder / "model", **variant)
+    adapters = folder / "adapters"
+    adapters.mkdir()
+    for name, form in (("plain", "ai-toolkit"), ("kron", "lokr-both")):
+        FORMATS[form].write(tiny.transformer).save(adapters / f"{name}.safetensors")
+    return folder / "model", adapters
+
+
+def of_variant(case: Case, pipeline: Pipeline) -> Case:
+    """Gives base models, whose default is 50 steps, fewer of them and something to avoid."""
+    if pipeline.is_distilled:
+        return case
+    return Case(
+        case.prompt,
+        case.size,
+        case.references,
+        case.seeds,
+        {"step_count": 3, "guidance_scale": 2.5, "negative_prompt": "dull"},
+    )
+
+
+def encoder_calls(generation: Generation) -> dict[str, int]:
+    """How often a request asked the encoders; 0 stands for an answer from the cache."""
+    calls = {timing.operation: timing.call_count for timing in generation.summary.stage_timings}
+    return {operation: count for operation, count in calls.items() if operation.startswith("encode")}
+
+
+def expected_encoder_calls(case: Case) -> dict[str, int]:
+    """Of a request that nothing is cached of."""
+    prompts = {"encode-prompt": 2 if "negative_prompt" in case.options else 1}
+    return prompts | ({"encode-reference": len(case.references)} if case.references else {})
