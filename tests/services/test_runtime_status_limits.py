@@ -25,9 +25,9 @@ def header_bytes(status) -> int:
     return int(message + metadata)
 
 
-@given(st.lists(st.tuples(st.text(max_size=300), st.text(max_size=3000)), min_size=1, max_size=40))
-def test_any_violations_fit(pairs):
-    error = InvalidInput(Violation(*pair) for pair in pairs)
+@given(st.lists(st.text(max_size=12), min_size=1, max_size=8), st.integers(1, 40), st.integers(1, 300))
+def test_any_violations_fit(words, count, length):
+    error = InvalidInput(Violation(word * (length // 8), word * length) for word in words * count)
     assert header_bytes(status_of(error)) < SOFT_LIMIT_BYTES * 0.9
 
 
