@@ -21,7 +21,6 @@ from klein_core.denoiser.scratch import Scratch
 from klein_core.linear import Linear
 from klein_core.variants import TransformerConfig
 
-
 LARGEST_HALF = float(torch.finfo(torch.float16).max)
 
 
