@@ -130,8 +130,9 @@ class FlowTransformer(nn.Module):
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compiles the block functions in place; all blocks of a kind share one program.
 
-        The first step of each kind of mix (one span, equal spans, others) is slow; lengths and numbers of spans
-        do not compile anew. `backend` is torch.compile's.
+        The first step of each kind of mix (one span, equal spans, others) is slow, and once more the first of other
+        than two spans where two came first; lengths and further numbers of spans do not compile anew. Adapters are
+        a kind of their own, whichever layers they change. `backend` is torch.compile's.
         """
         keep_from_compiler()
         for block in (*self.transformer_blocks, *self.single_transformer_blocks):

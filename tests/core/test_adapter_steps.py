@@ -270,7 +270,7 @@ def test_compiled_layers_leave_adapters_to_plain_code(adapters: list[Adapter]):
 
 
 @pytest.mark.timeout(600)
-def test_adapters_of_other_layers_do_not_compile_anew(adapters: list[Adapter]):
+def test_adapters_of_other_layers_do_not_compile_anew(tmp_path: Path):
     torch.compiler.reset()
     graphs = []
 
@@ -278,20 +278,27 @@ def test_adapters_of_other_layers_do_not_compile_anew(adapters: list[Adapter]):
         graphs.append(graph)
         return graph.forward
 
-    compiled = twin(tiny_oracle(num_layers=1, num_single_layers=2))
-    compiled.compile_blocks(backend=counting)
-    span = random_span([(3, 4)])
-    single = "single_transformer_blocks.0.attn.to_out"
-    layers = ("transformer_blocks.0.ff.linear_in", "transformer_blocks.0.attn.to_qkv", single)
-    of_one = [replace(adapters[0], segments={layer: adapters[0].segments[layer]}) for layer in layers]
+    compiled = twin(tiny_oracle(num_layers=1, num_single_layers=1))
+    keep_from_compiler()
+    compiled.transformer_blocks[0].compile(dynamic=True, backend=counting)
+    whole, span = load(tmp_path, "diffusers", transformer=compiled), random_span([(3, 4)])
+    layers = ("transformer_blocks.0.ff.linear_in", "transformer_blocks.0.attn.to_qkv")
+    of_one = [replace(whole, segments={layer: whole.segments[layer]}) for layer in layers]
     with torch.no_grad():
         for wanted in ([], [of_one[0]]):
             compiled([with_adapters(span, *((adapter, 1.0) for adapter in wanted))])
         programs = len(graphs)
         assert programs
-        for wanted in ([], of_one[1:2], of_one[2:], of_one, [adapters[0]]):
+        for wanted in ([], of_one[1:], of_one, [whole]):
             compiled([with_adapters(span, *((adapter, 1.0) for adapter in wanted))])
     assert len(graphs) == programs
+
+
+def test_an_adapter_of_another_model_is_no_silent_nothing(adapters: list[Adapter]):
+    smaller = twin(tiny_oracle(num_layers=1, num_single_layers=1))
+    with pytest.raises(KeyError), torch.no_grad():
+        smaller([with_adapters(random_span([(2, 3)]), (adapters[0], 1.0))])
+    assert not any(linear.adaptations or linear.is_adapted for linear in smaller.linears.values())
 
 
 def test_the_end_of_one_threads_step_leaves_anothers_adapters(adapters: list[Adapter]):

@@ -64,15 +64,17 @@ def adapted(linears: Mapping[str, Linear], lengths: Lengths, adapters: Sequence[
         yield
         return
     thread, found = threading.get_ident(), _adaptations(lengths, adapters)
-    of_step = {name: linear for name, linear in linears.items() if stream_of(name) in lengths}
+    of_step = dict.fromkeys(name for name in linears if stream_of(name) in lengths)
+    # An adapter of another model fails here, before anything is attached.
+    layers = [(linears[name], found.get(name, ())) for name in of_step | found]
     with _ATTACHING:
-        for name, linear in of_step.items():
-            linear.adapt(thread, found.get(name, ()))
+        for linear, additions in layers:
+            linear.adapt(thread, additions)
     try:
         yield
     finally:
         with _ATTACHING:
-            for linear in of_step.values():
+            for linear, _ in layers:
                 linear.restore(thread)
 
 
