@@ -25,6 +25,7 @@ from klein_core.quantization.float8 import Float8Weight
 from klein_core.quantization.int8 import Int8Weight
 from klein_core.quantization.layers import place
 from klein_core.quantization.stored_weight import StoredWeight, share_buffer
+from klein_core.quantization.swizzle import swizzled
 
 DTYPE = torch.bfloat16
 BYTES_BARS = {"fp8": 0.62, "fp8 at load": 0.62, "int8 at load": 0.62, "nvfp4": 0.45}
@@ -64,7 +65,7 @@ def _options() -> argparse.Namespace:
 
 def one_scale_float8(weight: Tensor) -> StoredWeight:
     """As the authors' fp8 files, but for the static scale of the inputs."""
-    scale = weight.float().abs().amax() / float8.LARGEST
+    scale = weight.float().abs().amax().view(1) / float8.LARGEST
     return Float8Weight(float8.float8(weight.float(), scale), scale, dtype=weight.dtype)
 
 
@@ -72,7 +73,8 @@ def nvfp4(weight: Tensor) -> StoredWeight:
     """As the authors' NVFP4 files, but for the static scale of the inputs."""
     exact = weight.float()
     scale = exact.abs().amax().view(1, 1) / (float8.LARGEST * e2m1.LARGEST)
-    return Float4Weight(*quantised_inputs(exact, scale), scale, dtype=weight.dtype)
+    packed, block_scales = quantised_inputs(exact, scale)
+    return Float4Weight(packed, swizzled(block_scales), scale, dtype=weight.dtype)
 
 
 QUANTISERS: Mapping[str, Callable[[Tensor], StoredWeight]] = {
