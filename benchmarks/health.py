@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import json
 import os
+import shutil
 import socket
 import statistics
 import subprocess
@@ -34,6 +35,7 @@ from klein_api.v1 import denoiser_service_pb2 as api
 from klein_api.v1.denoiser_service_pb2_grpc import DenoiserServiceStub
 from klein_core.denoiser.checkpoint import checkpoint_names
 from klein_core.denoiser.transformer import FlowTransformer
+from klein_core.pico.location import WEIGHTS
 from klein_core.variants import TransformerConfig
 from services.runtime.tensors import tensor_frames
 
@@ -60,7 +62,7 @@ def save_model(folder: Path) -> None:
     target.mkdir()
     save_file(tensors, target / "diffusion_pytorch_model.safetensors")
     (target / "config.json").write_text(json.dumps(asdict(CONFIG)))
-    (folder / "model_index.json").write_text(json.dumps({"is_distilled": True}))
+    shutil.copy(WEIGHTS / "model_index.json", folder)
 
 
 @contextmanager
