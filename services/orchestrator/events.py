@@ -64,6 +64,8 @@ class EventQueue:
         self._closed = False
         self.was_used = False
         """Whether the caller has been told anything."""
+        self.abandoned = False
+        """Whether the reader is gone. `asyncio.Task.cancelling` does not say: a task group may leave it raised."""
 
     async def put(self, event: Event) -> None:
         """Takes an event, once there is room for it."""

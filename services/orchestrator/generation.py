@@ -86,8 +86,9 @@ class Generation:
                     yield event
                 await task
             finally:
+                queue.abandoned = True
                 task.cancel()
-                # What it fails with now, nobody is there to hear.
+                # The client is gone; ignore how the cancelled task ends.
                 await asyncio.gather(task, return_exceptions=True)
 
     async def _run(
@@ -118,6 +119,10 @@ class Generation:
         try:
             return await Flow(request, calls, self.cache, queue.put, options).run()
         except ExceptionGroup as group:
+            if queue.abandoned:
+                # Stage calls that our own cancellation ended may fail first, and a task group then raises their
+                # errors in place of the cancellation. A second attempt would never be read.
+                raise asyncio.CancelledError from None
             raise _first(group) from None
 
 

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,13 @@ NOISE = {
 """What repositories hold beside what this suite needs."""
 CHUNK = 10 * 2**20
 """Bytes that huggingface_hub gathers before it writes them: only whole chunks outlive an interruption."""
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.01)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -189,6 +197,8 @@ def test_interrupted_it_leaves_nothing_that_looks_whole_and_goes_on_where_it_sto
     process = start(NAME)
     assert hub.stalled.wait(30)
     part = models / f".{NAME}.partial/.klein-pull" / f"{hashlib.sha256(large).hexdigest()}.part"
+    # The server has sent the chunk; the client may still be writing it.
+    wait_until(lambda: part.exists() and part.stat().st_size == CHUNK)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130
