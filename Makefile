@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup  ## Start the four services and make three pictures into out/.
-	@$(BIN)/python -m services.cli.demo
+	@$(BIN)/python -m klein_services.cli.demo
 
 test: setup  ## Run the whole test suite.
 	@$(BIN)/python -m pytest

@@ -102,7 +102,7 @@ def _print_floor(run: Run, options: argparse.Namespace) -> None:
     """Prints how much faster than `run` anything can be that computes the same products with the same libraries."""
     with torch.no_grad():
         sides = {"whole": run, "floor": products_alone(run)}
-        timed = {side: _synchronised(each, options.device) for side, each in sides.items()}
+        timed = {side: _synchronized(each, options.device) for side, each in sides.items()}
         seconds = alternate(timed, options.repeats)
     ratio = paired_ratio(seconds["whole"], seconds["floor"])
     print(f"  products and attention alone {min(seconds['floor']):.4f} s: at most {ratio:.2f}×", flush=True)
@@ -131,7 +131,7 @@ PARTS: dict[str, Callable[[argparse.Namespace, str], list[Bar]]] = {
 def _speed_up_bar(name: str, runs: dict[str, Run], bar: float, options: argparse.Namespace) -> Bar:
     with torch.no_grad():
         _require_equal(name, runs)
-        timed = {side: _synchronised(run, options.device) for side, run in runs.items()}
+        timed = {side: _synchronized(run, options.device) for side, run in runs.items()}
         seconds = alternate(timed, options.repeats)
     ratio = paired_ratio(seconds["diffusers"], seconds["ours"])
     best = {side: min(values) for side, values in seconds.items()}
@@ -147,16 +147,16 @@ def _require_equal(name: str, runs: dict[str, Run]) -> None:
         raise SystemExit(f"{name}: results differ by {error:.2g} of their norm; nothing was timed")
 
 
-def _synchronised(run: Run, device: str) -> Run:
+def _synchronized(run: Run, device: str) -> Run:
     if device == "cpu":
         return run
 
-    def synchronised() -> torch.Tensor:
+    def synchronized() -> torch.Tensor:
         result = run()
         torch.cuda.synchronize()
         return result
 
-    return synchronised
+    return synchronized
 
 
 def _memory_bar(options: argparse.Namespace, part: str) -> Bar:

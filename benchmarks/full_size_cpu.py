@@ -31,9 +31,9 @@ from PIL import Image
 from benchmarks.measure import Bar, command, describe_machine, finish
 from benchmarks.shapes import SHAPES
 from klein_api.v1 import image_service_pb2 as api
-from services.cli.client import connect, generate
-from services.cli.processes import PROCESSES
-from services.cli.suite import Suite, SuiteOptions
+from klein_services.cli.client import connect, generate
+from klein_services.cli.process import PROCESSES
+from klein_services.cli.suite import Suite, SuiteOptions
 
 PROMPT = "a lighthouse on a cliff at dusk"
 MEMORY_BAR_GIB = 24

@@ -33,11 +33,11 @@ from safetensors.torch import save_file
 from benchmarks.measure import Bar, command, describe_machine, finish
 from klein_api.v1 import denoiser_service_pb2 as api
 from klein_api.v1.denoiser_service_pb2_grpc import DenoiserServiceStub
-from klein_core.denoiser.checkpoint import checkpoint_names
+from klein_core.checkpoint.key_maps import checkpoint_names
 from klein_core.denoiser.transformer import FlowTransformer
-from klein_core.pico.location import WEIGHTS
+from klein_core.pico import WEIGHTS
 from klein_core.variants import TransformerConfig
-from services.runtime.tensors import tensor_frames
+from klein_services.runtime.tensors import tensor_frames
 
 BAR_MILLISECONDS = 50
 INTERVAL_SECONDS = 0.01
@@ -67,7 +67,7 @@ def save_model(folder: Path) -> None:
 
 @contextmanager
 def denoiser_process(folder: Path, port: int, threads: int) -> Iterator[subprocess.Popen[bytes]]:
-    """Runs `python -m services.denoiser` and stops it in the end."""
+    """Runs `python -m klein_services.denoiser` and stops it in the end."""
     environment = os.environ | {
         "KLEIN_MODEL_PATH": str(folder),
         "KLEIN_HOST": "127.0.0.1",
@@ -79,7 +79,7 @@ def denoiser_process(folder: Path, port: int, threads: int) -> Iterator[subproce
         "KLEIN_LOG_LEVEL": "warning",
         "KLEIN_DRAIN_DELAY_SECONDS": "0",
     }
-    process = subprocess.Popen([sys.executable, "-m", "services.denoiser"], env=environment)
+    process = subprocess.Popen([sys.executable, "-m", "klein_services.denoiser"], env=environment)
     try:
         yield process
     finally:

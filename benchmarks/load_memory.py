@@ -71,7 +71,7 @@ def _loader(part: str) -> Callable[[Path], nn.Module]:
     """Imports what a part needs, so that the imports count as held before."""
     from klein_core.denoiser.transformer import FlowTransformer
     from klein_core.text_encoder.encoder import TextEncoder
-    from klein_core.vae_decoder.stage import VaeDecoder
+    from klein_core.vae_decoder.decoder import VaeDecoder
 
     def text_encoder(folder: Path) -> nn.Module:
         return TextEncoder.from_folder(folder).model

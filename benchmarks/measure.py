@@ -49,7 +49,7 @@ def alternate(
 
 
 def paired_ratio(baseline: Sequence[float], candidate: Sequence[float]) -> float:
-    """Returns the median of the ratios of neighbouring runs: how many times as fast the candidate is."""
+    """Returns the median of the ratios of neighboring runs: how many times as fast the candidate is."""
     return statistics.median(b / c for b, c in zip(baseline, candidate, strict=True))
 
 

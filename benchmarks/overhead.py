@@ -30,10 +30,9 @@ from benchmarks.measure import Bar, command, describe_machine, finish
 from benchmarks.stub_stages import SIDE_PX, STUBS
 from klein_api.v1 import image_service_pb2 as api
 from klein_api.v1.image_service_pb2_grpc import ImageServiceStub
-from services.runtime.allocator import keep_large_blocks
-from services.runtime.channels import IMAGE_MESSAGE_BYTES
-from services.runtime.server import running_server
-from services.runtime.settings import load_settings
+from klein_services.runtime.channels import IMAGE_MESSAGE_BYTES
+from klein_services.runtime.server import keep_large_blocks, running_server
+from klein_services.runtime.settings import load_settings
 
 STUB_BAR_MS = 25.0
 MODEL_BAR_MS = 10.0
@@ -54,8 +53,8 @@ async def serve_stub(stage: str) -> None:
 
 async def serve_orchestrator(targets: Sequence[str]) -> None:
     """Serves the real orchestrator over the stubs until standard input ends; prints its address first."""
-    from services.orchestrator.application import Orchestrator
-    from services.orchestrator.settings import OrchestratorSettings
+    from klein_services.orchestrator.servicer import Orchestrator
+    from klein_services.orchestrator.settings import OrchestratorSettings
 
     keep_large_blocks()
     overrides = {
@@ -138,9 +137,9 @@ def model_overhead(rounds: int, model: str, side_px: int) -> Bar:
     """Measures a model through the suite and in this process, in turns and with equally many threads."""
     import torch
 
-    from klein_core.pico.location import WEIGHTS
+    from klein_core.pico import WEIGHTS
     from klein_core.pipeline import Pipeline
-    from services.cli.suite import Suite, SuiteOptions
+    from klein_services.cli.suite import Suite, SuiteOptions
 
     threads = max(1, (os.cpu_count() or 1) // 2)
     torch.set_num_threads(threads)

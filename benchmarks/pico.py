@@ -17,11 +17,11 @@ from pathlib import Path
 import psutil
 
 from klein_api.v1 import image_service_pb2 as api
-from services.cli.client import Generation, connect, generate
-from services.cli.errors import CliError
-from services.cli.local_model import PICO
-from services.cli.processes import STAGES
-from services.cli.suite import Suite, SuiteOptions
+from klein_services.cli.client import Generation, connect, generate
+from klein_services.cli.errors import CliError
+from klein_services.cli.model_store import PICO
+from klein_services.cli.process import STAGES
+from klein_services.cli.suite import Suite, SuiteOptions
 
 READY_SECONDS = 10.0
 PICTURE_SECONDS = 0.4

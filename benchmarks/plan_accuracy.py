@@ -22,14 +22,13 @@ from benchmarks.measure import Bar, command, describe_machine, finish
 from benchmarks.peak_memory import Peak, measured_peak
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.sides import Place, cut_text_encoder, encode_run, flow_transformer, random_module
-from klein_core.denoiser.span import Span
-from klein_core.emulation import is_emulated
-from klein_core.linear import Linear
+from klein_core.denoiser.packing import Span
+from klein_core.linear import Linear, needs_fp32_fallback
 from klein_core.memory import autoencoder, text_encoder, transformer
 from klein_core.memory.precision import PRECISIONS
-from klein_core.quantization.float8 import Float8Weight
-from klein_core.quantization.layers import place as place_weight
-from klein_core.quantization.stored_weight import share_buffer
+from klein_core.quantization.fp8 import Float8Weight
+from klein_core.quantization.quantized_weight import place as place_weight
+from klein_core.quantization.quantized_weight import share_buffer
 from klein_core.vae_decoder.autoencoder import Autoencoder
 from klein_core.variants import TransformerConfig, VaeConfig
 
@@ -144,7 +143,7 @@ def measured(case: Case, shape: Shape, device: str) -> Numbers:
 def estimate(case: Case, shape: Shape, device: str) -> tuple[int, int]:
     """Returns bytes of weights and of activations as `klein plan` counts them."""
     precision = PRECISIONS[case.precision]
-    emulated = is_emulated(torch.device(device), torch.bfloat16)
+    emulated = needs_fp32_fallback(torch.device(device), torch.bfloat16)
     if case.stage == "text-encoder":
         words = shape.text_encoder
         return (
@@ -183,7 +182,7 @@ def _build(case: Case, shape: Shape, place: Place) -> Run:
     if case.stage == "denoiser":
         network = flow_transformer(shape, place)
         if case.precision == "fp8":
-            _quantise(network)
+            _quantize(network)
         return lambda width, height: network(_spans(case, shape, place, width, height))
     vae = _vae(case, shape)
     module = random_module(lambda: Autoencoder(vae), place)
@@ -203,7 +202,7 @@ def _through(
     return module.encode(torch.randn(1, 3, height, width, **draw), tiled=case.tiled)  # type: ignore[operator,no-any-return]
 
 
-def _quantise(network: nn.Module) -> None:
+def _quantize(network: nn.Module) -> None:
     for name, layer in list(network.named_modules()):
         if isinstance(layer, Linear) and "transformer_blocks" in name:
             place_weight(network, f"{name}.weight", Float8Weight.of(layer.weight.detach()))

@@ -1,6 +1,6 @@
 """What each precision of the weights costs and saves: bytes, pictures and a step's time against bfloat16 in one run.
 
-Bytes and times are of a klein with random weights, quantised here as the published files are; `--device cuda
+Bytes and times are of a klein with random weights, quantized here as the published files are; `--device cuda
 --variant klein-4b` takes the real shape. Pictures are the embedded model's, which is small but trained.
 """
 
@@ -16,16 +16,19 @@ from benchmarks.measure import Bar, alternate, command, describe_machine, finish
 from benchmarks.shapes import SHAPES
 from benchmarks.sides import Place, Run, StepInputs, flow_transformer, step_run
 from klein_core.denoiser.transformer import FlowTransformer, is_block_product
-from klein_core.pico.location import WEIGHTS
+from klein_core.pico import WEIGHTS
 from klein_core.pipeline import Pipeline
-from klein_core.quantization import e2m1, float8
-from klein_core.quantization.devices import capability_of, multiplies_float4, multiplies_float8
-from klein_core.quantization.float4 import Float4Weight, quantised_inputs
-from klein_core.quantization.float8 import Float8Weight
-from klein_core.quantization.int8 import Int8Weight
-from klein_core.quantization.layers import place
-from klein_core.quantization.stored_weight import StoredWeight, share_buffer
-from klein_core.quantization.swizzle import swizzled
+from klein_core.quantization import fp8, nvfp4
+from klein_core.quantization.fp8 import Float8Weight, Int8Weight
+from klein_core.quantization.nvfp4 import Float4Weight, quantized_inputs, swizzled
+from klein_core.quantization.quantized_weight import (
+    QuantizedWeight,
+    capability_of,
+    multiplies_float4,
+    multiplies_float8,
+    place,
+    share_buffer,
+)
 
 DTYPE = torch.bfloat16
 BYTES_BARS = {"fp8": 0.62, "fp8 at load": 0.62, "int8 at load": 0.62, "nvfp4": 0.45}
@@ -63,35 +66,35 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def one_scale_float8(weight: Tensor) -> StoredWeight:
+def one_scale_float8(weight: Tensor) -> QuantizedWeight:
     """As the authors' fp8 files, but for the static scale of the inputs."""
-    scale = weight.float().abs().amax().view(1) / float8.LARGEST
-    return Float8Weight(float8.float8(weight.float(), scale), scale, dtype=weight.dtype)
+    scale = weight.float().abs().amax().view(1) / fp8.LARGEST
+    return Float8Weight(fp8.float8(weight.float(), scale), scale, dtype=weight.dtype)
 
 
-def nvfp4(weight: Tensor) -> StoredWeight:
+def two_scale_nvfp4(weight: Tensor) -> QuantizedWeight:
     """As the authors' NVFP4 files, but for the static scale of the inputs."""
     exact = weight.float()
-    scale = exact.abs().amax().view(1, 1) / (float8.LARGEST * e2m1.LARGEST)
-    packed, block_scales = quantised_inputs(exact, scale)
+    scale = exact.abs().amax().view(1, 1) / (fp8.LARGEST * nvfp4.LARGEST)
+    packed, block_scales = quantized_inputs(exact, scale)
     return Float4Weight(packed, swizzled(block_scales), scale, dtype=weight.dtype)
 
 
-QUANTISERS: Mapping[str, Callable[[Tensor], StoredWeight]] = {
+QUANTIZERS: Mapping[str, Callable[[Tensor], QuantizedWeight]] = {
     "fp8": one_scale_float8,
     "fp8 at load": Float8Weight.of,
     "int8 at load": Int8Weight.of,
-    "nvfp4": nvfp4,
+    "nvfp4": two_scale_nvfp4,
 }
 
 
-def quantised(plain: FlowTransformer, quantise: Callable[[Tensor], StoredWeight]) -> FlowTransformer:
-    """Returns a network that shares what stays as it is and has the blocks' matrices quantised."""
+def quantized(plain: FlowTransformer, quantize: Callable[[Tensor], QuantizedWeight]) -> FlowTransformer:
+    """Returns a network that shares what stays as it is and has the blocks' matrices quantized."""
     with torch.device("meta"):
         made = FlowTransformer(plain.config)
     weights = plain.state_dict()
     for name in [name for name in weights if is_block_product(name)]:
-        place(made, name, quantise(weights.pop(name)))
+        place(made, name, quantize(weights.pop(name)))
     made.load_state_dict(weights, strict=False, assign=True)
     share_buffer(made)
     return made.eval().requires_grad_(False)
@@ -104,11 +107,11 @@ def byte_count(module: nn.Module) -> int:
 def _bytes_and_times(options: argparse.Namespace) -> list[Bar]:
     shape, where = SHAPES[options.variant], Place(options.device, DTYPE)
     plain = flow_transformer(shape, where)
-    networks = {"bf16": plain} | {name: quantised(plain, make) for name, make in QUANTISERS.items()}
+    networks = {"bf16": plain} | {name: quantized(plain, make) for name, make in QUANTIZERS.items()}
     inputs = StepInputs.draw(shape, where, options.size, 0)
     runs: dict[str, Run] = {name: step_run(network, inputs) for name, network in networks.items()}
     seconds = alternate(
-        {name: _synchronised(run, options.device) for name, run in runs.items()}, options.repeats
+        {name: _synchronized(run, options.device) for name, run in runs.items()}, options.repeats
     )
     bars, bf16_bytes = [], byte_count(plain)
     print(f"\n{options.variant} on {options.device}, one step of one {options.size}² image\n")
@@ -122,14 +125,14 @@ def _bytes_and_times(options: argparse.Namespace) -> list[Bar]:
     return bars
 
 
-def _synchronised(run: Run, device: str) -> Run:
-    def synchronised() -> Tensor:
+def _synchronized(run: Run, device: str) -> Run:
+    def synchronized() -> Tensor:
         result = run()
         if device.startswith("cuda"):
             torch.cuda.synchronize()
         return result
 
-    return synchronised
+    return synchronized
 
 
 def _pictures(device: str) -> list[Bar]:
@@ -138,8 +141,8 @@ def _pictures(device: str) -> list[Bar]:
     bars = []
     print(f"\npico, {len(PROMPTS)} pictures of {PICTURE_SIDE_PX}² against bf16's\n")
     print("| denoiser's weights | least PSNR, dB | mean PSNR, dB |\n|---|---|---|")
-    for name, make in QUANTISERS.items():
-        network = quantised(plain.transformer, make)
+    for name, make in QUANTIZERS.items():
+        network = quantized(plain.transformer, make)
         painted = _paint(Pipeline(plain.text_encoder, network, plain.vae_decoder, plain.is_distilled))
         values = [_psnr_db(one, other) for one, other in zip(painted, expected, strict=True)]
         print(f"| {name} | {min(values):.1f} | {sum(values) / len(values):.1f} |")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.shapes import Shape
-from klein_core.pico.location import WEIGHTS
+from klein_core.pico import WEIGHTS
 
 _WRITTEN_AT_ONCE = 1 << 24
 """Values that are drawn, and held, at a time."""

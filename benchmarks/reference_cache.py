@@ -18,9 +18,9 @@ from torch import Tensor
 from benchmarks.measure import Bar, alternate, command, describe_machine, finish, paired_ratio
 from benchmarks.shapes import SHAPES
 from benchmarks.sides import Place, StepInputs, flow_transformer
+from klein_core.denoiser.packing import Span
 from klein_core.denoiser.reference_cache import ReferenceCache, bytes_per_token
 from klein_core.denoiser.sampler import Trajectory, packed_step
-from klein_core.denoiser.span import Span
 from klein_core.denoiser.transformer import FlowTransformer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -131,7 +131,7 @@ class Comparison:
             raise SystemExit("a cached step is not what it should be; nothing was timed")
 
     def _timed(self, runs: dict[str, Callable[[], Tensor]], repeats: int) -> dict[str, list[float]]:
-        def synchronised(run: Callable[[], Tensor]) -> Callable[[], None]:
+        def synchronized(run: Callable[[], Tensor]) -> Callable[[], None]:
             def timed() -> None:
                 run()
                 if self.device != "cpu":
@@ -139,7 +139,7 @@ class Comparison:
 
             return timed
 
-        return alternate({name: synchronised(run) for name, run in runs.items()}, repeats)
+        return alternate({name: synchronized(run) for name, run in runs.items()}, repeats)
 
 
 def _bar(name: str, seconds: dict[str, list[float]], baseline: str, candidate: str, limit: float) -> Bar:

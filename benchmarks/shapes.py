@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from klein_core.known_variants import KNOWN_VARIANTS, KnownVariant
+from klein_core.model_registry import PUBLISHED_MODELS, PublishedModel
 from klein_core.variants import TextEncoderConfig, TransformerConfig, VaeConfig
 
 
@@ -38,7 +38,7 @@ def qwen3(
     }
 
 
-def _published(row: KnownVariant) -> Shape:
+def _published(row: PublishedModel) -> Shape:
     return Shape(row.transformer, row.text_encoder, row.vae)
 
 
@@ -51,5 +51,5 @@ SHAPES = {
         TextEncoderConfig(qwen3(640, 2432, 8, 2, 37984)),
         VaeConfig(block_out_channels=(64, 128, 256, 256)),
     ),
-    **{name: _published(KNOWN_VARIANTS[name]) for name in ("klein-4b", "klein-9b")},
+    **{name: _published(PUBLISHED_MODELS[name]) for name in ("klein-4b", "klein-9b")},
 }

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.shapes import Shape
-from klein_core.denoiser.checkpoint import checkpoint_names
-from klein_core.denoiser.span import Span
+from klein_core.checkpoint.key_maps import checkpoint_names
+from klein_core.denoiser.packing import Span
 from klein_core.denoiser.transformer import FlowTransformer
 from klein_core.text_encoder.encoder import build_cut_qwen3, tapped_embedding
 from klein_core.vae_decoder.autoencoder import Autoencoder
@@ -162,7 +162,7 @@ def _prompt(shape: Shape, place: Place) -> tuple[Tensor, Tensor]:
 
 
 def decode_runs(shape: Shape, place: Place, size: int) -> dict[str, Run]:
-    """One image from its packed, normalised latents, by both."""
+    """One image from its packed, normalized latents, by both."""
     oracle = random_module(lambda: AutoencoderKLFlux2(**asdict(shape.vae)), place)
     with torch.device("meta"):
         ours = Autoencoder(shape.vae)
@@ -174,7 +174,7 @@ def decode_runs(shape: Shape, place: Place, size: int) -> dict[str, Run]:
 
 
 def _oracle_decode(oracle: nn.Module, latents: Tensor, shape: Shape) -> Tensor:
-    """Undoes normalisation and patches as diffusers' pipeline does, then decodes."""
+    """Undoes normalization and patches as diffusers' pipeline does, then decodes."""
     mean = oracle.bn.running_mean.view(1, -1, 1, 1)
     variance = oracle.bn.running_var.view(1, -1, 1, 1)
     packed = latents * torch.sqrt(variance + shape.vae.batch_norm_eps) + mean

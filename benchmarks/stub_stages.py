@@ -20,9 +20,14 @@ from klein_api.v1 import text_encoder_service_pb2 as text_pb2
 from klein_api.v1 import vae_decoder_service_pb2 as vae_pb2
 from klein_api.v1.image_pb2 import IMAGE_FORMAT_PNG
 from klein_api.v1.tensor_pb2 import DATA_TYPE_BF16
-from services.runtime.application import Application
-from services.runtime.frames import MAX_FRAME_BYTES, FrameEnvelope, FrameReader, TensorSpec, serialised_frames
-from services.runtime.stages import StageServicer
+from klein_services.runtime.frames import (
+    MAX_FRAME_BYTES,
+    FrameEnvelope,
+    FrameReader,
+    TensorSpec,
+    serialized_frames,
+)
+from klein_services.runtime.stage import Application, DescribeStageServicer
 
 EMBEDDING = TensorSpec(DATA_TYPE_BF16, (512, 7680))
 LATENTS = TensorSpec(DATA_TYPE_BF16, (64, 64, 128))
@@ -40,7 +45,7 @@ class StubStage(Application):
 
     def __init__(self) -> None:
         self.service_names = (f"klein_api.v1.{self.service}",)
-        self._description = StageServicer(stage=self.name, model="stub", load=stage_pb2.StageLoad)
+        self._description = DescribeStageServicer(stage=self.name, model="stub", load=stage_pb2.StageLoad)
 
     def register(self, server: grpc.aio.Server) -> None:
         self._description.register(server)
@@ -80,7 +85,7 @@ class StubTextEncoder(StubStage, text_encoder_service_pb2_grpc.TextEncoderServic
 
     async def EncodePrompt(self, request: Any, context: Any) -> AsyncIterator[Any]:
         yield text_pb2.EncodePromptResponse(summary=text_pb2.PromptSummary(token_count=20))
-        for message in serialised_frames(memoryview(self._data), EMBEDDING, _PROMPT_FRAME):
+        for message in serialized_frames(memoryview(self._data), EMBEDDING, _PROMPT_FRAME):
             yield message
 
 
@@ -106,7 +111,7 @@ class StubDenoiser(StubStage, denoiser_service_pb2_grpc.DenoiserServiceServicer)
             yield denoiser_pb2.DenoiseLatentsResponse(
                 step=denoiser_pb2.DenoiseStep(step=step, step_count=STEPS)
             )
-        for message in serialised_frames(memoryview(self._data), LATENTS, _LATENTS_FRAME):
+        for message in serialized_frames(memoryview(self._data), LATENTS, _LATENTS_FRAME):
             yield message
         yield denoiser_pb2.DenoiseLatentsResponse(summary=denoiser_pb2.DenoiseSummary(step_count=STEPS))
 

@@ -3,7 +3,7 @@
     python -m benchmarks.transport [--check] [--mebibytes 8] [--rounds 25]
 
 Three processes on this machine: this one receives; a source sends the tensor, over a plain socket and as a
-text-encoder would over gRPC; a relay passes serialised frames on as the orchestrator does. Each path is
+text-encoder would over gRPC; a relay passes serialized frames on as the orchestrator does. Each path is
 timed from the request until the receiver has all bytes, in frames, and for gRPC until their digest is checked
 as well; copying the frames into a tensor, wherever that is wanted, is not part of any path.
 The paths alternate, so that a busy moment hits all of them. With `--check` the exit code is 1 unless the
@@ -30,13 +30,12 @@ import grpc
 
 from klein_api.v1 import tensor_pb2, text_encoder_service_pb2_grpc
 from klein_api.v1 import text_encoder_service_pb2 as pb
-from services.orchestrator.relay import TensorRelay
-from services.runtime.allocator import keep_large_blocks
-from services.runtime.application import Application
-from services.runtime.channels import open_channel
-from services.runtime.frames import FrameEnvelope, FrameReader, TensorSpec, serialised_frames
-from services.runtime.server import running_server
-from services.runtime.wire_frames import frame_deserializer
+from klein_services.orchestrator.relay import FrameQueue
+from klein_services.runtime.channels import open_channel
+from klein_services.runtime.frames import FrameEnvelope, FrameReader, TensorSpec, serialized_frames
+from klein_services.runtime.protowire import frame_deserializer
+from klein_services.runtime.server import keep_large_blocks, running_server
+from klein_services.runtime.stage import Application
 
 ONE_HOP_BAR = 2.5
 """One hop over a raw socket, at most."""
@@ -62,7 +61,7 @@ class Source(Application, text_encoder_service_pb2_grpc.TextEncoderServiceServic
         text_encoder_service_pb2_grpc.add_TextEncoderServiceServicer_to_server(self, server)
 
     async def EncodePrompt(self, request: Any, context: Any) -> AsyncIterator[bytes]:
-        for message in serialised_frames(memoryview(self._data), self._spec, ENVELOPE):
+        for message in serialized_frames(memoryview(self._data), self._spec, ENVELOPE):
             yield message
 
     def serve_socket(self, port: int) -> None:
@@ -75,7 +74,7 @@ class Source(Application, text_encoder_service_pb2_grpc.TextEncoderServiceServic
 
 
 class Relay(Application):
-    """Passes serialised messages of a source on, as they come."""
+    """Passes serialized messages of a source on, as they come."""
 
     name = "orchestrator"
     service_names = ("klein_api.v1.TextEncoderService",)
@@ -95,13 +94,13 @@ class Relay(Application):
         await self._channel.close()
 
     async def _relay(self, request: bytes, context: Any) -> AsyncIterator[bytes]:
-        relay = TensorRelay()
+        relay = FrameQueue()
         reading = asyncio.create_task(self._read(request, relay))
         async for message in relay.frames():
             yield message
         await reading
 
-    async def _read(self, request: bytes, relay: TensorRelay) -> None:
+    async def _read(self, request: bytes, relay: FrameQueue) -> None:
         async for message in self._channel.unary_stream(METHOD)(request):
             await relay.put(message)
         await relay.finish()
@@ -144,8 +143,8 @@ def raw_path(port: int, byte_count: int) -> Callable[[], Awaitable[None]]:
 
 def hop_path(address: str, byte_count: int) -> Callable[[], Awaitable[None]]:
     """Returns a coroutine function that fetches and checks the tensor over gRPC."""
-    deserialise = frame_deserializer(pb.EncodePromptResponse)
-    call = open_channel(address).unary_stream(METHOD, response_deserializer=deserialise)
+    deserialize = frame_deserializer(pb.EncodePromptResponse)
+    call = open_channel(address).unary_stream(METHOD, response_deserializer=deserialize)
 
     async def fetch() -> None:
         reader = FrameReader("tensor", limit_bytes=byte_count)

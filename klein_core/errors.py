@@ -51,7 +51,7 @@ class DeviceFault(KleinError):
     """The device failed in a way that later work would inherit."""
 
 
-def refuse(place: Path, problems: Iterable[tuple[str, Iterable[str]]]) -> None:
+def raise_if_problems(place: Path, problems: Iterable[tuple[str, Iterable[str]]]) -> None:
     """Raises CheckpointError with every non-empty list of names; each comes with what is wrong with them."""
     found = [f"{what} {listed(names)}" for what, names in problems if names]
     if found:

@@ -11,7 +11,7 @@ from klein_core.errors import Violation
 IMAGE_FORMATS = ("png", "jpeg", "webp", "raw")
 LOSSY_FORMATS = ("jpeg", "webp")
 SIDE_LIMITS_PX: Mapping[str, int] = MappingProxyType({"jpeg": 65_500, "webp": 16_383})
-"""Largest width and height that encoders write, by format. Sources: libjpeg's JPEG_MAX_DIMENSION, libwebp's
+"""Largest width and height that encoders write, by format. KeyMap: libjpeg's JPEG_MAX_DIMENSION, libwebp's
 WEBP_MAX_DIMENSION. Formats that are not here end far above any image of a model."""
 METADATA_BYTE_LIMIT = 60_000
 """A JPEG's EXIF block ends at 64 KiB; the other formats keep to the same."""

@@ -9,19 +9,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from klein_core.checkpoint.model_files import ModelFiles
-from klein_core.checkpoint_config import read_variant
+from klein_core.checkpoint.config import read_variant
+from klein_core.checkpoint.files import ModelFiles
 from klein_core.denoiser.adapters.adapter import Adapter, ScaledAdapter
-from klein_core.denoiser.adapters.layers import named_layers
+from klein_core.denoiser.adapters.key_mapping import layer_targets
 from klein_core.denoiser.adapters.reader import read_adapter
 from klein_core.denoiser.sampler import Trajectory, packed_step
 from klein_core.denoiser.transformer import FlowTransformer
 from klein_core.errors import InvalidInput, Violation
 from klein_core.params import DEFAULT_LIMITS, AdapterChoice, GenerationParams, Limits
-from klein_core.quantization.choices import NO_QUANTIZATION
+from klein_core.quantization.constants import NO_QUANTIZATION
 from klein_core.text_encoder.encoder import TextEncoder
-from klein_core.vae_decoder.image import check_encoding, encode_image
-from klein_core.vae_decoder.stage import EncodedReference, VaeDecoder
+from klein_core.vae_decoder.decoder import EncodedReference, VaeDecoder
+from klein_core.vae_decoder.image_io import check_encoding, encode_image
 from klein_core.vae_decoder.tiling import AUTOMATIC_TILING, TilingPolicy
 
 DEFAULT_SIDE_PX = 1024
@@ -80,7 +80,7 @@ class Pipeline:
             CheckpointError: the adapter cannot be applied to this model; all reasons are named.
         """
         transformer = self.transformer
-        layers = named_layers(transformer)
+        layers = layer_targets(transformer)
         return read_adapter(path, layers, device=transformer.device, dtype=transformer.dtype)
 
     def generate(

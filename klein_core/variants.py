@@ -1,6 +1,6 @@
 """Shapes and sampling defaults of klein models, read from a checkpoint's own configuration files.
 
-Torch-free: the command line and tests read these without the model. Sources of the values are the
+Torch-free: the command line and tests read these without the model. KeyMap of the values are the
 published `config.json` files; every default here is klein's, so a checkpoint need not repeat it.
 """
 

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from klein_core.checkpoint.files import Checkpoint
-from klein_core.checkpoint.sources import Piece
+from klein_core.checkpoint.header import FileState, StoredTensor, open_regular
+from klein_core.checkpoint.key_mapping import TensorSlice
 from klein_core.errors import CheckpointError
-from klein_core.file_state import FileState
-from klein_core.safetensors_header import StoredTensor, open_regular
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -83,13 +82,13 @@ class Reader:
         entry = self.checkpoint.entry(name)
         if entry.dtype not in DTYPES:
             raise CheckpointError(f"{self.checkpoint.place}: {name} is {entry.dtype}, which cannot be read")
-        rows = Piece(name, start, stop).row_range(entry.shape[0]) if entry.shape else range(0)
+        rows = TensorSlice(name, start, stop).row_range(entry.shape[0]) if entry.shape else range(0)
         shape = (len(rows), *entry.shape[1:]) if entry.shape else ()
         target = torch.empty(shape, dtype=DTYPES[entry.dtype], device=self.device)
-        self.copy(Piece(name, start, stop), target)
+        self.copy(TensorSlice(name, start, stop), target)
         return target
 
-    def copy(self, piece: Piece, target: Tensor) -> None:
+    def copy(self, piece: TensorSlice, target: Tensor) -> None:
         """Copies a piece's values into a contiguous tensor with as many of them, converted to its dtype."""
         entry = self.checkpoint.entry(piece.name)
         first, count = _elements(entry, piece)
@@ -134,7 +133,7 @@ class Reader:
         return self._staging
 
 
-def _elements(entry: StoredTensor, piece: Piece) -> tuple[int, int]:
+def _elements(entry: StoredTensor, piece: TensorSlice) -> tuple[int, int]:
     """Returns where a piece begins among its tensor's elements, and how many it has."""
     if not entry.shape:
         return 0, 1

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from klein_core.denoiser.conditioning import Modulation
+from klein_core.denoiser.modulation import Modulation
 from klein_core.denoiser.packing import Packing
-from klein_core.denoiser.positions import rotate
 from klein_core.denoiser.reference_cache import CachedLayer
-from klein_core.denoiser.scratch import Scratch
+from klein_core.denoiser.rope import rotate
+from klein_core.denoiser.workspace import Workspace
 from klein_core.linear import Linear
 from klein_core.variants import TransformerConfig
 
@@ -30,7 +30,7 @@ class Step(NamedTuple):
     packing: Packing
     rotations: Tensor
     """(1 or batch, joint tokens, head_dim / 2, 2)."""
-    scratch: Scratch
+    scratch: Workspace
     cached: CachedLayer | None = None
     record: Tensor | None = None
     """(key or value, tokens, heads, head_dim): where this layer's keys and values go; only without a batch."""
@@ -53,14 +53,14 @@ class Targets(NamedTuple):
     modulation: Modulation
 
 
-def swiglu(gate_and_value: Tensor, scratch: Scratch, out: Tensor | None = None) -> Tensor:
+def swiglu(gate_and_value: Tensor, scratch: Workspace, out: Tensor | None = None) -> Tensor:
     """Returns silu(first half) · second half of the last axis, in `out` if that is given."""
     gate, value = gate_and_value.chunk(2, dim=-1)
     gate = F.silu(gate, inplace=scratch.may_overwrite)
     return torch.mul(gate, value, out=scratch.over(gate) if out is None else out)
 
 
-def clipped(tokens: Tensor, scratch: Scratch) -> Tensor:
+def clipped(tokens: Tensor, scratch: Workspace) -> Tensor:
     """Returns float16 tokens without infinities, which the next norm would turn to NaN; others as they are.
 
     Where diffusers' `Flux2TransformerBlock` and `Flux2SingleTransformerBlock` do the same: on what leaves a block,
@@ -71,7 +71,7 @@ def clipped(tokens: Tensor, scratch: Scratch) -> Tensor:
     return torch.clamp(tokens, -LARGEST_HALF, LARGEST_HALF, out=scratch.over(tokens))
 
 
-def normalised_heads(heads: Tensor, weight: Tensor, eps: float, scratch: Scratch) -> Tensor:
+def normalized_heads(heads: Tensor, weight: Tensor, eps: float, scratch: Workspace) -> Tensor:
     """Root-mean-square norm over head_dim, in fp32.
 
     Args:
@@ -86,7 +86,7 @@ def normalised_heads(heads: Tensor, weight: Tensor, eps: float, scratch: Scratch
 
 
 class HeadNorm(nn.Module):
-    """The learned scale of a query or key norm; applied by `normalised_heads`."""
+    """The learned scale of a query or key norm; applied by `normalized_heads`."""
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class FeedForward(nn.Module):
         self.linear_in = Linear(hidden_size, 2 * inner_size)
         self.linear_out = Linear(inner_size, hidden_size)
 
-    def forward(self, tokens: Tensor, scratch: Scratch) -> Tensor:
+    def forward(self, tokens: Tensor, scratch: Workspace) -> Tensor:
         buffer = scratch.take("projection", tokens, self.linear_in.out_features)
         return self.linear_out(swiglu(self.linear_in(tokens, buffer), scratch))
 
@@ -137,8 +137,8 @@ class JointAttention(nn.Module):
             stacked(self.norm_q, self.norm_k),
         )
         query_key = step.packing.join(
-            normalised_heads(text_qkv[:, :, :2], text_weight, self.eps, step.scratch),
-            normalised_heads(image_qkv[:, :, :2], image_weight, self.eps, step.scratch),
+            normalized_heads(text_qkv[:, :, :2], text_weight, self.eps, step.scratch),
+            normalized_heads(image_qkv[:, :, :2], image_weight, self.eps, step.scratch),
         )
         query, key = rotate(query_key, step.rotations, step.scratch).to(image.dtype).unbind(2)
         value = step.packing.join(text_qkv[:, :, 2], image_qkv[:, :, 2])
@@ -197,7 +197,7 @@ class ParallelAttention(nn.Module):
         qkv, feed_forward = torch.split(self.to_qkv_mlp_proj(tokens, buffer), self.widths, dim=-1)
         qkv = torch.unflatten(qkv, -1, (3, -1, self.head_dim))
         weight = stacked(self.norm_q, self.norm_k)
-        query_key = normalised_heads(qkv[:, :, :2], weight, self.eps, step.scratch)
+        query_key = normalized_heads(qkv[:, :, :2], weight, self.eps, step.scratch)
         query, key = rotate(query_key, step.rotations, step.scratch).to(tokens.dtype).unbind(2)
         return self.merge(query, key, qkv[:, :, 2], feed_forward, step)
 
@@ -209,8 +209,8 @@ class ParallelAttention(nn.Module):
         key_value = projection.rows(tokens, queries_end, attention_end)
         key, value = torch.unflatten(key_value, -1, (2, -1, self.head_dim)).unbind(2)
         feed_forward = projection.rows(targets, attention_end, end)
-        query = normalised_heads(query, self.norm_q.weight, self.eps, step.scratch)
-        key = normalised_heads(key, self.norm_k.weight, self.eps, step.scratch)
+        query = normalized_heads(query, self.norm_q.weight, self.eps, step.scratch)
+        key = normalized_heads(key, self.norm_k.weight, self.eps, step.scratch)
         query = rotate(query, target_rotations, step.scratch).to(tokens.dtype)
         key = rotate(key, step.rotations, step.scratch).to(tokens.dtype)
         return self.merge(query, key, value, feed_forward, step)

@@ -1,7 +1,7 @@
 """Weights of blocks in the machine's memory, brought to the device one block ahead of their use.
 
 The device holds two blocks, whatever the network's depth. While one computes, the next one is copied into the
-place that the one before left. Values are copied as they are, quantised ones too, so results are the same bits.
+place that the one before left. Values are copied as they are, quantized ones too, so results are the same bits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ALIGNMENT = 256
 """Bytes; what CUDA's own allocations keep to, so that the same kernels are chosen."""
 
 
-class Lane(Protocol):
+class CopyStream(Protocol):
     """Copies blocks to the device beside the computation, and keeps the two from overtaking each other."""
 
     def fill(self, place: int, room: Tensor, block: Tensor) -> None:
@@ -34,7 +34,7 @@ class Lane(Protocol):
         """Marks the point in the computation from which on the place may be filled anew."""
 
 
-class CudaLane:
+class CudaCopyStream:
     """A CUDA stream of its own; the processor never waits."""
 
     def __init__(self, device: torch.device) -> None:
@@ -57,7 +57,7 @@ class CudaLane:
         self._used[place].record(torch.cuda.current_stream(self._device))
 
 
-class PlainLane:
+class SyncCopyStream:
     """Copies at once, where nothing runs beside the processor."""
 
     def fill(self, place: int, room: Tensor, block: Tensor) -> None:
@@ -71,7 +71,7 @@ class PlainLane:
 
 
 def offload_blocks(
-    transformer: FlowTransformer, device: torch.device | str, lane: Lane | None = None
+    transformer: FlowTransformer, device: torch.device | str, lane: CopyStream | None = None
 ) -> None:
     """Leaves the blocks' weights in the machine's memory, from where each step streams them to `device`.
 
@@ -83,11 +83,11 @@ def offload_blocks(
     device = torch.device(device)
     is_cuda = device.type == "cuda"
     blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-    parked = [ParkedBlock.of(block, is_pinned=is_cuda) for block in blocks]
+    parked = [PinnedBlock.of(block, is_pinned=is_cuda) for block in blocks]
     for child in transformer.children():
         if child not in (transformer.transformer_blocks, transformer.single_transformer_blocks):
             child.to(device)
-    lane = lane or (CudaLane(device) if is_cuda else PlainLane())
+    lane = lane or (CudaCopyStream(device) if is_cuda else SyncCopyStream())
     BlockStream(parked, device, lane).attach(blocks)
 
 
@@ -115,7 +115,7 @@ class Slice:
 
 
 @dataclass(frozen=True)
-class ParkedBlock:
+class PinnedBlock:
     """A block's tensors side by side in the machine's memory."""
 
     slices: tuple[Slice, ...]
@@ -123,7 +123,7 @@ class ParkedBlock:
     """Bytes; pinned where a device copies from it."""
 
     @classmethod
-    def of(cls, block: nn.Module, *, is_pinned: bool) -> ParkedBlock:
+    def of(cls, block: nn.Module, *, is_pinned: bool) -> PinnedBlock:
         """Moves a block's parameters and buffers into one piece of memory."""
         slices, start = [], 0
         for table, name, tensor in _tensors(block):
@@ -147,7 +147,7 @@ class BlockStream:
         lane: makes the copies.
     """
 
-    def __init__(self, parked: Sequence[ParkedBlock], device: torch.device, lane: Lane) -> None:
+    def __init__(self, parked: Sequence[PinnedBlock], device: torch.device, lane: CopyStream) -> None:
         largest = max(block.memory.numel() for block in parked)
         self._rooms = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(PLACES)]
         self._parked = tuple(parked)

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from klein_core.checkpoint.layouts import TRANSFORMER, find_layout
-from klein_core.checkpoint.model_files import ModelFiles
-from klein_core.checkpoint.transformer import transformer_sources
-from klein_core.checkpoint_config import read_transformer_config
-from klein_core.denoiser.adapters.steps import Adapters, Stream, adapted
+from klein_core.checkpoint.config import read_transformer_config
+from klein_core.checkpoint.files import ModelFiles
+from klein_core.checkpoint.key_mapping import TRANSFORMER, find_layout
+from klein_core.checkpoint.key_maps import transformer_key_map
+from klein_core.checkpoint.weights import load_weights
+from klein_core.denoiser.adapters.apply import Adapters, Stream, adapted
 from klein_core.denoiser.blocks import (
     DoubleStreamBlock,
     FinalSingleStreamBlock,
@@ -22,7 +23,7 @@ from klein_core.denoiser.blocks import (
     Step,
     Targets,
 )
-from klein_core.denoiser.conditioning import (
+from klein_core.denoiser.modulation import (
     Modulation,
     ModulationLayer,
     TimestepEmbedding,
@@ -30,16 +31,14 @@ from klein_core.denoiser.conditioning import (
     modulations,
     spread,
 )
-from klein_core.denoiser.packing import Packing, keep_from_compiler
-from klein_core.denoiser.positions import reference_rotations, span_rotations
+from klein_core.denoiser.packing import Packing, Span, check_references, keep_from_compiler
 from klein_core.denoiser.reference_cache import REFERENCE_SIGMA, ReferenceCache, layers_of
-from klein_core.denoiser.scratch import Scratch
-from klein_core.denoiser.span import Span, check_references
+from klein_core.denoiser.rope import reference_rotations, span_rotations
+from klein_core.denoiser.workspace import Workspace
 from klein_core.linear import Linear
-from klein_core.quantization.choices import NO_QUANTIZATION
-from klein_core.quantization.loading import StoredForms
+from klein_core.quantization.constants import NO_QUANTIZATION
+from klein_core.quantization.loading import QuantizedLoader
 from klein_core.variants import TransformerConfig
-from klein_core.weights import load_weights
 
 _BLOCK = re.compile(r"(single_)?transformer_blocks\.\d+\.")
 Level = tuple[float, Adapters]
@@ -92,7 +91,7 @@ class FlowTransformer(nn.Module):
         Args:
             files: a model's folder in diffusers' layout, or where each part lies.
             device: where the weights go.
-            dtype: of activations and of weights that are not quantised; `None` is the checkpoint's own.
+            dtype: of activations and of weights that are not quantized; `None` is the checkpoint's own.
             quantization: what the blocks' plain weights are made into, one of `choices.QUANTIZATIONS`.
 
         Raises:
@@ -104,8 +103,10 @@ class FlowTransformer(nn.Module):
             transformer = cls(config)
         checkpoint = files.open(TRANSFORMER)
         layout = find_layout(TRANSFORMER, checkpoint)
-        sources = layout.prefixed(transformer_sources(config, layout.style))
-        stored = StoredForms.of(checkpoint, layout, quantization=quantization, quantisable=is_block_product)
+        sources = layout.prefixed(transformer_key_map(config, layout.style))
+        stored = QuantizedLoader.of(
+            checkpoint, layout, quantization=quantization, quantizable=is_block_product
+        )
         load_weights(
             transformer,
             checkpoint,
@@ -113,7 +114,7 @@ class FlowTransformer(nn.Module):
             dtype=dtype,
             sources=sources,
             layout=layout,
-            quantised=stored,
+            quantized=stored,
         )
         return transformer.eval().requires_grad_(False)
 
@@ -174,7 +175,7 @@ class FlowTransformer(nn.Module):
         tokens = torch.cat([self._on_device(reference).flatten(0, 1) for reference in references])
         packing = Packing.of_references(len(tokens))
         axes, theta = self.config.axes_dims_rope, self.config.rope_theta
-        step = Step(packing, reference_rotations(grids, axes, theta, self.device)[None], Scratch())
+        step = Step(packing, reference_rotations(grids, axes, theta, self.device)[None], Workspace())
         cache = ReferenceCache.empty(self.config, len(tokens), self.dtype, self.device)
         conditioning = self._conditioning([(REFERENCE_SIGMA, adapters)], packing)
         steps = [step._replace(record=layer) for layer in cache.keys_values]
@@ -186,7 +187,7 @@ class FlowTransformer(nn.Module):
     def _velocities(self, spans: list[Span]) -> list[Tensor]:
         packing = Packing.of(spans)
         conditioning = self._conditioning([(span.sigma, span.adapters) for span in spans], packing)
-        step = Step(packing, self._rotations(spans, packing), Scratch())
+        step = Step(packing, self._rotations(spans, packing), Workspace())
         with adapted(self.linears, _lengths(packing), [span.adapters for span in spans]):
             velocities = self._packed_velocities(spans, conditioning, step)
         by_span = packing.unpack(velocities, packing.target_lengths)
@@ -266,7 +267,7 @@ class FlowTransformer(nn.Module):
 
 
 def is_block_product(parameter: str) -> bool:
-    """Whether a parameter is a matrix of a block: what published files quantise.
+    """Whether a parameter is a matrix of a block: what published files quantize.
 
     Embedders, modulations and the head stay as they are: they are few and each error of theirs reaches every token.
     """

@@ -94,13 +94,13 @@ def _residual_width(before: int, width: int, copies: int) -> int:
 
 
 def _middle_values(width: int, area: int, config: VaeConfig, copies: int) -> int:
-    """Attention keeps the input, the normalised pixels, query, key, value and the output."""
+    """Attention keeps the input, the normalized pixels, query, key, value and the output."""
     attention = 7 if config.mid_block_add_attention else 0
     return area * max(4 * width, attention * width, _residual_width(width, width, copies))
 
 
 def weight_bytes(config: VaeConfig, value_bytes: int) -> int:
-    """Returns what the weights of both directions take; they are never quantised."""
+    """Returns what the weights of both directions take; they are never quantized."""
     latent = config.latent_channels
     encoder = config.block_out_channels
     decoder = tuple(reversed(config.decoder_block_out_channels or encoder))

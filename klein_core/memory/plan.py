@@ -28,7 +28,7 @@ class PlannedModel:
     is_distilled: bool = True
     uses_reference_cache: bool = False
     plain: str = "bf16"
-    """What it computes in, and what is never quantised is kept in: bf16 or fp32."""
+    """What it computes in, and what is never quantized is kept in: bf16 or fp32."""
     text_stored: str = "bf16"
     """Precision of the text encoder's matrices as its files have them."""
     transformer_stored: str = "bf16"
@@ -41,7 +41,7 @@ class PlannedModel:
         return replace(PRECISIONS[name], value_bytes=PRECISIONS[self.plain].value_bytes)
 
     def has_file(self, precision: str) -> bool:
-        """Whether the transformer is had in this precision by its file, not by quantising at load."""
+        """Whether the transformer is had in this precision by its file, not by quantizing at load."""
         return precision == self.transformer_stored or precision in self.published
 
 
@@ -129,19 +129,19 @@ def make_plan(
 
 
 def _precisions(stored: str) -> list[str]:
-    """Returns what matrices can be: as they are, or quantised at load if they are plain."""
-    return [stored] if PRECISIONS[stored].is_quantised else [stored, "fp8"]
+    """Returns what matrices can be: as they are, or quantized at load if they are plain."""
+    return [stored] if PRECISIONS[stored].is_quantized else [stored, "fp8"]
 
 
 def _transformer_precisions(model: PlannedModel) -> list[str]:
-    if PRECISIONS[model.transformer_stored].is_quantised:
+    if PRECISIONS[model.transformer_stored].is_quantized:
         return [model.transformer_stored]
     return _with_int8(list(dict.fromkeys((*_precisions(model.transformer_stored), *model.published))))
 
 
 def _with_int8(names: list[str]) -> list[str]:
     """Adds what plain matrices can be made into as well, last: no smaller than fp8, and slower."""
-    return names if PRECISIONS[names[0]].is_quantised else [*names, "int8"]
+    return names if PRECISIONS[names[0]].is_quantized else [*names, "int8"]
 
 
 def _denoiser_needs(model: PlannedModel, workload: Workload, names: Sequence[str]) -> list[Need]:
@@ -215,10 +215,10 @@ def _groups(
 
 
 def _go_together(model: PlannedModel, words: Need, transform: Need) -> bool:
-    """Whether one command starts both: quantising at load concerns whatever is plain in either."""
+    """Whether one command starts both: quantizing at load concerns whatever is plain in either."""
     if words.precision != model.text_stored:
-        has_quantised_file = (
-            model.has_file(transform.precision) and PRECISIONS[transform.precision].is_quantised
+        has_quantized_file = (
+            model.has_file(transform.precision) and PRECISIONS[transform.precision].is_quantized
         )
-        return transform.precision == words.precision or has_quantised_file
-    return model.has_file(transform.precision) or PRECISIONS[model.text_stored].is_quantised
+        return transform.precision == words.precision or has_quantized_file
+    return model.has_file(transform.precision) or PRECISIONS[model.text_stored].is_quantized

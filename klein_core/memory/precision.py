@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from klein_core.quantization.rooms import FLOAT4_VALUES, FLOAT8_VALUES
+from klein_core.quantization.constants import FLOAT4_CHUNK_VALUES, FLOAT8_CHUNK_VALUES
 
 _SCALE_BYTES = 4
 _NVFP4_BLOCK = 16
@@ -19,13 +19,13 @@ class Precision:
 
     name: str
     value_bytes: int
-    """Of activations, and of the weights that are never quantised."""
+    """Of activations, and of the weights that are never quantized."""
     matrix_bytes: Callable[[int, int], int]
     """(rows, columns) of a weight that is → what it takes."""
-    is_quantised: bool = False
+    is_quantized: bool = False
     """Whether a matrix may have to be unfolded for its product."""
     input_bytes: Callable[[int], int] = lambda values: 0
-    """Values of a product's input → what they take quantised, while they are made so; where the device multiplies
+    """Values of a product's input → what they take quantized, while they are made so; where the device multiplies
     the matrix as it is stored."""
 
 
@@ -41,12 +41,12 @@ def _byte_and_row_scales(rows: int, columns: int) -> int:
 
 def _float8_inputs(values: int) -> int:
     """A byte each, and of those under way two copies in fp32."""
-    return values + 8 * min(values, FLOAT8_VALUES)
+    return values + 8 * min(values, FLOAT8_CHUNK_VALUES)
 
 
 def _nvfp4_inputs(values: int) -> int:
     """Half a byte and a block's share of its scale, twice while parts are put together; or 29 bytes under way."""
-    return values * 9 // 8 + 29 * min(values, FLOAT4_VALUES)
+    return values * 9 // 8 + 29 * min(values, FLOAT4_CHUNK_VALUES)
 
 
 PRECISIONS: Mapping[str, Precision] = MappingProxyType(
@@ -55,9 +55,9 @@ PRECISIONS: Mapping[str, Precision] = MappingProxyType(
         for each in (
             Precision("fp32", 4, lambda rows, columns: 4 * rows * columns),
             Precision("bf16", 2, lambda rows, columns: 2 * rows * columns),
-            Precision("fp8", 2, _byte_and_row_scales, is_quantised=True, input_bytes=_float8_inputs),
-            Precision("int8", 2, _byte_and_row_scales, is_quantised=True),
-            Precision("nvfp4", 2, _nvfp4_bytes, is_quantised=True, input_bytes=_nvfp4_inputs),
+            Precision("fp8", 2, _byte_and_row_scales, is_quantized=True, input_bytes=_float8_inputs),
+            Precision("int8", 2, _byte_and_row_scales, is_quantized=True),
+            Precision("nvfp4", 2, _nvfp4_bytes, is_quantized=True, input_bytes=_nvfp4_inputs),
         )
     }
 )

@@ -10,7 +10,7 @@ _FP32 = 4
 
 
 def weight_bytes(config: TextEncoderConfig, precision: Precision) -> int:
-    """Returns what the needed weights take; the token table is never quantised."""
+    """Returns what the needed weights take; the token table is never quantized."""
     layers = max(config.tapped_layers)
     head, size = _head_dim(config), config.hidden_size
     table = int(config.qwen3["vocab_size"]) * size
@@ -40,7 +40,7 @@ def _feed_forward(config: TextEncoderConfig, precision: Precision, emulated: boo
     """Returns what is alive while the second wide product is made, and while both wide ones are multiplied."""
     size, inner, length = config.hidden_size, _inner(config), config.sequence_length
     largest = max(rows * columns for rows, columns in _layer_matrices(config))
-    unfolded = largest * precision.value_bytes if precision.is_quantised else 0
+    unfolded = largest * precision.value_bytes if precision.is_quantized else 0
     copies = (largest + length * (size + inner)) * _FP32 if emulated else 0
     making = length * 2 * (size + inner) * precision.value_bytes + unfolded + copies
     return making, length * (2 * size + 3 * inner) * precision.value_bytes + unfolded

@@ -45,7 +45,7 @@ class StepShape:
 
 
 def outer_bytes(config: TransformerConfig, value_bytes: int) -> int:
-    """Returns what the weights outside of the blocks take, which are never quantised."""
+    """Returns what the weights outside of the blocks take, which are never quantized."""
     size = config.hidden_size
     time = config.timestep_guidance_channels * size + size * size
     modulations = (6 + 6 + 3 + 2) * size * size
@@ -98,12 +98,12 @@ def step_bytes(
         emulated: a processor that multiplies bfloat16 as fp32 copies, both factors and the product.
     """
     step = _Step(config, precision.value_bytes, shape, emulated and precision.value_bytes == 2)
-    return step.inputs() + _quantised_bytes(config, precision, shape) + max(step.moments())
+    return step.inputs() + _quantized_bytes(config, precision, shape) + max(step.moments())
 
 
-def _quantised_bytes(config: TransformerConfig, precision: Precision, shape: StepShape) -> int:
-    """Returns the most that a product takes for its matrix to be quantised: unfolded, or its inputs quantised too."""
-    if not precision.is_quantised:
+def _quantized_bytes(config: TransformerConfig, precision: Precision, shape: StepShape) -> int:
+    """Returns the most that a product takes for its matrix to be quantized: unfolded, or its inputs quantized too."""
+    if not precision.is_quantized:
         return 0
     matrices = (*_double_matrices(config), *_single_matrices(config))
     unfolded = max(rows * columns for rows, columns in matrices) * precision.value_bytes
@@ -179,7 +179,7 @@ class _Step:
         entered, projected = self._hidden(joint), self._hidden(joint, 3)
         kept = self._streams() + buffer + entered
         yield kept + projected + self._product(image, 1, 3)
-        # Normalised queries and keys of both streams, and both side by side.
+        # Normalized queries and keys of both streams, and both side by side.
         yield kept + projected + self._exact(joint, 2) + int(2 * self.config.hidden_size) * joint * _FP32
         rotated = int(2 * self.config.hidden_size) * joint * _FP32 + (
             self._hidden(joint, 2) if self.value < _FP32 else 0
@@ -195,7 +195,7 @@ class _Step:
         yield kept + self._hidden(image) + self._product(image, self._ratio, 1)
 
     def _single_kept(self) -> int:
-        """Streams, joint tokens, both buffers and the normalised tokens."""
+        """Streams, joint tokens, both buffers and the normalized tokens."""
         joint = self.shape.joint
         buffers = self._hidden(joint, 3 + 2 * self._ratio) + self._hidden(joint, 1 + self._ratio)
         return self._streams() + self._hidden(joint) + buffers + self._hidden(joint)

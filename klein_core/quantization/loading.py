@@ -1,4 +1,4 @@
-"""Reads quantised tensors of a checkpoint as the weights of a network, and quantises plain ones on their way in."""
+"""Reads quantized tensors of a checkpoint as the weights of a network, and quantizes plain ones on their way in."""
 
 from __future__ import annotations
 
@@ -9,40 +9,39 @@ import torch
 from torch import Tensor
 
 from klein_core.checkpoint.files import Checkpoint
-from klein_core.checkpoint.layouts import Layout
+from klein_core.checkpoint.key_mapping import Layout, TensorSlice, is_companion
 from klein_core.checkpoint.reader import Reader
-from klein_core.checkpoint.sources import Piece, is_companion
-from klein_core.errors import refuse
-from klein_core.quantization import choices
-from klein_core.quantization.choices import NO_QUANTIZATION
-from klein_core.quantization.float4 import Float4Weight
-from klein_core.quantization.float8 import Float8Weight, is_finite
-from klein_core.quantization.forms import Form, find_forms
-from klein_core.quantization.int8 import Int8Weight
-from klein_core.quantization.notes import (
+from klein_core.errors import raise_if_problems
+from klein_core.quantization import constants
+from klein_core.quantization.constants import NO_QUANTIZATION
+from klein_core.quantization.formats import QuantFormat, find_forms
+from klein_core.quantization.fp8 import Float8Weight, Int8Weight, is_finite
+from klein_core.quantization.metadata import (
     FLOAT8,
     FLOAT8_WIDE,
     INT8,
+    MARKER,
     NVFP4_LINEAR,
     NVFP4_TILED,
+    read_quant_metadata,
 )
-from klein_core.quantization.stored_notes import MARKER, read_notes
-from klein_core.quantization.stored_weight import StoredWeight
+from klein_core.quantization.nvfp4 import Float4Weight
+from klein_core.quantization.quantized_weight import QuantizedWeight
 
 _MADE: Mapping[str, type[Float8Weight] | type[Int8Weight]] = MappingProxyType(
-    {choices.FLOAT8: Float8Weight, choices.INT8: Int8Weight}
+    {constants.FLOAT8: Float8Weight, constants.INT8: Int8Weight}
 )
 
 
-class StoredForms:
-    """The loader's `QuantisedWeights`: everything of a checkpoint that is not, or is not to stay, plain numbers."""
+class QuantizedLoader:
+    """The loader's `QuantizedWeights`: everything of a checkpoint that is not, or is not to stay, plain numbers."""
 
     def __init__(
-        self, forms: Mapping[str, Form], quantization: str, quantisable: Callable[[str], bool]
+        self, forms: Mapping[str, QuantFormat], quantization: str, quantizable: Callable[[str], bool]
     ) -> None:
         self._forms = forms
-        self._quantise = _MADE.get(quantization)
-        self._quantisable = quantisable
+        self._quantize = _MADE.get(quantization)
+        self._quantizable = quantizable
 
     @classmethod
     def of(
@@ -51,14 +50,14 @@ class StoredForms:
         layout: Layout,
         *,
         quantization: str = NO_QUANTIZATION,
-        quantisable: Callable[[str], bool] = lambda parameter: False,
+        quantizable: Callable[[str], bool] = lambda parameter: False,
         ignorable: Callable[[str], bool] = lambda name: False,
-    ) -> StoredForms:
+    ) -> QuantizedLoader:
         """Reads headers and notes, no weights.
 
         Args:
-            quantization: one of `choices.QUANTIZATIONS`; has no effect on weights that are quantised already.
-            quantisable: tells parameters of the network that it may quantise.
+            quantization: one of `constants.QUANTIZATIONS`; has no effect on weights that are quantized already.
+            quantizable: tells parameters of the network that it may quantize.
             ignorable: tells checkpoint names that are not needed.
 
         Raises:
@@ -66,10 +65,10 @@ class StoredForms:
                 names.
         """
         names = {name for name in checkpoint.files if layout.owns(name) and not ignorable(name)}
-        notes = read_notes(checkpoint, names, layout.prefix)
+        notes = read_quant_metadata(checkpoint, names, layout.prefix)
         forms = find_forms(checkpoint.place, {name: checkpoint.entry(name) for name in names}, notes)
-        # A suite may have one part's file quantised and be told to quantise the other: what is quantised stays so.
-        return cls(forms, NO_QUANTIZATION if forms else quantization, quantisable)
+        # A suite may have one part's file quantized and be told to quantize the other: what is quantized stays so.
+        return cls(forms, NO_QUANTIZATION if forms else quantization, quantizable)
 
     def is_companion(self, name: str) -> bool:
         return is_companion(name)
@@ -81,30 +80,30 @@ class StoredForms:
         """Returns the shape of what a stored tensor stands for."""
         return self._forms[name].shape if name in self._forms else checkpoint.entry(name).shape
 
-    def takes(self, parameter: str, pieces: tuple[Piece, ...], checkpoint: Checkpoint) -> bool:
-        if self._quantise is not None and self._quantisable(parameter):
+    def takes(self, parameter: str, pieces: tuple[TensorSlice, ...], checkpoint: Checkpoint) -> bool:
+        if self._quantize is not None and self._quantizable(parameter):
             return True
         return any(piece.name in self._forms for piece in pieces)
 
-    def needs(self, pieces: tuple[Piece, ...], checkpoint: Checkpoint) -> Collection[str]:
+    def needs(self, pieces: tuple[TensorSlice, ...], checkpoint: Checkpoint) -> Collection[str]:
         forms = [self._forms[piece.name] for piece in pieces if piece.name in self._forms]
         return {piece.name for piece in pieces} | {
             name for form in forms for suffix, name in form.companions.items() if suffix != MARKER
         }
 
     def load(
-        self, shape: torch.Size, pieces: tuple[Piece, ...], reader: Reader, dtype: torch.dtype
-    ) -> StoredWeight | Tensor:
+        self, shape: torch.Size, pieces: tuple[TensorSlice, ...], reader: Reader, dtype: torch.dtype
+    ) -> QuantizedWeight | Tensor:
         """Reads one parameter; plain numbers where pieces of several forms make it, which nothing can hold as one."""
         forms = [self._forms.get(piece.name) for piece in pieces]
         if _make_one(forms):
             parts = [self._stored(piece, reader, dtype) for piece in pieces]
             return parts[0] if len(parts) == 1 else type(parts[0]).stacked(parts)
         dense = self._dense(shape, pieces, reader, dtype)
-        return dense if self._quantise is None else self._quantise.of(dense)
+        return dense if self._quantize is None else self._quantize.of(dense)
 
     def _dense(
-        self, shape: torch.Size, pieces: tuple[Piece, ...], reader: Reader, dtype: torch.dtype
+        self, shape: torch.Size, pieces: tuple[TensorSlice, ...], reader: Reader, dtype: torch.dtype
     ) -> Tensor:
         dense = torch.empty(shape, dtype=dtype, device=reader.device)
         row = 0
@@ -118,7 +117,7 @@ class StoredForms:
             row += count
         return dense
 
-    def _stored(self, piece: Piece, reader: Reader, dtype: torch.dtype) -> StoredWeight:
+    def _stored(self, piece: TensorSlice, reader: Reader, dtype: torch.dtype) -> QuantizedWeight:
         form = self._forms[piece.name]
         weight = _read(piece.name, form, reader)
         weight.dtype, weight.full_precision = dtype, form.full_precision
@@ -126,18 +125,18 @@ class StoredForms:
         return weight if len(rows) == form.shape[0] else weight.cut(rows.start, rows.stop)
 
 
-def _make_one(forms: Sequence[Form | None]) -> bool:
-    """Whether tensors stored in these forms can be rows of one quantised weight."""
+def _make_one(forms: Sequence[QuantFormat | None]) -> bool:
+    """Whether tensors stored in these forms can be rows of one quantized weight."""
     kinds = {form.kind if form else None for form in forms}
     is_smoothed = any(form and ".pre_quant_scale" in form.companions for form in forms)
     return len(kinds) == 1 and None not in kinds and not (is_smoothed and len(forms) > 1)
 
 
-def _read(name: str, form: Form, reader: Reader) -> StoredWeight:
+def _read(name: str, form: QuantFormat, reader: Reader) -> QuantizedWeight:
     """Reads one stored tensor and its scales, whole."""
     values = reader.read(name)
     scales = {suffix: reader.read(other) for suffix, other in form.companions.items() if suffix != MARKER}
-    refuse(
+    raise_if_problems(
         reader.checkpoint.place,
         [
             (
@@ -149,7 +148,9 @@ def _read(name: str, form: Form, reader: Reader) -> StoredWeight:
     scale, input_scale = scales[".weight_scale"], scales.get(".input_scale")
     if form.kind in (FLOAT8, FLOAT8_WIDE):
         element = torch.float8_e4m3fn if form.kind == FLOAT8 else torch.float8_e5m2
-        refuse(reader.checkpoint.place, [("not finite:", [] if is_finite(values, element) else [name])])
+        raise_if_problems(
+            reader.checkpoint.place, [("not finite:", [] if is_finite(values, element) else [name])]
+        )
         return Float8Weight(values, scale, input_scale, element=element)
     if form.kind == NVFP4_TILED:
         weight = Float4Weight(values, scale, scales[".weight_scale_2"], input_scale)

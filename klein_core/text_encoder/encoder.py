@@ -11,19 +11,18 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-from klein_core.checkpoint.layouts import TEXT_ENCODER, find_layout
-from klein_core.checkpoint.model_files import ModelFiles
-from klein_core.checkpoint.text_encoder import is_past, text_encoder_sources
-from klein_core.checkpoint_config import read_text_encoder_config
+from klein_core.checkpoint.config import read_text_encoder_config
+from klein_core.checkpoint.files import ModelFiles
+from klein_core.checkpoint.key_mapping import TEXT_ENCODER, find_layout
+from klein_core.checkpoint.key_maps import is_past, text_encoder_key_map
+from klein_core.checkpoint.weights import load_weights, weights_digest
 from klein_core.errors import CheckpointError
 from klein_core.linear import Linear
 from klein_core.params import DEFAULT_LIMITS, Limits
-from klein_core.quantization.choices import NO_QUANTIZATION
-from klein_core.quantization.loading import StoredForms
+from klein_core.quantization.constants import NO_QUANTIZATION
+from klein_core.quantization.loading import QuantizedLoader
 from klein_core.text_encoder.tokenizer import PromptTokenizer, TokenizedPrompt
 from klein_core.variants import TextEncoderConfig
-from klein_core.weights import load_weights
-from klein_core.weights_digest import weights_digest
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class TextEncoder:
         Args:
             files: a model's folder in diffusers' layout, or where each part lies.
             device: where the weights go.
-            dtype: of activations and of weights that are not quantised; `None` is the checkpoint's own.
+            dtype: of activations and of weights that are not quantized; `None` is the checkpoint's own.
             quantization: what the layers' plain weights are made into, one of `choices.QUANTIZATIONS`.
 
         Raises:
@@ -72,18 +71,18 @@ class TextEncoder:
         checkpoint = files.open(TEXT_ENCODER)
         layout = find_layout(TEXT_ENCODER, checkpoint)
         past = is_past(config)
-        stored = StoredForms.of(
-            checkpoint, layout, quantization=quantization, quantisable=is_layer_product, ignorable=past
+        stored = QuantizedLoader.of(
+            checkpoint, layout, quantization=quantization, quantizable=is_layer_product, ignorable=past
         )
         load_weights(
             model,
             checkpoint,
             device=device,
             dtype=dtype,
-            sources=layout.prefixed(text_encoder_sources(config)),
+            sources=layout.prefixed(text_encoder_key_map(config)),
             layout=layout,
             ignorable=past,
-            quantised=stored,
+            quantized=stored,
         )
         model.requires_grad_(False)
         model.train(False)
@@ -111,7 +110,7 @@ class TextEncoder:
 
     @torch.no_grad()
     def embed(self, tokenized: Sequence[TokenizedPrompt]) -> Tensor:
-        """Runs the model on tokenised prompts: (B, sequence_length, embedding_channels)."""
+        """Runs the model on tokenized prompts: (B, sequence_length, embedding_channels)."""
         device = self.model.device
         token_ids = torch.tensor([tokens.token_ids for tokens in tokenized], device=device)
         mask = torch.tensor([tokens.attention_mask for tokens in tokenized], device=device)
@@ -146,7 +145,7 @@ def build_cut_qwen3(config: TextEncoderConfig, device: torch.device | str = "cpu
 
 
 def _use_own_products(model: Qwen3Model) -> None:
-    """Replaces the layers' products by those that take quantised weights and are fast in bfloat16 everywhere."""
+    """Replaces the layers' products by those that take quantized weights and are fast in bfloat16 everywhere."""
     for name, layer in list(model.layers.named_modules()):
         if isinstance(layer, torch.nn.Linear):
             model.layers.set_submodule(name, Linear(layer.in_features, layer.out_features))

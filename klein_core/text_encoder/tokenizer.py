@@ -33,7 +33,7 @@ class TokenizedPrompt:
 
 
 class PromptTokenizer:
-    """Renders, tokenises, cuts and pads. Safe to call from several threads."""
+    """Renders, tokenizes, cuts and pads. Safe to call from several threads."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> None:
         self.sequence_length = sequence_length
@@ -41,12 +41,12 @@ class PromptTokenizer:
         self._pad_token_id = _pad_token_id(tokenizer)
         # The wrapper sets truncation and padding on its backend for every call, and threads would meet there:
         # "Already borrowed", or another call's length. A backend of its own that never changes has no such state.
-        serialised = tokenizer.backend_tokenizer.to_str()
+        serialized = tokenizer.backend_tokenizer.to_str()
         self.digest = hashlib.blake2b(
-            f"{serialised}{tokenizer.chat_template}".encode(), digest_size=16
+            f"{serialized}{tokenizer.chat_template}".encode(), digest_size=16
         ).hexdigest()
         """Tells this vocabulary and chat template from others."""
-        self._backend = tokenizers.Tokenizer.from_str(serialised)
+        self._backend = tokenizers.Tokenizer.from_str(serialized)
         self._backend.no_truncation()
         self._backend.no_padding()
 

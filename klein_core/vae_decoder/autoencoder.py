@@ -1,20 +1,163 @@
-"""The autoencoder of klein models: images to packed, normalised latents and back.
+"""The layout and scale of latents: 2×2 patches folded into channels, normalized per packed channel.
 
-Trainable as it stands; parameter names are the keys of published checkpoints.
+There is no scaling factor: a batch normalization's running statistics, stored in the checkpoint, replace it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from klein_core.vae_decoder import latents as layout
-from klein_core.vae_decoder.blocks import Downsampler, MiddleBlock, ResidualBlock, Upsampler, group_norm
-from klein_core.vae_decoder.convolution import Convolution
+from klein_core.linear import needs_fp32_fallback
 from klein_core.vae_decoder.tiling import decoder_tiles, encoder_tiles
 from klein_core.variants import VaeConfig
+
+
+def fold_patches(latents: Tensor, patch: tuple[int, int] = (2, 2)) -> Tensor:
+    """Folds each patch of pixels into channels: (B, C, h, w) → (B, C·ph·pw, h/ph, w/pw).
+
+    Packed channel `c·ph·pw + row·pw + column` is latent channel `c` at that row and column of the patch.
+    """
+    batch, channels, height, width = latents.shape
+    rows, columns = height // patch[0], width // patch[1]
+    cells = latents.reshape(batch, channels, rows, patch[0], columns, patch[1])
+    return cells.permute(0, 1, 3, 5, 2, 4).reshape(batch, channels * patch[0] * patch[1], rows, columns)
+
+
+def unfold_patches(packed: Tensor, patch: tuple[int, int] = (2, 2)) -> Tensor:
+    """Undoes `fold_patches`: (B, C·ph·pw, r, c) → (B, C, r·ph, c·pw)."""
+    batch, channels, rows, columns = packed.shape
+    cells = packed.reshape(batch, channels // (patch[0] * patch[1]), patch[0], patch[1], rows, columns)
+    return cells.permute(0, 1, 4, 2, 5, 3).reshape(batch, -1, rows * patch[0], columns * patch[1])
+
+
+def normalize(packed: Tensor, statistics: nn.BatchNorm2d) -> Tensor:
+    """Shifts and scales packed latents (B, C, r, c) to the unit statistics that the transformer works in."""
+    mean, deviation = _mean_and_deviation(statistics, packed)
+    return (packed - mean) / deviation
+
+
+def denormalize(packed: Tensor, statistics: nn.BatchNorm2d) -> Tensor:
+    """Undoes `normalize`: (B, C, r, c) → the same shape."""
+    mean, deviation = _mean_and_deviation(statistics, packed)
+    return packed * deviation + mean
+
+
+def _mean_and_deviation(statistics: nn.BatchNorm2d, like: Tensor) -> tuple[Tensor, Tensor]:
+    mean, variance = statistics.running_mean, statistics.running_var
+    if mean is None or variance is None:
+        raise TypeError("latent statistics must track a running mean and variance")
+    # The square root is taken in the statistics' own precision and only then cast, as the checkpoints expect.
+    deviation = torch.sqrt(variance + statistics.eps)
+    return mean.view(1, -1, 1, 1).to(like), deviation.view(1, -1, 1, 1).to(like)
+
+
+class Convolution(nn.Conv2d):
+    """A convolution with bias: (B, in, h, w) → (B, out, h', w'), in the features' dtype."""
+
+    __call__: Callable[..., Tensor]
+
+    def forward(self, features: Tensor) -> Tensor:
+        bias = self.bias
+        if bias is None or not needs_fp32_fallback(features.device, features.dtype):
+            return super().forward(features)
+        result: Tensor = self._conv_forward(features.float(), self.weight.float(), bias.float())
+        return result.to(features.dtype)
+
+
+GROUP_NORM_EPS = 1e-6
+"""Epsilon of every group normalization; the latents' batch normalization has its own, larger one."""
+
+
+def group_norm(channels: int, groups: int) -> nn.GroupNorm:
+    """Makes the affine group normalization that every block of the autoencoder uses."""
+    return nn.GroupNorm(groups, channels, eps=GROUP_NORM_EPS)
+
+
+class ResidualBlock(nn.Module):
+    """Two normalized 3×3 convolutions beside a shortcut: (B, in, h, w) → (B, out, h, w)."""
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = group_norm(in_channels, groups)
+        self.conv1 = Convolution(in_channels, out_channels, 3, padding=1)
+        self.norm2 = group_norm(out_channels, groups)
+        self.conv2 = Convolution(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = (
+            Convolution(in_channels, out_channels, 1) if in_channels != out_channels else None
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        hidden = self.conv1(functional.silu(self.norm1(features)))
+        hidden = self.conv2(functional.silu(self.norm2(hidden)))
+        shortcut = features if self.conv_shortcut is None else self.conv_shortcut(features)
+        summed: Tensor = shortcut + hidden
+        return summed
+
+
+class PixelAttention(nn.Module):
+    """Attention of every pixel to every pixel, one head as wide as the features: (B, C, h, w) → the same."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.group_norm = group_norm(channels, groups)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, features: Tensor) -> Tensor:
+        batch, channels, rows, columns = features.shape
+        pixels = self.group_norm(features).flatten(2).transpose(1, 2)
+        query, key, value = (to(pixels).unsqueeze(1) for to in (self.to_q, self.to_k, self.to_v))
+        attended = functional.scaled_dot_product_attention(query, key, value).squeeze(1)
+        mixed: Tensor = self.to_out[0](attended).transpose(1, 2)
+        return mixed.reshape(batch, channels, rows, columns) + features
+
+
+class MiddleBlock(nn.Module):
+    """Residual block, attention where the configuration asks for it, residual block."""
+
+    def __init__(self, channels: int, groups: int, *, add_attention: bool) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList([ResidualBlock(channels, channels, groups) for _ in range(2)])
+        self.attentions = nn.ModuleList([PixelAttention(channels, groups)] if add_attention else [])
+
+    def forward(self, features: Tensor) -> Tensor:
+        features = self.resnets[0](features)
+        for attention in self.attentions:
+            features = attention(features)
+        out: Tensor = self.resnets[1](features)
+        return out
+
+
+class Downsampler(nn.Module):
+    """Halves both sides with a strided convolution: (B, C, h, w) → (B, C, h/2, w/2)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = Convolution(channels, channels, 3, stride=2)
+
+    def forward(self, features: Tensor) -> Tensor:
+        # One column on the right and one row at the bottom only: the weights were trained off-center.
+        halved: Tensor = self.conv(functional.pad(features, (0, 1, 0, 1)))
+        return halved
+
+
+class Upsampler(nn.Module):
+    """Doubles both sides by repeating pixels, then convolves: (B, C, h, w) → (B, C, 2h, 2w)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = Convolution(channels, channels, 3, padding=1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        doubled: Tensor = self.conv(functional.interpolate(features, scale_factor=2.0, mode="nearest"))
+        return doubled
 
 
 class DownBlock(nn.Module):
@@ -131,24 +274,24 @@ class Autoencoder(nn.Module):
         return mean, log_variance
 
     def pack(self, latents: Tensor) -> Tensor:
-        """Folds latents (B, latent, h, w) into un-normalised tokens (B, C, r, c)."""
-        return layout.fold_patches(latents, self.config.patch_size)
+        """Folds latents (B, latent, h, w) into un-normalized tokens (B, C, r, c)."""
+        return fold_patches(latents, self.config.patch_size)
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """Unfolds un-normalised tokens (B, C, r, c) into latents (B, latent, h, w)."""
-        return layout.unfold_patches(packed, self.config.patch_size)
+        """Unfolds un-normalized tokens (B, C, r, c) into latents (B, latent, h, w)."""
+        return unfold_patches(packed, self.config.patch_size)
 
-    def normalise(self, packed: Tensor) -> Tensor:
+    def normalize(self, packed: Tensor) -> Tensor:
         """Brings packed latents (B, C, r, c) to the transformer's scale with the stored statistics."""
-        return layout.normalise(packed, self.bn)
+        return normalize(packed, self.bn)
 
-    def denormalise(self, packed: Tensor) -> Tensor:
-        """Undoes `normalise`."""
-        return layout.denormalise(packed, self.bn)
+    def denormalize(self, packed: Tensor) -> Tensor:
+        """Undoes `normalize`."""
+        return denormalize(packed, self.bn)
 
     def encode(self, image: Tensor, *, tiled: bool = False) -> Tensor:
-        """Encodes images (B, 3, H, W) in -1…1 to the posterior's mean, packed and normalised (B, C, r, c)."""
-        return self.normalise(self.pack(self.posterior(image, tiled=tiled)[0]))
+        """Encodes images (B, 3, H, W) in -1…1 to the posterior's mean, packed and normalized (B, C, r, c)."""
+        return self.normalize(self.pack(self.posterior(image, tiled=tiled)[0]))
 
     def decode_unpacked(self, latents: Tensor, *, tiled: bool = False) -> Tensor:
         """Decodes the autoencoder's own latents (B, latent, h, w) to images (B, 3, H, W), about -1…1."""
@@ -157,8 +300,8 @@ class Autoencoder(nn.Module):
         return tiles.run(latents, self._image) if in_tiles else self._image(latents)
 
     def decode(self, latents: Tensor, *, tiled: bool = False) -> Tensor:
-        """Decodes packed, normalised latents (B, C, r, c) to images (B, 3, H, W), about -1…1."""
-        return self.decode_unpacked(self.unpack(self.denormalise(latents)), tiled=tiled)
+        """Decodes packed, normalized latents (B, C, r, c) to images (B, 3, H, W), about -1…1."""
+        return self.decode_unpacked(self.unpack(self.denormalize(latents)), tiled=tiled)
 
     def _moments(self, image: Tensor) -> Tensor:
         moments: Tensor = self.encoder(image)

@@ -1,6 +1,6 @@
 """Large images in overlapping tiles, one at a time: memory of one tile whatever the image's size.
 
-The same tiles and the same blend as diffusers' `enable_tiling`. Normalisation and attention see one tile at a
+The same tiles and the same blend as diffusers' `enable_tiling`. Normalization and attention see one tile at a
 time, so a tiled image is not quite the image in one piece; hence the choice, `TilingPolicy`.
 """
 

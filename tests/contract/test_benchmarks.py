@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from benchmarks.health import CONFIG, save_model
-from benchmarks.precision import QUANTISERS
-from klein_core.checkpoint_config import read_sampling
+from benchmarks.precision import QUANTIZERS
+from klein_core.checkpoint.config import read_sampling
 from klein_core.denoiser.transformer import FlowTransformer
 
 
-@pytest.mark.parametrize("name", QUANTISERS)
-def test_what_the_precision_benchmark_quantises_comes_back_about_as_it_was(name: str) -> None:
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_what_the_precision_benchmark_quantizes_comes_back_about_as_it_was(name: str) -> None:
     weight = torch.randn(576, 192, generator=torch.Generator().manual_seed(1)).bfloat16()
-    decoded = QUANTISERS[name](weight).dense(torch.float32, 0, 576)
+    decoded = QUANTIZERS[name](weight).dense(torch.float32, 0, 576)
     error = (decoded - weight.float()).norm() / weight.float().norm()
     assert 0 < error < 0.15
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from klein_core.denoiser.adapters.adapter import Adapter, ScaledAdapter
-from klein_core.denoiser.adapters.layers import named_layers
+from klein_core.denoiser.adapters.key_mapping import layer_targets
 from klein_core.denoiser.adapters.reader import describe_adapter, read_adapter
 from tests.tiny.adapters import FORMATS, Deltas, Written, authors_targets, diffusers_targets, merged
 from tests.tiny.checkpoint import tiny_pipeline
@@ -17,7 +17,7 @@ from tests.tiny.transformer import oracle_velocity, random_span, relative_error,
 
 ORACLE = tiny_oracle(num_layers=1, num_single_layers=2)
 OURS = twin(ORACLE)
-LAYERS = named_layers(OURS)
+LAYERS = layer_targets(OURS)
 SPAN = random_span([(3, 4), (2, 2)], seed=3)
 TOLERANCE = 1e-5
 
@@ -91,12 +91,12 @@ def test_alpha_of_some_layers_by_name(tmp_path: Path):
     assert relative_error(velocity((adapter, 1.0)), expected((written.deltas, 1.0))) < TOLERANCE
 
 
-def test_rank_stabilised(tmp_path: Path):
+def test_rank_stabilized(tmp_path: Path):
     form = FORMATS["diffusers-metadata"]
     metadata = {**form.metadata, "transformer.use_rslora": True}
     written = type(form)(form.targets, form.prefix, metadata=metadata).write(ORACLE)
     deltas = {name: delta * form.rank**0.5 for name, delta in written.deltas.items()}
-    adapter = read(written.save(tmp_path / "stabilised.safetensors"))
+    adapter = read(written.save(tmp_path / "stabilized.safetensors"))
     assert relative_error(velocity((adapter, 1.0)), expected((deltas, 1.0))) < TOLERANCE
 
 

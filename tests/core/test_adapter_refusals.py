@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from klein_core.denoiser.adapters.layers import named_layers
+from klein_core.denoiser.adapters.key_mapping import layer_targets
 from klein_core.denoiser.adapters.reader import describe_adapter, read_adapter
 from klein_core.errors import CheckpointError
 from tests.tiny.adapters import FORMATS, Written
 from tests.tiny.transformer import tiny_oracle, twin
 
 ORACLE = tiny_oracle(num_layers=1, num_single_layers=1)
-LAYERS = named_layers(twin(ORACLE))
+LAYERS = layer_targets(twin(ORACLE))
 LAYER = "transformer.transformer_blocks.0.attn.to_q"
 DOWN, UP = f"{LAYER}.lora_A.weight", f"{LAYER}.lora_B.weight"
 SIZE = 32
@@ -198,17 +198,17 @@ def test_a_missing_file(tmp_path: Path):
 
 
 def test_a_file_that_changes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from klein_core.denoiser.adapters import file
+    from klein_core.denoiser.adapters import parse
 
     path = Written(pair()).save(tmp_path / "style.safetensors")
-    read_header = file.read_header
+    read_header = parse.read_header
 
-    def read_and_write(path: Path) -> file.Header:
+    def read_and_write(path: Path) -> parse.Header:
         header = read_header(path)
         path.write_bytes(path.read_bytes() + b" ")
         return header
 
-    monkeypatch.setattr(file, "read_header", read_and_write)
+    monkeypatch.setattr(parse, "read_header", read_and_write)
     assert "changed while it was read" in refusal(path, by_header=False)
 
 

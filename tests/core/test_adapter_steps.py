@@ -14,16 +14,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from klein_core.denoiser.adapters.adapter import Adapter, ScaledAdapter
-from klein_core.denoiser.adapters.layers import named_layers
+from klein_core.denoiser.adapters.apply import Stream, adapted
+from klein_core.denoiser.adapters.key_mapping import layer_targets
 from klein_core.denoiser.adapters.reader import read_adapter
-from klein_core.denoiser.adapters.steps import Stream, adapted
-from klein_core.denoiser.packing import keep_from_compiler
+from klein_core.denoiser.packing import Span, keep_from_compiler
 from klein_core.denoiser.sampler import Trajectory, packed_step
-from klein_core.denoiser.scratch import Scratch
-from klein_core.denoiser.span import Span
 from klein_core.denoiser.transformer import FlowTransformer
+from klein_core.denoiser.workspace import Workspace
 from klein_core.linear import Linear
-from klein_core.quantization.stored_weight import StoredWeight
+from klein_core.quantization.quantized_weight import QuantizedWeight
 from tests.tiny.adapters import FORMATS, merged
 from tests.tiny.transformer import oracle_velocity, random_span, relative_error, tiny_oracle, twin
 
@@ -48,7 +47,7 @@ def load(folder: Path, kind: str, seed: int = 0, transformer: FlowTransformer = 
         num_layers=transformer.config.num_layers, num_single_layers=transformer.config.num_single_layers
     )
     path = FORMATS[kind].write(oracle, seed=seed).save(folder / f"{kind}.safetensors")
-    return read_adapter(path, named_layers(transformer), device="cpu", dtype=transformer.dtype)
+    return read_adapter(path, layer_targets(transformer), device="cpu", dtype=transformer.dtype)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +102,7 @@ def test_any_mix(adapters: list[Adapter], mix: list, alike: bool):
     assert_each_as_alone(spans)
 
 
-def test_neighbours_and_strangers_with_the_same_adapter(adapters: list[Adapter]):
+def test_neighbors_and_strangers_with_the_same_adapter(adapters: list[Adapter]):
     one, other = (adapters[0], 0.5), (adapters[1], -1.0)
     alike = [random_span([(3, 4)], seed=seed, sigma=0.2 + seed / 10) for seed in range(5)]
     for wanted in ([one], [other], [], [one], [one]), ([one, other], [], [one], [one, other], []):
@@ -239,21 +238,21 @@ def test_bfloat16(tmp_path: Path):
 
 
 @pytest.mark.parametrize("quantization", ["fp8", "int8"])
-def test_quantised_weights_take_adapters(tmp_path: Path, quantization: str):
+def test_quantized_weights_take_adapters(tmp_path: Path, quantization: str):
     """What an adapter adds is the same as beside plain weights of the same values."""
     oracle = tiny_oracle(num_layers=1, num_single_layers=2)
     oracle.save_pretrained(tmp_path / "transformer")
-    quantised = FlowTransformer.from_folder(tmp_path, quantization=quantization)
+    quantized = FlowTransformer.from_folder(tmp_path, quantization=quantization)
     plain = twin(oracle)
-    for name, linear in quantised.linears.items():
-        if isinstance(linear.weight, StoredWeight):
+    for name, linear in quantized.linears.items():
+        if isinstance(linear.weight, QuantizedWeight):
             plain.linears[name].weight.copy_(linear.weight.dense(torch.float32))
     adapter = load(tmp_path, "diffusers", transformer=plain)
     mix = [with_adapters(random_span([(3, 4)]), (adapter, 0.8)), random_span([(2, 2)], seed=2)]
     with torch.no_grad():
-        for ours, theirs in zip(quantised(mix), plain(mix), strict=True):
+        for ours, theirs in zip(quantized(mix), plain(mix), strict=True):
             assert relative_error(ours, theirs) < 1e-4
-    assert any(isinstance(linear.weight, StoredWeight) for linear in quantised.linears.values())
+    assert any(isinstance(linear.weight, QuantizedWeight) for linear in quantized.linears.values())
 
 
 @pytest.mark.timeout(600)
@@ -266,7 +265,7 @@ def test_compiled_layers_leave_adapters_to_plain_code(adapters: list[Adapter]):
     with torch.no_grad():
         for wanted in ((), (ScaledAdapter(adapters[0], 1.0),), ()):
             with adapted(OURS.linears, lengths, [(), wanted]):
-                assert relative_error(compiled(tokens, Scratch()), plain(tokens, Scratch())) < TOLERANCE
+                assert relative_error(compiled(tokens, Workspace()), plain(tokens, Workspace())) < TOLERANCE
 
 
 @pytest.mark.timeout(600)

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from klein_core.checkpoint_config import read_variant
+from klein_core.checkpoint.config import read_variant
 from klein_core.errors import CheckpointError
 from tests.tiny.checkpoint import save_tiny_checkpoint
 
@@ -178,5 +178,5 @@ def test_malformed_and_missing_files_are_named(folder, text):
 
 
 def test_it_needs_no_torch():
-    script = "import sys, klein_core.checkpoint_config; sys.exit('torch' in sys.modules)"
+    script = "import sys, klein_core.checkpoint.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

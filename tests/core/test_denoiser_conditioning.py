@@ -10,8 +10,8 @@ from diffusers.models.embeddings import Timesteps
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor
 
-from klein_core.denoiser.conditioning import effective_timesteps, modulations, sinusoid
-from klein_core.denoiser.schedule import sigmas
+from klein_core.denoiser.modulation import effective_timesteps, modulations, sinusoid
+from klein_core.denoiser.sampler import sigmas
 
 # Sizes of 512² and 1024²; 764, 956 and 720 would come of rounding sigma itself.
 ROUNDED = [(4096, [1000, 968, 908, 768]), (1024, [1000, 960, 884, 716])]

@@ -5,21 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from klein_core.denoiser.offload import PLACES, PlainLane, offload_blocks
+from klein_core.checkpoint.weights import weights_digest
+from klein_core.denoiser.offload import PLACES, SyncCopyStream, offload_blocks
 from klein_core.linear import Linear
-from klein_core.quantization.float4 import Float4Weight
-from klein_core.quantization.float8 import Float8Weight
-from klein_core.quantization.int8 import Int8Weight
-from klein_core.quantization.layers import place as place_weight
-from klein_core.quantization.stored_weight import share_buffer
-from klein_core.weights_digest import weights_digest
+from klein_core.quantization.fp8 import Float8Weight, Int8Weight
+from klein_core.quantization.nvfp4 import Float4Weight
+from klein_core.quantization.quantized_weight import place as place_weight
+from klein_core.quantization.quantized_weight import share_buffer
 from tests.tiny.transformer import random_span, tiny_oracle, twin
 
 BLOCKS = 5
 
 
-class RecordingLane(PlainLane):
-    """Notes what happens in which order."""
+class RecordingLane(SyncCopyStream):
+    """QuantMetadata what happens in which order."""
 
     def __init__(self) -> None:
         self.events: list[tuple[str, int]] = []

@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from klein_core.denoiser.packing import Packing
-from klein_core.denoiser.span import Span
+from klein_core.denoiser.packing import Packing, Span
 from tests.tiny.transformer import random_span, relative_error, tiny_oracle, twin
 
 OURS = twin(tiny_oracle())
@@ -55,7 +54,7 @@ def test_every_kind_of_mix_in_any_order(gradients: bool):
                 assert relative_error(velocity, expected[index]) < TOLERANCE
 
 
-def test_a_span_does_not_see_its_neighbours():
+def test_a_span_does_not_see_its_neighbors():
     mix = [random_span([(3, 4), (2, 2)], seed=1), random_span([(2, 2)], seed=2, sigma=0.3)]
     with torch.no_grad():
         before = OURS(mix)

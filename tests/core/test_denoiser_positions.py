@@ -9,8 +9,8 @@ from diffusers.models.transformers.transformer_flux2 import Flux2PosEmbed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from klein_core.denoiser.positions import rotate, rotations, span_ids, span_rotations
-from klein_core.denoiser.scratch import Scratch
+from klein_core.denoiser.rope import rotate, rotations, span_ids, span_rotations
+from klein_core.denoiser.workspace import Workspace
 
 grids = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4).map(tuple)
 
@@ -47,15 +47,15 @@ def test_both_ways_of_turning_are_the_same(monkeypatch: pytest.MonkeyPatch):
     heads = torch.randn(2, 10, 2, 3, 8)
     table = rotations(span_ids(4, ((2, 3),)), (2, 2, 2, 2), 2000)[None]
     with torch.enable_grad():
-        complex_product = rotate(heads, table, Scratch())
+        complex_product = rotate(heads, table, Workspace())
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    torch.testing.assert_close(rotate(heads, table, Scratch()), complex_product)
+    torch.testing.assert_close(rotate(heads, table, Workspace()), complex_product)
 
 
 def test_turning_keeps_lengths_and_leaves_text_position_zero_alone():
     heads = torch.randn(1, 5, 2, 16)
     turned = rotate(
-        heads, span_rotations(1, ((2, 2),), (4, 4, 4, 4), 2000.0, torch.device("cpu"))[None], Scratch()
+        heads, span_rotations(1, ((2, 2),), (4, 4, 4, 4), 2000.0, torch.device("cpu"))[None], Workspace()
     )
     torch.testing.assert_close(turned.norm(dim=-1), heads.norm(dim=-1))
     assert torch.equal(turned[:, 0], heads[:, 0])

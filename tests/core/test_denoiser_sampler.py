@@ -12,8 +12,8 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from klein_core.denoiser.packing import Span
 from klein_core.denoiser.sampler import Trajectory, initial_noise, packed_step
-from klein_core.denoiser.span import Span
 from klein_core.denoiser.transformer import FlowTransformer
 from klein_core.errors import InvalidInput
 from tests.tiny.transformer import oracle_velocity, random_span, relative_error, tiny_oracle, twin

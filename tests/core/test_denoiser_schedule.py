@@ -10,7 +10,7 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from klein_core.denoiser.schedule import empirical_mu, sigmas
+from klein_core.denoiser.sampler import empirical_mu, sigmas
 from klein_core.errors import InvalidInput
 
 PUBLISHED = [

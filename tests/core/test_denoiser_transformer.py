@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from klein_core.denoiser import blocks, conditioning, positions, transformer
-from klein_core.denoiser.checkpoint import checkpoint_names
-from klein_core.denoiser.packing import Packing
-from klein_core.denoiser.span import Span
+from klein_core.checkpoint.key_maps import checkpoint_names
+from klein_core.denoiser import blocks, modulation, rope, transformer
+from klein_core.denoiser.packing import Packing, Span
 from klein_core.denoiser.transformer import FlowTransformer
 from klein_core.errors import CheckpointError, InvalidInput
 from tests.tiny.transformer import (
@@ -98,9 +97,7 @@ def value_first(gate_and_value: Tensor, scratch: object, out: Tensor | None = No
     return torch.mul(torch.nn.functional.silu(gate), value, out=out)
 
 
-def scale_first(
-    per_span: Tensor, sublayers: int, owners: Tensor | None
-) -> tuple[conditioning.Modulation, ...]:
+def scale_first(per_span: Tensor, sublayers: int, owners: Tensor | None) -> tuple[modulation.Modulation, ...]:
     right = conditioning_modulations(per_span, sublayers, owners)
     return tuple(m._replace(shift=m.scale - 1, scale=1 + m.shift) for m in right)
 
@@ -109,14 +106,14 @@ def references_first(span: Span) -> Tensor:
     return torch.cat([image.flatten(0, 1) for image in (*span.references, span.latents)])
 
 
-conditioning_modulations = conditioning.modulations
+conditioning_modulations = modulation.modulations
 
 WRONG = {
     "3 rotary on halves": [(blocks, "rotate", half_split)],
     "4 modulation in another order": [(transformer, "modulations", scale_first)],
     "5 SiLU on the second half": [(blocks, "swiglu", value_first)],
     "10 references before the target": [(transformer, "_image_tokens", references_first)],
-    "11 reference times that begin at 1": [(positions, "REFERENCE_TIME_STEP", 1)],
+    "11 reference times that begin at 1": [(rope, "REFERENCE_TIME_STEP", 1)],
 }
 
 
@@ -125,11 +122,11 @@ def test_a_trap_would_be_noticed(trap: str, monkeypatch: pytest.MonkeyPatch):
     oracle, span = tiny_oracle(), span_for({}, [(4, 6)])
     ours, expected = twin(oracle), oracle_velocity(oracle, span)
     assert relative_error(ours([span])[0], expected) < TOLERANCE
-    positions.span_rotations.cache_clear()
+    rope.span_rotations.cache_clear()
     for module, name, wrong in WRONG[trap]:
         monkeypatch.setattr(module, name, wrong)
     assert relative_error(ours([span])[0], expected) > 100 * TOLERANCE
-    positions.span_rotations.cache_clear()
+    rope.span_rotations.cache_clear()
 
 
 def test_the_heads_halves_are_scale_then_shift():
@@ -197,7 +194,7 @@ def test_gradients_reach_every_parameter_and_match_inference():
         torch.stack(velocities).square().mean().backward()
     for velocity, inferred in zip(velocities, expected, strict=True):
         assert relative_error(velocity, inferred) < TOLERANCE
-    # Keys of the last layer see every token; gates and scales of each kind of token must have learnt too.
+    # Keys of the last layer see every token; gates and scales of each kind of token must have learned too.
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in ours.parameters())
 
 

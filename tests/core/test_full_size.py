@@ -7,18 +7,16 @@ from math import prod
 import pytest
 import torch
 
-from klein_core.checkpoint.layouts import BFL, DIFFUSERS
-from klein_core.checkpoint.sources import Piece
-from klein_core.checkpoint.transformer import transformer_sources
-from klein_core.checkpoint.vae import vae_sources
+from klein_core.checkpoint.key_mapping import BFL, DIFFUSERS, TensorSlice
+from klein_core.checkpoint.key_maps import transformer_key_map, vae_key_map
 from klein_core.denoiser.transformer import FlowTransformer
-from klein_core.known_variants import KNOWN_VARIANTS, SMALL_DECODER
+from klein_core.model_registry import PUBLISHED_MODELS, SMALL_DECODER
 from klein_core.text_encoder.encoder import build_cut_qwen3
 from klein_core.vae_decoder.autoencoder import Autoencoder
 from klein_core.variants import VaeConfig
 from tests.core import published_tensors as published
 
-EACH = pytest.mark.parametrize("row", KNOWN_VARIANTS.values(), ids=lambda row: row.name)
+EACH = pytest.mark.parametrize("row", PUBLISHED_MODELS.values(), ids=lambda row: row.name)
 
 # Of the published files: parameters; tensors in a diffusers folder and in the single file.
 TRANSFORMERS = {3072: (3_875_544_576, 169, 149), 4096: (9_078_581_248, 233, 201)}
@@ -57,7 +55,7 @@ def filled_from(module, sources, stored):
 
 
 def rows_of(pieces, stored):
-    """The same pieces with every end written out, neighbours joined."""
+    """The same pieces with every end written out, neighbors joined."""
     rows = []
     for piece in pieces:
         chosen = piece.row_range(stored[piece.name][0])
@@ -80,7 +78,7 @@ def test_the_transformer_has_the_published_names_shapes_and_count(row, style):
     with torch.device("meta"):
         module = FlowTransformer(row.transformer)
     stored = PUBLISHED[style](*dimensions(row))
-    sources = transformer_sources(row.transformer, style)
+    sources = transformer_key_map(row.transformer, style)
     assert sources.keys() == module.state_dict().keys()
     assert filled_from(module, sources, stored) == stored.keys()
     assert count(stored) == sum(p.numel() for p in module.parameters()) == parameters
@@ -92,10 +90,10 @@ def test_each_row_of_the_single_file_goes_where_its_diffusers_name_says(row):
     doubles, singles, d, text = dimensions(row)
     stored = published.bfl_transformer(doubles, singles, d, text)
     expected = published.rows_in_bfl(doubles, singles, d)
-    authors = transformer_sources(row.transformer, BFL)
-    for target, parts in transformer_sources(row.transformer, DIFFUSERS).items():
+    authors = transformer_key_map(row.transformer, BFL)
+    for target, parts in transformer_key_map(row.transformer, DIFFUSERS).items():
         rows = [published_rows for part in parts for published_rows in expected.pop(part.name)]
-        joined = rows_of([Piece(*published_rows) for published_rows in rows], stored)
+        joined = rows_of([TensorSlice(*published_rows) for published_rows in rows], stored)
         assert rows_of(authors[target], stored) == joined, target
     assert not expected
 
@@ -133,12 +131,12 @@ def test_the_autoencoder_has_the_published_names_shapes_and_count(config, parame
     diffusers = published.vae(*widths)
     authors = published.vae(*widths, published.BFL_VAE)
     for style, stored in ((DIFFUSERS, diffusers), (BFL, authors)):
-        sources = vae_sources(config, style)
+        sources = vae_key_map(config, style)
         assert filled_from(module, sources, stored) == stored.keys() - {"bn.num_batches_tracked"}
         assert len(stored) == 251
     same = dict(zip(diffusers, authors, strict=True))
-    moved = {name: pieces[0].name for name, pieces in vae_sources(config, BFL).items()}
-    assert moved == {name: same[name] for name in vae_sources(config, DIFFUSERS)}
+    moved = {name: pieces[0].name for name, pieces in vae_key_map(config, BFL).items()}
+    assert moved == {name: same[name] for name in vae_key_map(config, DIFFUSERS)}
     assert {name: tuple(value.shape) for name, value in module.state_dict().items()} == diffusers
     assert sum(p.numel() for p in module.parameters()) == parameters
     assert sum(p.numel() for p in module.decoder.parameters()) == of_decoder

@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, JpegImagePlugin
 
 from klein_core.errors import InvalidInput
 from klein_core.image_format import METADATA_BYTE_LIMIT, SIDE_LIMITS_PX, format_size_violations
-from klein_core.vae_decoder.image import encode_image, to_rgb_bytes
+from klein_core.vae_decoder.image_io import encode_image, to_rgb_bytes
 
 PIXELS = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8))
 
@@ -47,7 +47,7 @@ def test_png_and_raw_keep_every_pixel():
     assert encode_image(PIXELS, "raw") == PIXELS.numpy().tobytes()
 
 
-def test_jpeg_keeps_full_colour_resolution():
+def test_jpeg_keeps_full_color_resolution():
     decoded = Image.open(BytesIO(encode_image(PIXELS, "jpeg")))
     assert (decoded.format, decoded.size) == ("JPEG", (48, 32))
     assert JpegImagePlugin.get_sampling(decoded) == 0

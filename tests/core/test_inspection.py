@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from klein_core.checkpoint.inspection import inspect_place
+from klein_core.checkpoint.inspect import inspect_place
 from klein_core.checkpoint.reader import Reader
 from klein_core.errors import CheckpointError
-from klein_core.known_variants import KNOWN_VARIANTS, SMALL_DECODER
-from klein_core.pico.location import WEIGHTS
+from klein_core.model_registry import PUBLISHED_MODELS, SMALL_DECODER
+from klein_core.pico import WEIGHTS
 from tests.core.hollow import hollow_file, meta_tensors, write_hollow
 from tests.tiny.layouts import bfl_transformer, prefixed
 
@@ -44,7 +44,7 @@ def test_the_embedded_model_is_whole_and_nothing_of_it_is_read(monkeypatch):
 
 
 def test_a_full_size_transformer_tells_what_it_can_be(tmp_path):
-    file = hollow_file(tmp_path, "transformer", KNOWN_VARIANTS["klein-9b"].transformer, "bfl")
+    file = hollow_file(tmp_path, "transformer", PUBLISHED_MODELS["klein-9b"].transformer, "bfl")
     report = inspect_place(file)
     component = only(report)
     assert report.is_usable
@@ -58,7 +58,7 @@ def test_a_full_size_transformer_tells_what_it_can_be(tmp_path):
 
 def test_the_official_fp8_file_tells_its_precision_by_group(tmp_path):
     """Sizes are the published file's: model facts 7.1."""
-    tensors = bfl_transformer(meta_tensors(KNOWN_VARIANTS["klein-4b"].transformer))
+    tensors = bfl_transformer(meta_tensors(PUBLISHED_MODELS["klein-4b"].transformer))
     layers = [
         name.removesuffix(".weight") for name in tensors
         if name.endswith((".qkv.weight", "_attn.proj.weight", "_mlp.0.weight", "_mlp.2.weight"))
@@ -92,7 +92,7 @@ def test_the_official_fp8_file_tells_its_precision_by_group(tmp_path):
 
 
 def test_what_stages_never_read_is_counted_apart(tmp_path):
-    row = KNOWN_VARIANTS["klein-4b"]
+    row = PUBLISHED_MODELS["klein-4b"]
     component = only(inspect_place(hollow_file(tmp_path, "text_encoder", row.text_encoder, "transformers")))
     assert component.variants == ("klein-4b", "klein-base-4b")
     found = shares(component)
@@ -156,5 +156,5 @@ def test_what_is_no_part_of_a_model_is_called_what_it_is(tmp_path):
 
 
 def test_it_needs_no_torch():
-    script = "import sys, services.cli.inspect; sys.exit('torch' in sys.modules)"
+    script = "import sys, klein_services.cli.inspect; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

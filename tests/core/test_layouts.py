@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from klein_core.checkpoint.files import open_checkpoint
-from klein_core.checkpoint.layouts import find_layout
+from klein_core.checkpoint.key_mapping import find_layout
 from klein_core.checkpoint.reader import Reader
 from klein_core.denoiser.transformer import FlowTransformer
 from klein_core.errors import CheckpointError
 from klein_core.text_encoder.encoder import TextEncoder
-from klein_core.vae_decoder.stage import VaeDecoder
+from klein_core.vae_decoder.decoder import VaeDecoder
 from tests.tiny.checkpoint import save_tiny_checkpoint
 from tests.tiny.layouts import bare_text_encoder, bfl_transformer, bfl_vae, prefixed
 

@@ -11,11 +11,11 @@ from benchmarks.peak_memory import traced_peak
 from benchmarks.shapes import Shape, qwen3
 from benchmarks.sides import Place, cut_text_encoder, encode_run
 from klein_core.denoiser.transformer import FlowTransformer
-from klein_core.emulation import HAS_BFLOAT16_PRODUCTS, is_emulated
-from klein_core.known_variants import KNOWN_VARIANTS, SMALL_DECODER
+from klein_core.linear import HAS_BFLOAT16_PRODUCTS, needs_fp32_fallback
 from klein_core.memory import autoencoder, text_encoder, transformer
 from klein_core.memory.plan import PROCESS_BYTES, PlannedModel, Workload, make_plan
 from klein_core.memory.precision import PRECISIONS
+from klein_core.model_registry import PUBLISHED_MODELS, SMALL_DECODER
 from klein_core.vae_decoder.autoencoder import Autoencoder
 from klein_core.variants import TextEncoderConfig, TransformerConfig, VaeConfig
 from tests.tiny.transformer import random_span
@@ -27,7 +27,7 @@ NARROW = VaeConfig(block_out_channels=(32, 64, 64, 96), decoder_block_out_channe
 
 
 def row_of(name: str) -> PlannedModel:
-    row = KNOWN_VARIANTS[name]
+    row = PUBLISHED_MODELS[name]
     return PlannedModel(
         name,
         row.text_encoder,
@@ -35,23 +35,23 @@ def row_of(name: str) -> PlannedModel:
         row.vae,
         is_distilled=row.is_distilled,
         uses_reference_cache=row.uses_reference_cache,
-        published=tuple(row.quantised),
+        published=tuple(row.quantized),
     )
 
 
 @pytest.mark.parametrize(
-    ("name", "network", "text", "quantised"),
+    ("name", "network", "text", "quantized"),
     [
         ("klein-4b", 7_751_089_152, 2 * 3_114_088_192, {"nvfp4": 2_460_367_872, "fp8": 4_070_587_392}),
         ("klein-9b", 18_157_162_496, 2 * 5_831_883_520, {"nvfp4": 5_616_193_536, "fp8": 9_433_010_176}),
     ],
 )
-def test_weights_are_counted_to_the_byte(name, network, text, quantised):
-    row = KNOWN_VARIANTS[name]
+def test_weights_are_counted_to_the_byte(name, network, text, quantized):
+    row = PUBLISHED_MODELS[name]
     assert transformer.weight_bytes(row.transformer, BF16) == network
     assert text_encoder.weight_bytes(row.text_encoder, BF16) == text
     # Scales are in a matrix's own count here and not in the published sums.
-    for precision, expected in quantised.items():
+    for precision, expected in quantized.items():
         found = transformer.weight_bytes(row.transformer, PRECISIONS[precision])
         assert 0 <= found - expected <= expected * 1e-3
 
@@ -109,7 +109,7 @@ def test_the_autoencoders_memory_is_what_torch_hands_out(tiled, dtype):
     # Tiles that are done stay until the image is put together, and the image given is not counted as taken.
     kept = 2 * 3 * 192 * 256 * dtype.itemsize if tiled else 0
     decoded, encoded = (
-        count(config, *size, dtype.itemsize, emulated=is_emulated(torch.device("cpu"), dtype))
+        count(config, *size, dtype.itemsize, emulated=needs_fp32_fallback(torch.device("cpu"), dtype))
         for count in (autoencoder.decode_bytes, autoencoder.encode_bytes)
     )
     assert decoded + kept == pytest.approx(decoding, rel=0.1)
@@ -117,7 +117,7 @@ def test_the_autoencoders_memory_is_what_torch_hands_out(tiled, dtype):
 
 
 def test_offloading_leaves_two_blocks_on_the_device():
-    config = KNOWN_VARIANTS["klein-4b"].transformer
+    config = PUBLISHED_MODELS["klein-4b"].transformer
     double, *_, single = transformer.block_bytes(config, BF16)
     outer = transformer.weight_bytes(config, BF16) - 5 * double - 20 * single
     assert transformer.offloaded_bytes(config, BF16) == outer + 2 * double
@@ -125,7 +125,7 @@ def test_offloading_leaves_two_blocks_on_the_device():
 
 @pytest.mark.parametrize(("precision", "gibibytes"), [("bf16", 7.5), ("fp8", 3.75), ("nvfp4", 3.75)])
 def test_a_parked_block_takes_a_power_of_two_of_pinned_memory(precision, gibibytes):
-    config = KNOWN_VARIANTS["klein-4b"].transformer
+    config = PUBLISHED_MODELS["klein-4b"].transformer
     assert transformer.parked_bytes(config, PRECISIONS[precision]) == gibibytes * GIB
     offloaded = next(need for need in make_plan(row_of("klein-4b"), Workload(), 0).needs if need.is_offloaded)
     assert offloaded.host_bytes == transformer.parked_bytes(config, BF16)
@@ -192,7 +192,7 @@ def test_only_images_larger_than_a_tile_gain_from_tiles():
     assert (small, large) == (["bf16"], ["bf16", "bf16, tiled"])
 
 
-def test_quantising_at_load_concerns_both_networks():
+def test_quantizing_at_load_concerns_both_networks():
     model = replace(row_of("klein-4b"), published=())
     for need in range(4, 16):
         together = make_plan(model, Workload(), need * GIB).together

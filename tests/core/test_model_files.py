@@ -12,18 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from klein_core.checkpoint import shapes
-from klein_core.checkpoint.files import open_checkpoint
-from klein_core.checkpoint.model_files import ModelFiles
-from klein_core.checkpoint_config import (
+from klein_core.checkpoint import infer_config
+from klein_core.checkpoint.config import (
     read_sampling,
     read_text_encoder_config,
     read_transformer_config,
     read_vae_config,
     read_variant,
 )
+from klein_core.checkpoint.files import ModelFiles, open_checkpoint
 from klein_core.errors import CheckpointError
-from klein_core.known_variants import KNOWN_VARIANTS, SMALL_DECODER
+from klein_core.model_registry import PUBLISHED_MODELS, SMALL_DECODER
 from klein_core.pipeline import Pipeline
 from klein_core.variants import TransformerConfig
 from tests.core.hollow import hollow_file
@@ -80,29 +79,29 @@ def test_shapes_tell_what_the_folder_s_configurations_say(folder, bare):
 @pytest.mark.parametrize("style", ["diffusers", "bfl"])
 @pytest.mark.parametrize("name", ["klein-4b", "klein-9b"])
 def test_full_size_transformers_are_known_by_their_shapes(tmp_path, name, style):
-    row = KNOWN_VARIANTS[name]
+    row = PUBLISHED_MODELS[name]
     file = hollow_file(tmp_path, "transformer", row.transformer, style)
-    assert shapes.transformer_config(open_checkpoint(file)) == row.transformer
+    assert infer_config.transformer_config(open_checkpoint(file)) == row.transformer
 
 
 @pytest.mark.parametrize("style", ["diffusers", "bfl"])
-@pytest.mark.parametrize("row", [KNOWN_VARIANTS["klein-4b"], SMALL_DECODER], ids=["full", "small"])
+@pytest.mark.parametrize("row", [PUBLISHED_MODELS["klein-4b"], SMALL_DECODER], ids=["full", "small"])
 def test_full_size_autoencoders_are_known_by_their_shapes(tmp_path, row, style):
     file = hollow_file(tmp_path, "vae", row.vae, style)
-    assert shapes.vae_config(open_checkpoint(file)) == row.vae
+    assert infer_config.vae_config(open_checkpoint(file)) == row.vae
 
 
 @pytest.mark.parametrize("name", ["klein-4b", "klein-9b"])
 def test_full_size_text_encoders_are_known_by_their_shapes(tmp_path, name):
-    row = KNOWN_VARIANTS[name]
+    row = PUBLISHED_MODELS[name]
     file = hollow_file(tmp_path, "text_encoder", row.text_encoder, "transformers")
-    assert shapes.text_encoder_config(open_checkpoint(file)) == row.text_encoder
+    assert infer_config.text_encoder_config(open_checkpoint(file)) == row.text_encoder
 
 
 PEAK = """
 import resource, sys
 from pathlib import Path
-from klein_core.checkpoint.model_files import ModelFiles
+from klein_core.checkpoint.files import ModelFiles
 from klein_core.denoiser.transformer import FlowTransformer
 peak_bytes = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak_bytes()
@@ -120,7 +119,7 @@ def test_loading_needs_little_more_memory_than_the_weights(tmp_path):
 
 
 def test_a_bare_transformer_s_variant_is_named_or_asked_for(tmp_path):
-    file = hollow_file(tmp_path, "transformer", KNOWN_VARIANTS["klein-9b"].transformer, "bfl")
+    file = hollow_file(tmp_path, "transformer", PUBLISHED_MODELS["klein-9b"].transformer, "bfl")
     files = ModelFiles(transformer=file)
     with pytest.raises(CheckpointError) as caught:
         read_sampling(files)
@@ -137,7 +136,7 @@ def test_a_bare_transformer_s_variant_is_named_or_asked_for(tmp_path):
 
 
 def test_the_text_encoder_of_another_size_is_refused(tmp_path, folder):
-    large = hollow_file(tmp_path, "text_encoder", KNOWN_VARIANTS["klein-9b"].text_encoder, "transformers")
+    large = hollow_file(tmp_path, "text_encoder", PUBLISHED_MODELS["klein-9b"].text_encoder, "transformers")
     with pytest.raises(CheckpointError, match=r"another size: its hidden size is 4096, klein-4b needs 2560"):
         read_text_encoder_config(ModelFiles(text_encoder=large, variant="klein-4b"))
     with pytest.raises(CheckpointError, match="takes 96 text channels") as caught:

@@ -1,4 +1,4 @@
-"""The embedded model's trainer: its optimiser, its batches, and that a run can stop and go on."""
+"""The embedded model's trainer: its optimizer, its batches, and that a run can stop and go on."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from klein_core.denoiser.span import Span
-from klein_core.pico import decoder_training, flow_training, reading, vae_training
-from klein_core.pico.batches import Batch, Supply
-from klein_core.pico.checkpoints import load_state, save_state
-from klein_core.pico.location import WEIGHTS
-from klein_core.pico.mixture import FAMILIES, REFERENCE_COUNT
-from klein_core.pico.muon import Muon, orthogonalised
+from klein_core.denoiser.packing import Span
+from klein_core.pico import WEIGHTS
 from klein_core.text_encoder.tokenizer import PromptTokenizer
-from klein_core.vae_decoder.stage import VaeDecoder
+from klein_core.vae_decoder.decoder import VaeDecoder
+from training.pico import decoder_training, flow_training, reading, vae_training
+from training.pico.batches import Batch, Supply
+from training.pico.checkpoints import load_state, save_state
+from training.pico.mixture import FAMILIES, REFERENCE_COUNT
+from training.pico.muon import Muon, orthogonalized
 
 
 @pytest.fixture(autouse=True)
@@ -30,12 +30,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def test_an_orthogonalised_matrix_has_singular_values_near_one() -> None:
+def test_an_orthogonalized_matrix_has_singular_values_near_one() -> None:
     torch.manual_seed(0)
     for rows, columns in ((24, 24), (16, 90), (90, 16)):
         left, _, right = torch.linalg.svd(torch.randn(rows, columns), full_matrices=False)
         spread = left * torch.linspace(0.05, 1, left.shape[1]) @ right
-        values = torch.linalg.svdvals(orthogonalised(spread))
+        values = torch.linalg.svdvals(orthogonalized(spread))
         assert values.min() > 0.4
         assert values.max() < 1.4
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from klein_core.pico.location import WEIGHTS
-from klein_core.pico.measure import nearest_colour
-from klein_core.pico.reading import SEQUENCE_LENGTH, TAPPED_LAYERS
-from klein_core.pico.world import Background, Item, Scene, render
+from klein_core.pico import WEIGHTS
 from klein_core.pipeline import Pipeline
 from klein_core.text_encoder.tokenizer import PromptTokenizer
+from training.pico.measure import nearest_color
+from training.pico.reading import SEQUENCE_LENGTH, TAPPED_LAYERS
+from training.pico.world import Background, Item, Scene, render
 
 SIDE = 128
 MEGABYTES = 25
@@ -32,11 +32,11 @@ def picture_bytes(scene: Scene) -> bytes:
     return file.getvalue()
 
 
-def colour_at(picture: np.ndarray, x: float, y: float) -> str:
-    """Names the colour of a small patch at fractions of width and height."""
+def color_at(picture: np.ndarray, x: float, y: float) -> str:
+    """Names the color of a small patch at fractions of width and height."""
     row, column = int(y * picture.shape[0]), int(x * picture.shape[1])
     patch = picture[max(row - 2, 0) : row + 3, max(column - 2, 0) : column + 3]
-    return nearest_colour(np.median(patch.reshape(-1, 3).astype(np.float32), axis=0))
+    return nearest_color(np.median(patch.reshape(-1, 3).astype(np.float32), axis=0))
 
 
 def painted(pipeline: Pipeline, prompt: str, references: tuple[bytes, ...] = ()) -> np.ndarray:
@@ -78,18 +78,18 @@ def test_any_text_survives_the_tokenizer(prompt: str) -> None:
 
 def test_a_prompt_is_obeyed(pipeline: Pipeline) -> None:
     picture = painted(pipeline, "a red circle on a blue background")
-    assert colour_at(picture, 0.5, 0.5) == "red"
-    assert {colour_at(picture, x, y) for x in (0.03, 0.97) for y in (0.03, 0.97)} == {"blue"}
+    assert color_at(picture, 0.5, 0.5) == "red"
+    assert {color_at(picture, x, y) for x in (0.03, 0.97) for y in (0.03, 0.97)} == {"blue"}
 
 
 def test_an_edit_changes_what_was_asked_and_keeps_the_rest(pipeline: Pipeline) -> None:
     scene = Scene(Background.plain("white"), (Item("square", "green", "center", "large"),))
     picture = painted(pipeline, "make it red", (picture_bytes(scene),))
-    assert colour_at(picture, 0.5, 0.5) == "red"
-    assert colour_at(picture, 0.05, 0.05) == "white"
+    assert color_at(picture, 0.5, 0.5) == "red"
+    assert color_at(picture, 0.05, 0.05) == "white"
     other = painted(pipeline, "make the background black", (picture_bytes(scene),))
-    assert colour_at(other, 0.5, 0.5) == "green"
-    assert colour_at(other, 0.05, 0.05) == "black"
+    assert color_at(other, 0.5, 0.5) == "green"
+    assert color_at(other, 0.05, 0.05) == "black"
 
 
 def test_two_references_are_put_together(pipeline: Pipeline) -> None:
@@ -100,9 +100,9 @@ def test_two_references_are_put_together(pipeline: Pipeline) -> None:
         "put the object of image 1 on the left and the object of image 2 on the right",
         (picture_bytes(first), picture_bytes(second)),
     )
-    assert colour_at(picture, 0.25, 0.5) == "red"
-    assert colour_at(picture, 0.75, 0.5) == "blue"
-    assert colour_at(picture, 0.5, 0.05) == "yellow"
+    assert color_at(picture, 0.25, 0.5) == "red"
+    assert color_at(picture, 0.75, 0.5) == "blue"
+    assert color_at(picture, 0.5, 0.05) == "yellow"
 
 
 def test_stock_diffusers_paints_the_same_picture(pipeline: Pipeline) -> None:

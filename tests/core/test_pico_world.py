@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from klein_core.pico import scenes
-from klein_core.pico.captions import caption
-from klein_core.pico.evaluate import BLIND_PARAPHRASES, PARAPHRASES, paraphrase
-from klein_core.pico.measure import judge
-from klein_core.pico.mixture import FAMILIES, any_training_task
-from klein_core.pico.tasks import (
+from training.pico import scenes
+from training.pico.captions import caption
+from training.pico.evaluate import BLIND_PARAPHRASES, PARAPHRASES, paraphrase
+from training.pico.measure import judge
+from training.pico.mixture import FAMILIES, any_training_task
+from training.pico.tasks import (
     EDIT_KINDS,
     READING,
     TWO_REFERENCE_KINDS,
@@ -25,15 +25,15 @@ from klein_core.pico.tasks import (
     text_to_image,
     two_references,
 )
-from klein_core.pico.words import _COLOUR_WORDS
-from klein_core.pico.world import (
-    COLOURS,
+from training.pico.words import _COLOR_WORDS
+from training.pico.world import (
+    COLORS,
     PLACES,
     SHAPES,
     Background,
     Item,
     Scene,
-    centre_px,
+    center_px,
     coverage,
     is_held_out,
     is_in_training,
@@ -72,8 +72,8 @@ def test_each_property_is_judged_by_itself(missed: str) -> None:
         "place": Scene(scene.background, (Item("star", "red", "top", "medium"),)),
         "size": Scene(scene.background, (Item("star", "red", "left", "large"),)),
     }[missed]
-    judgement = judge(render(wrong, 128, 128), scene)
-    judged = {name: getattr(judgement, name) for name in ("background", "colour", "shape", "place", "size")}
+    judgment = judge(render(wrong, 128, 128), scene)
+    judged = {name: getattr(judgment, name) for name in ("background", "colour", "shape", "place", "size")}
     assert judged == {name: name != missed for name in judged}
 
 
@@ -82,7 +82,7 @@ def test_each_property_is_judged_by_itself(missed: str) -> None:
 def test_the_largest_item_stays_inside_and_on_the_token_grid(
     width: int, height: int, place: str, shape: str
 ) -> None:
-    x, y = centre_px(place, width, height)
+    x, y = center_px(place, width, height)
     radius = radius_px("large", width, height)
     assert (x % 16, y % 16) == (0, 0)
     assert radius <= x <= width - radius
@@ -97,18 +97,18 @@ def test_a_picture_depends_on_nothing_but_scene_and_size() -> None:
     assert np.array_equal(render(scene, 96, 144), render(scene, 96, 144))
 
 
-def test_every_background_leaves_colours_that_stand_out() -> None:
-    backgrounds = [Background(top, bottom) for top, bottom in itertools.product(COLOURS, repeat=2)]
-    fewest = min(sum(stands_out(colour, background) for colour in COLOURS) for background in backgrounds)
+def test_every_background_leaves_colors_that_stand_out() -> None:
+    backgrounds = [Background(top, bottom) for top, bottom in itertools.product(COLORS, repeat=2)]
+    fewest = min(sum(stands_out(color, background) for color in COLORS) for background in backgrounds)
     assert fewest >= 3
 
 
-def test_held_out_combinations_are_few_spread_and_never_practised() -> None:
-    combinations = [Item(*parts) for parts in itertools.product(SHAPES, COLOURS, PLACES)]
+def test_held_out_combinations_are_few_spread_and_never_practiced() -> None:
+    combinations = [Item(*parts) for parts in itertools.product(SHAPES, COLORS, PLACES)]
     held_out = [item for item in combinations if is_held_out(item)]
     assert 0.04 < len(held_out) / len(combinations) < 0.08
     assert {item.shape for item in held_out} == set(SHAPES)
-    assert {item.colour for item in held_out} == set(COLOURS)
+    assert {item.color for item in held_out} == set(COLORS)
     rng = random.Random(5)
     for family in FAMILIES:
         for _ in range(150):
@@ -153,7 +153,7 @@ def test_an_edit_changes_the_picture_and_only_as_its_kind_says(seed: int) -> Non
 @given(seed=SEEDS)
 @settings(max_examples=40, deadline=None)
 def test_a_caption_says_what_differs_from_the_defaults(seed: int) -> None:
-    """A small size, a corner and a coloured background may not stay unsaid: the words must tell scenes apart."""
+    """A small size, a corner and a colored background may not stay unsaid: the words must tell scenes apart."""
     rng = random.Random(seed)
     scene = scenes.single_scene(rng)
     item = scene.items[0]
@@ -176,8 +176,8 @@ def test_a_caption_says_what_differs_from_the_defaults(seed: int) -> None:
     if item.place not in ("center", "left", "right", "top", "bottom"):
         assert item.place.split()[1] in text
     if not scene.background.is_plain:
-        for colour in (scene.background.top, scene.background.bottom):
-            assert any(word in text for word in _COLOUR_WORDS[colour]), colour
+        for color in (scene.background.top, scene.background.bottom):
+            assert any(word in text for word in _COLOR_WORDS[color]), color
 
 
 @pytest.mark.parametrize("path", [PARAPHRASES, BLIND_PARAPHRASES], ids=lambda path: path.stem)

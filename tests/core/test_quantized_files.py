@@ -1,4 +1,4 @@
-"""Files of every quantised layout are read to the last bit, and whatever leaves a doubt is refused by name."""
+"""Files of every quantized layout are read to the last bit, and whatever leaves a doubt is refused by name."""
 
 from __future__ import annotations
 
@@ -15,19 +15,18 @@ from torch import Tensor, nn
 
 from klein_core.denoiser.transformer import FlowTransformer
 from klein_core.errors import CheckpointError
-from klein_core.quantization.choices import QUANTIZATIONS
-from klein_core.quantization.float4 import Float4Weight
-from klein_core.quantization.float8 import Float8Weight
-from klein_core.quantization.int8 import Int8Weight
-from klein_core.quantization.stored_weight import StoredWeight
+from klein_core.quantization.constants import QUANTIZATIONS
+from klein_core.quantization.fp8 import Float8Weight, Int8Weight
+from klein_core.quantization.nvfp4 import Float4Weight
+from klein_core.quantization.quantized_weight import QuantizedWeight
 from klein_core.text_encoder.encoder import TextEncoder
 from tests.tiny.layouts import bfl_transformer, prefixed
-from tests.tiny.quantised import (
-    QuantisedFile,
+from tests.tiny.quantized import (
+    QuantizedFile,
     comfy_header,
     comfy_markers,
     is_block_matrix,
-    quantised_file,
+    quantized_file,
     write_float8,
     write_int8,
     write_modelopt_nvfp4,
@@ -64,11 +63,11 @@ def save(folder: Path, tensors: Tensors, metadata: dict[str, str] | None = None,
     return folder
 
 
-def stored_weights(module: nn.Module) -> dict[str, StoredWeight]:
-    return {name: part for name, part in module.named_modules() if isinstance(part, StoredWeight)}
+def stored_weights(module: nn.Module) -> dict[str, QuantizedWeight]:
+    return {name: part for name, part in module.named_modules() if isinstance(part, QuantizedWeight)}
 
 
-def assert_reads_exactly(folder: Path, file: QuantisedFile, tmp_path: Path, count: int) -> FlowTransformer:
+def assert_reads_exactly(folder: Path, file: QuantizedFile, tmp_path: Path, count: int) -> FlowTransformer:
     """The same network as from the values in full, weight by weight and in what it computes."""
     ours = FlowTransformer.from_folder(folder)
     exact = FlowTransformer.from_folder(save(tmp_path / "exact", file.values))
@@ -88,7 +87,7 @@ def assert_reads_exactly(folder: Path, file: QuantisedFile, tmp_path: Path, coun
 
 
 def test_official_fp8(tmp_path: Path, official: Tensors):
-    file = quantised_file(official, write_float8, is_block_matrix)
+    file = quantized_file(official, write_float8, is_block_matrix)
     save(tmp_path, file.tensors, comfy_header(file.layers, "float8_e4m3fn"))
     ours = assert_reads_exactly(tmp_path, file, tmp_path, BLOCK_LAYERS)
     qkv = ours.get_submodule("transformer_blocks.0.attn.to_qkv.weight")
@@ -99,7 +98,7 @@ def test_official_fp8(tmp_path: Path, official: Tensors):
 def test_official_nvfp4(tmp_path: Path, official: Tensors):
     # The 9B file keeps some matrices of its blocks; dtypes decide, not a list.
     kept = {"single_blocks.1.linear2.weight", "double_blocks.1.txt_mlp.0.weight"}
-    file = quantised_file(official, write_nvfp4, lambda name: is_block_matrix(name) and name not in kept)
+    file = quantized_file(official, write_nvfp4, lambda name: is_block_matrix(name) and name not in kept)
     save(tmp_path, file.tensors, comfy_header(file.layers, "nvfp4"))
     ours = assert_reads_exactly(tmp_path, file, tmp_path, BLOCK_LAYERS - 2)
     assert all(type(weight) is Float4Weight for weight in stored_weights(ours).values())
@@ -110,7 +109,7 @@ def test_official_nvfp4(tmp_path: Path, official: Tensors):
 def test_comfy_files_with_prefixes(
     tmp_path: Path, official: Tensors, prefix: str, is_listed_with_prefix: bool
 ):
-    file = quantised_file(official, write_nvfp4, is_block_matrix)
+    file = quantized_file(official, write_nvfp4, is_block_matrix)
     layers = [prefix + layer for layer in file.layers] if is_listed_with_prefix else file.layers
     save(tmp_path, prefixed(file.tensors, prefix), comfy_header(layers, "nvfp4"))
     assert_reads_exactly(tmp_path, file, tmp_path, BLOCK_LAYERS)
@@ -122,7 +121,7 @@ def test_comfy_files_with_markers(tmp_path: Path, official: Tensors, form: str):
         form, write_int8
     )
     # As dev's fp8mixed, which leaves qkv alone.
-    file = quantised_file(official, write, lambda name: is_block_matrix(name) and "qkv" not in name)
+    file = quantized_file(official, write, lambda name: is_block_matrix(name) and "qkv" not in name)
     markers = comfy_markers(file.layers, form, full_precision_matrix_mult=True)
     save(tmp_path, prefixed(file.tensors | markers, "diffusion_model."))
     ours = assert_reads_exactly(tmp_path, file, tmp_path, BLOCK_LAYERS - 4)
@@ -134,7 +133,7 @@ def test_comfy_files_with_markers(tmp_path: Path, official: Tensors, form: str):
 
 @pytest.mark.parametrize("told_by", ["config", "hf_quant_config", "header"])
 def test_modelopt_nvfp4_of_three_projections_that_become_one(tmp_path: Path, plain: Tensors, told_by: str):
-    file = quantised_file(plain, write_modelopt_nvfp4, is_block_matrix)
+    file = quantized_file(plain, write_modelopt_nvfp4, is_block_matrix)
     settings = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["proj_out"]}
     config = {"quantization_config": settings} if told_by == "config" else {}
     save(tmp_path, file.tensors, {"quantization": "nvfp4"} if told_by == "header" else None, **config)
@@ -145,14 +144,14 @@ def test_modelopt_nvfp4_of_three_projections_that_become_one(tmp_path: Path, pla
         )
     ours = assert_reads_exactly(tmp_path, file, tmp_path, BLOCK_LAYERS)
     qkv = ours.get_submodule("transformer_blocks.0.attn.to_qkv.weight")
-    # Three matrices were quantised, each to a scale of its own.
-    assert isinstance(qkv, StoredWeight)
+    # Three matrices were quantized, each to a scale of its own.
+    assert isinstance(qkv, QuantizedWeight)
     assert len(qkv.scale.unique()) == 3
 
 
 @pytest.mark.parametrize("per_row", [False, True], ids=["ModelOpt", "fp8r"])
 def test_fp8_in_diffusers_names(tmp_path: Path, plain: Tensors, per_row: bool):
-    file = quantised_file(plain, partial(write_float8, per_row=per_row), is_block_matrix)
+    file = quantized_file(plain, partial(write_float8, per_row=per_row), is_block_matrix)
     if per_row:
         save(tmp_path, file.tensors, {"quantization": "fp8r"})
     else:
@@ -161,7 +160,7 @@ def test_fp8_in_diffusers_names(tmp_path: Path, plain: Tensors, per_row: bool):
 
 
 def test_smoothed_nvfp4(tmp_path: Path, official: Tensors):
-    file = quantised_file(official, write_smoothed_nvfp4, is_block_matrix)
+    file = quantized_file(official, write_smoothed_nvfp4, is_block_matrix)
     save(tmp_path, file.tensors | comfy_markers(file.layers, "nvfp4"))
     assert_reads_exactly(tmp_path, file, tmp_path, BLOCK_LAYERS)
     wrong = file.tensors | {f"{QKV}.pre_quant_scale": torch.ones(96)} | comfy_markers(file.layers, "nvfp4")
@@ -169,8 +168,8 @@ def test_smoothed_nvfp4(tmp_path: Path, official: Tensors):
         FlowTransformer.from_folder(save(tmp_path, wrong))
 
 
-def test_every_matrix_may_be_quantised_even_the_head(tmp_path: Path, official: Tensors):
-    file = quantised_file(official, write_float8, lambda name: name.endswith(".weight"))
+def test_every_matrix_may_be_quantized_even_the_head(tmp_path: Path, official: Tensors):
+    file = quantized_file(official, write_float8, lambda name: name.endswith(".weight"))
     save(tmp_path, file.tensors, comfy_header(file.layers, "float8_e4m3fn"))
     ours = FlowTransformer.from_folder(tmp_path)
     assert ours.dtype == torch.float32
@@ -183,7 +182,7 @@ def test_every_matrix_may_be_quantised_even_the_head(tmp_path: Path, official: T
 
 def test_three_projections_stored_in_two_ways_are_unfolded(tmp_path: Path, plain: Tensors):
     odd = "transformer_blocks.0.attn.to_k.weight"
-    file = quantised_file(plain, write_float8, lambda name: is_block_matrix(name) and name != odd)
+    file = quantized_file(plain, write_float8, lambda name: is_block_matrix(name) and name != odd)
     save(tmp_path, file.tensors, {"quantization": "fp8r"})
     ours = assert_reads_exactly(tmp_path, file, tmp_path, BLOCK_LAYERS - 1)
     exact = torch.cat([file.values[f"transformer_blocks.0.attn.to_{part}.weight"] for part in "qkv"])
@@ -226,7 +225,7 @@ REFUSED_FP8: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
 @pytest.mark.parametrize("case", REFUSED_FP8)
 def test_an_incomplete_or_contradictory_fp8_file_is_refused(tmp_path: Path, official: Tensors, case: str):
     change, message = REFUSED_FP8[case]
-    file = quantised_file(official, write_float8, is_block_matrix)
+    file = quantized_file(official, write_float8, is_block_matrix)
     save(tmp_path, change(file.tensors), comfy_header(file.layers, "float8_e4m3fn"))
     with pytest.raises(CheckpointError, match=message):
         FlowTransformer.from_folder(tmp_path)
@@ -262,14 +261,14 @@ REFUSED_NOTES: dict[str, tuple[dict[str, str], str]] = {
 @pytest.mark.parametrize("case", REFUSED_NOTES)
 def test_a_four_bit_file_whose_notes_leave_a_doubt_is_refused(tmp_path: Path, official: Tensors, case: str):
     metadata, message = REFUSED_NOTES[case]
-    file = quantised_file(official, write_nvfp4, is_block_matrix)
+    file = quantized_file(official, write_nvfp4, is_block_matrix)
     save(tmp_path, file.tensors, metadata)
     with pytest.raises(CheckpointError, match=message):
         FlowTransformer.from_folder(tmp_path)
 
 
 def test_a_marker_that_contradicts_the_header_is_refused(tmp_path: Path, official: Tensors):
-    file = quantised_file(official, write_float8, is_block_matrix)
+    file = quantized_file(official, write_float8, is_block_matrix)
     markers = comfy_markers([QKV], "float8_e4m3fn", full_precision_matrix_mult=True)
     save(tmp_path, file.tensors | markers, comfy_header(file.layers, "float8_e4m3fn"))
     with pytest.raises(CheckpointError, match=f"{QKV}.comfy_quant contradicts the header"):
@@ -283,7 +282,7 @@ def test_a_marker_that_contradicts_the_header_is_refused(tmp_path: Path, officia
 
 
 def test_a_modelopt_file_that_says_two_things_is_refused(tmp_path: Path, plain: Tensors):
-    file = quantised_file(plain, write_modelopt_nvfp4, is_block_matrix)
+    file = quantized_file(plain, write_modelopt_nvfp4, is_block_matrix)
     settings = {"quant_method": "modelopt", "quant_algo": "FP8"}
     save(tmp_path, file.tensors, {"quantization": "nvfp4"}, quantization_config=settings)
     with pytest.raises(
@@ -308,10 +307,10 @@ def test_text_encoders_as_comfy_has_them(tmp_path: Path, form: str, prefix: str)
     tensors = {name.removeprefix("model."): tensor for name, tensor in oracle.state_dict().items()}
     del tensors["lm_head.weight"]
     write = write_float8 if form == "float8_e4m3fn" else write_nvfp4
-    # "Mixed": some projections keep their numbers, and the table of embeddings may be quantised too.
+    # "Mixed": some projections keep their numbers, and the table of embeddings may be quantized too.
     kept = "layers.1.mlp.gate_proj.weight"
     chosen = {name for name in tensors if "_proj" in name and name != kept} | {"embed_tokens.weight"}
-    file = quantised_file(tensors, write, lambda name: name in chosen)
+    file = quantized_file(tensors, write, lambda name: name in chosen)
     markers = comfy_markers(file.layers, form)
     path = tmp_path / "text_encoder" / "model.safetensors"
     save_file(prefixed(file.tensors | markers, prefix), path)
@@ -326,7 +325,7 @@ def test_text_encoders_as_comfy_has_them(tmp_path: Path, form: str, prefix: str)
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint16, torch.bool, torch.float64], ids=str)
-def test_plain_tensors_of_unsupported_types_are_not_quantised_either(
+def test_plain_tensors_of_unsupported_types_are_not_quantized_either(
     plain: Tensors, tmp_path: Path, quantization: str, dtype: torch.dtype
 ):
     name = "single_transformer_blocks.0.attn.to_out.weight"

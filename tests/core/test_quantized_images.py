@@ -1,4 +1,4 @@
-"""What quantisation costs a picture and saves in memory: the embedded model's pictures, the published models' bytes."""
+"""What quantization costs a picture and saves in memory: the embedded model's pictures, the published models' bytes."""
 
 from __future__ import annotations
 
@@ -12,18 +12,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from klein_core.denoiser.transformer import FlowTransformer, is_block_product
-from klein_core.pico.location import WEIGHTS
+from klein_core.pico import WEIGHTS
 from klein_core.pipeline import Pipeline
-from klein_core.quantization import stored_weight
-from klein_core.quantization.float4 import Float4Weight
-from klein_core.quantization.float8 import Float8Weight
-from klein_core.quantization.int8 import Int8Weight
-from klein_core.quantization.layers import place
-from klein_core.quantization.stored_weight import StoredWeight
-from klein_core.quantization.tiles import BLOCK, swizzled_shape
+from klein_core.quantization import quantized_weight
+from klein_core.quantization.constants import BLOCK, swizzled_shape
+from klein_core.quantization.fp8 import Float8Weight, Int8Weight
+from klein_core.quantization.nvfp4 import Float4Weight
+from klein_core.quantization.quantized_weight import QuantizedWeight, place
 from klein_core.variants import TransformerConfig
 from tests.tiny.layouts import bfl_transformer
-from tests.tiny.quantised import comfy_header, is_block_matrix, quantised_file, write_float8, write_nvfp4
+from tests.tiny.quantized import comfy_header, is_block_matrix, quantized_file, write_float8, write_nvfp4
 from tests.tiny.transformer import random_span
 
 PROMPT = "a large red heart on a yellow background"
@@ -53,7 +51,7 @@ def with_transformer(pico: Pipeline, transformer: FlowTransformer) -> Pipeline:
 
 def psnr_db(one: Tensor, other: Tensor) -> float:
     error = (one.float() - other.float()).square().mean()
-    assert error > 0, "nothing was quantised"
+    assert error > 0, "nothing was quantized"
     return float(10 * torch.log10(255**2 / error))
 
 
@@ -62,11 +60,11 @@ def byte_count(module: nn.Module) -> int:
 
 
 def pico_file(folder: Path, write: Callable[[Tensor], object], form: str) -> Path:
-    """Writes the embedded model's transformer as the authors write a quantised one."""
+    """Writes the embedded model's transformer as the authors write a quantized one."""
     (folder / "transformer").mkdir()
     shutil.copy(WEIGHTS / "transformer" / "config.json", folder / "transformer")
     tensors = bfl_transformer(load_file(next((WEIGHTS / "transformer").glob("*.safetensors"))))
-    file = quantised_file(tensors, write, is_block_matrix)
+    file = quantized_file(tensors, write, is_block_matrix)
     save_file(
         {name: tensor.contiguous() for name, tensor in file.tensors.items()},
         folder / "transformer" / "model.safetensors",
@@ -90,11 +88,11 @@ def test_a_picture_from_an_nvfp4_file(tmp_path: Path, pico: Pipeline, picture: T
 
 
 @pytest.mark.parametrize("name", ["fp8", "int8"])
-def test_a_picture_after_quantising_both_stages_at_load(name: str, picture: Tensor):
+def test_a_picture_after_quantizing_both_stages_at_load(name: str, picture: Tensor):
     pipeline = Pipeline.from_folder(WEIGHTS, dtype=DTYPE, quantization=name)
     assert psnr_db(paint(pipeline), picture) > LEAST_PSNR_DB[name]
     for module, count in ((pipeline.transformer, 2 * 8 + 4 * 2), (pipeline.text_encoder.model, 4 * 7)):
-        assert sum(isinstance(part, StoredWeight) for part in module.modules()) == count
+        assert sum(isinstance(part, QuantizedWeight) for part in module.modules()) == count
     assert {value.dtype for value in pipeline.vae_decoder.autoencoder.parameters()} == {DTYPE}
 
 
@@ -102,7 +100,7 @@ def test_a_picture_with_inputs_in_eight_bits_too(
     pico: Pipeline, picture: Tensor, monkeypatch: pytest.MonkeyPatch
 ):
     """As a Hopper device computes it; torch's CPU product of 8-bit floats stands in for it."""
-    monkeypatch.setattr(stored_weight, "capability_of", lambda device: (9, 0))
+    monkeypatch.setattr(quantized_weight, "capability_of", lambda device: (9, 0))
     transformer = FlowTransformer.from_folder(WEIGHTS, dtype=DTYPE, quantization="fp8")
     assert psnr_db(paint(with_transformer(pico, transformer)), picture) > LEAST_PSNR_DB["fp8"]
 
@@ -115,11 +113,11 @@ def test_compiled_blocks_give_the_same_bits():
         assert torch.equal(compiled([span])[0], plain([span])[0])
 
 
-def test_which_layers_are_quantised_at_load(pico: Pipeline):
-    quantised = FlowTransformer.from_folder(WEIGHTS, quantization="fp8")
-    stored = {name for name, part in quantised.named_modules() if isinstance(part, StoredWeight)}
+def test_which_layers_are_quantized_at_load(pico: Pipeline):
+    quantized = FlowTransformer.from_folder(WEIGHTS, quantization="fp8")
+    stored = {name for name, part in quantized.named_modules() if isinstance(part, QuantizedWeight)}
     assert stored == {name for name in pico.transformer.state_dict() if is_block_product(name)}
-    plain = {name for name, _ in quantised.named_parameters()}
+    plain = {name for name, _ in quantized.named_parameters()}
     outside = {
         name for name in plain if not name.startswith(("transformer_blocks", "single_transformer_blocks"))
     }
@@ -128,8 +126,8 @@ def test_which_layers_are_quantised_at_load(pico: Pipeline):
     assert all(".norm_" in name for name in plain - outside)
 
 
-def test_what_is_quantised_stays_as_it_is(tmp_path: Path):
-    """One setting serves a suite of which one part's file is quantised and the other's is plain."""
+def test_what_is_quantized_stays_as_it_is(tmp_path: Path):
+    """One setting serves a suite of which one part's file is quantized and the other's is plain."""
     folder = pico_file(tmp_path, write_float8, "float8_e4m3fn")
     as_stored, told_otherwise = (
         FlowTransformer.from_folder(folder, quantization=kind).state_dict() for kind in ("none", "int8")
@@ -138,7 +136,7 @@ def test_what_is_quantised_stays_as_it_is(tmp_path: Path):
     assert all(torch.equal(as_stored[name], told_otherwise[name]) for name in as_stored)
 
 
-def stored_on_meta(kind: str, rows: int, columns: int) -> StoredWeight:
+def stored_on_meta(kind: str, rows: int, columns: int) -> QuantizedWeight:
     def bytes_of(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.uint8, device="meta")
 

@@ -1,4 +1,4 @@
-"""Quantised matrices: what they unfold to, which products a device computes itself, and that those are right."""
+"""Quantized matrices: what they unfold to, which products a device computes itself, and that those are right."""
 
 from __future__ import annotations
 
@@ -13,16 +13,12 @@ from torch import Tensor
 from benchmarks.peak_memory import traced_peak
 from klein_core.linear import Linear
 from klein_core.memory import precision
-from klein_core.quantization import devices, e2m1, float4, stored_weight
-from klein_core.quantization import float8 as float8_module
-from klein_core.quantization.float4 import Float4Weight, quantised_inputs
-from klein_core.quantization.float8 import Float8Weight, is_finite
-from klein_core.quantization.int8 import Int8Weight
-from klein_core.quantization.layers import place
-from klein_core.quantization.stored_weight import StoredWeight, share_buffer
-from klein_core.quantization.swizzle import swizzled, unswizzled
-from tests.tiny.quantised import (
-    Quantised,
+from klein_core.quantization import fp8, nvfp4, quantized_weight
+from klein_core.quantization.fp8 import Float8Weight, Int8Weight, is_finite
+from klein_core.quantization.nvfp4 import Float4Weight, quantized_inputs, swizzled, unswizzled
+from klein_core.quantization.quantized_weight import QuantizedWeight, place, share_buffer
+from tests.tiny.quantized import (
+    Quantized,
     tiled,
     write_float8,
     write_int8,
@@ -35,11 +31,11 @@ from tests.tiny.transformer import relative_error
 HOPPER, BLACKWELL, AMPERE = (9, 0), (10, 0), (8, 6)
 
 
-def float8(file: Quantised) -> StoredWeight:
+def float8(file: Quantized) -> QuantizedWeight:
     return Float8Weight(file.tensors["weight"], file.tensors["weight_scale"], file.tensors.get("input_scale"))
 
 
-def nvfp4(file: Quantised) -> StoredWeight:
+def nvfp4_weight(file: Quantized) -> QuantizedWeight:
     tensors = file.tensors
     return Float4Weight(
         tensors["weight"],
@@ -49,7 +45,7 @@ def nvfp4(file: Quantised) -> StoredWeight:
     )
 
 
-def modelopt(file: Quantised) -> StoredWeight:
+def modelopt(file: Quantized) -> QuantizedWeight:
     tensors = file.tensors
     return Float4Weight.from_linear(
         tensors["weight"],
@@ -59,20 +55,20 @@ def modelopt(file: Quantised) -> StoredWeight:
     )
 
 
-def smoothed(file: Quantised) -> StoredWeight:
-    weight = nvfp4(file)
+def smoothed(file: Quantized) -> QuantizedWeight:
+    weight = nvfp4_weight(file)
     weight.smoothing = file.tensors["pre_quant_scale"]
     return weight
 
 
-def int8(file: Quantised) -> StoredWeight:
+def int8(file: Quantized) -> QuantizedWeight:
     return Int8Weight(file.tensors["weight"], file.tensors["weight_scale"])
 
 
-KINDS: dict[str, tuple[Callable[..., Quantised], Callable[[Quantised], StoredWeight]]] = {
+KINDS: dict[str, tuple[Callable[..., Quantized], Callable[[Quantized], QuantizedWeight]]] = {
     "fp8": (write_float8, float8),
     "fp8 a row": (lambda weight: write_float8(weight, per_row=True), float8),
-    "nvfp4": (write_nvfp4, nvfp4),
+    "nvfp4": (write_nvfp4, nvfp4_weight),
     "modelopt nvfp4": (write_modelopt_nvfp4, modelopt),
     "smoothed nvfp4": (write_smoothed_nvfp4, smoothed),
     "int8": (write_int8, int8),
@@ -110,7 +106,7 @@ def test_any_rows_unfold_to_the_written_values(kind: str, rows: int, blocks: int
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "smoothed nvfp4"])
 def test_cut_and_stacked_parts_keep_their_own_scales(kind: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(stored_weight, "_CHUNK_VALUES_CPU", 640)
+    monkeypatch.setattr(quantized_weight, "_CHUNK_VALUES_CPU", 640)
     write, read = KINDS[kind]
     files = [write(matrix(rows, 32, seed) * 10**seed) for seed, rows in enumerate((130, 40, 7))]
     parts = [read(file) for file in files]
@@ -143,11 +139,11 @@ def test_swizzling_is_the_written_layout_and_undone(rows: int, columns: int, dat
 
 
 def test_four_bit_floats_round_to_the_nearest_and_ties_to_the_even_code():
-    exact = torch.tensor([[*e2m1.MAGNITUDES, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 7.0]])
-    rounded = torch.tensor([[*e2m1.MAGNITUDES, 0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 6.0]])
-    table = e2m1.pair_table("cpu")
-    assert torch.equal(e2m1.decoded(e2m1.encoded(exact), table), rounded)
-    assert torch.equal(e2m1.decoded(e2m1.encoded(-exact), table), -rounded)
+    exact = torch.tensor([[*nvfp4.MAGNITUDES, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 7.0]])
+    rounded = torch.tensor([[*nvfp4.MAGNITUDES, 0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 6.0]])
+    table = nvfp4.pair_table("cpu")
+    assert torch.equal(nvfp4.decoded(nvfp4.encoded(exact), table), rounded)
+    assert torch.equal(nvfp4.decoded(nvfp4.encoded(-exact), table), -rounded)
 
 
 @each_kind
@@ -201,7 +197,7 @@ def test_every_eight_bit_float_is_what_torch_says(element: torch.dtype):
 
 
 def test_which_products_a_device_computes_itself():
-    eight, four = float8(write_float8(matrix(256, 32))), nvfp4(write_nvfp4(matrix(256, 32)))
+    eight, four = float8(write_float8(matrix(256, 32))), nvfp4_weight(write_nvfp4(matrix(256, 32)))
     for capability, takes_eight, takes_four in [
         (None, False, False),
         (AMPERE, False, False),
@@ -219,7 +215,7 @@ def test_which_products_a_device_computes_itself():
     assert not float8(write_float8(matrix(250, 32))).fits(BLACKWELL, 0, 250)
     assert not four.fits(BLACKWELL, 16, 256)
     assert four.fits(BLACKWELL, 128, 144)
-    assert not nvfp4(write_nvfp4(matrix(256, 48))).fits(BLACKWELL, 0, 256)
+    assert not nvfp4_weight(write_nvfp4(matrix(256, 48))).fits(BLACKWELL, 0, 256)
     wide = Float8Weight(matrix(256, 32).to(torch.float8_e5m2), torch.ones(1), element=torch.float8_e5m2)
     assert not wide.fits(BLACKWELL, 0, 256)
 
@@ -236,7 +232,7 @@ def test_only_bfloat16_tokens_are_multiplied_in_eight_bits(dtype: torch.dtype, o
 @pytest.fixture
 def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets the processor pass for a Blackwell device: torch multiplies 8-bit floats there too, only slowly."""
-    monkeypatch.setattr(stored_weight, "capability_of", lambda device: BLACKWELL)
+    monkeypatch.setattr(quantized_weight, "capability_of", lambda device: BLACKWELL)
 
 
 @pytest.mark.parametrize("per_row", [False, True], ids=["one scale", "a scale a row"])
@@ -258,7 +254,7 @@ def test_eight_bit_products(per_row: bool, input_scale: float | None, on_device:
     assert torch.equal(out, result)
 
 
-def test_a_token_does_not_change_its_neighbours_in_eight_bits(on_device: None):
+def test_a_token_does_not_change_its_neighbors_in_eight_bits(on_device: None):
     layer = Linear(64, 32)
     place(layer, "weight", Float8Weight.of(matrix(32, 64)))
     tokens = torch.randn(4, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
@@ -270,11 +266,11 @@ def test_a_token_does_not_change_its_neighbours_in_eight_bits(on_device: None):
 def test_four_bit_inputs_are_near_what_they_stand_for():
     tokens = torch.randn(5, 64, generator=torch.Generator().manual_seed(2))
     scale = tokens.abs().amax(dim=1, keepdim=True) / (448 * 6)
-    packed, block_scales = quantised_inputs(tokens, scale)
-    values = e2m1.decoded(packed, e2m1.pair_table("cpu")).view(5, 4, 16)
+    packed, block_scales = quantized_inputs(tokens, scale)
+    values = nvfp4.decoded(packed, nvfp4.pair_table("cpu")).view(5, 4, 16)
     scales = block_scales.view(torch.float8_e4m3fn).float() * scale
     assert relative_error((values * scales[..., None]).view(5, 64), tokens) < 0.12
-    silent, _ = quantised_inputs(torch.zeros(1, 32), torch.ones(1, 1))
+    silent, _ = quantized_inputs(torch.zeros(1, 32), torch.ones(1, 1))
     assert not silent.any()
 
 
@@ -282,8 +278,8 @@ def multiply_float4(
     a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, *, out_dtype: torch.dtype
 ) -> Tensor:
     """Does what the tensor cores do with four-bit floats, element by element."""
-    table = e2m1.pair_table("cpu")
-    left, right = (e2m1.decoded(side.contiguous().view(torch.uint8), table) for side in (a, b.t()))
+    table = nvfp4.pair_table("cpu")
+    left, right = (nvfp4.decoded(side.contiguous().view(torch.uint8), table) for side in (a, b.t()))
     result = []
     for side, tiles in ((left, scale_a), (right, scale_b)):
         blocks = side.shape[1] // 16
@@ -293,7 +289,7 @@ def multiply_float4(
     return (result[0] @ result[1].t()).to(out_dtype)
 
 
-def test_smoothed_inputs_are_multiplied_before_they_are_quantised(
+def test_smoothed_inputs_are_multiplied_before_they_are_quantized(
     on_device: None, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(torch, "_scaled_mm", multiply_float4)
@@ -334,12 +330,12 @@ def uncomputed(a: Tensor, b: Tensor, *scales: Tensor, out_dtype: torch.dtype, **
 @pytest.mark.parametrize(
     ("kind", "input_scale"), [("fp8", None), ("fp8", 0.1), ("nvfp4", None), ("nvfp4", 0.1)], ids=str
 )
-def test_quantising_inputs_takes_no_more_than_is_planned(
+def test_quantizing_inputs_takes_no_more_than_is_planned(
     kind: str, input_scale: float | None, room: int, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(torch, "_scaled_mm", uncomputed)
-    for module in (float8_module, float4, precision):
-        for name in ("FLOAT8_VALUES", "FLOAT4_VALUES"):
+    for module in (fp8, nvfp4, precision):
+        for name in ("FLOAT8_CHUNK_VALUES", "FLOAT4_CHUNK_VALUES"):
             monkeypatch.setattr(module, name, room, raising=False)
     write, read = KINDS[kind]
     weight = read(write(matrix(16, 1024), input_scale=input_scale))
@@ -350,7 +346,7 @@ def test_quantising_inputs_takes_no_more_than_is_planned(
 
 
 @pytest.mark.parametrize("kind", ["fp8", "nvfp4"])
-def test_inputs_quantised_in_parts_are_the_same(kind: str, on_device: None, monkeypatch: pytest.MonkeyPatch):
+def test_inputs_quantized_in_parts_are_the_same(kind: str, on_device: None, monkeypatch: pytest.MonkeyPatch):
     if kind == "nvfp4":
         monkeypatch.setattr(torch, "_scaled_mm", multiply_float4)
     write, read = KINDS[kind]
@@ -359,11 +355,11 @@ def test_inputs_quantised_in_parts_are_the_same(kind: str, on_device: None, monk
         weight = read(write(matrix(256, 64), input_scale=input_scale))
         whole = weight.product(tokens, 0, 256)
         with monkeypatch.context() as patch:
-            patch.setattr(float8_module, "FLOAT8_VALUES", 640)
-            patch.setattr(float4, "FLOAT4_VALUES", 640)
+            patch.setattr(fp8, "FLOAT8_CHUNK_VALUES", 640)
+            patch.setattr(nvfp4, "FLOAT4_CHUNK_VALUES", 640)
             assert torch.equal(weight.product(tokens, 0, 256), whole)
 
 
 def test_the_processor_multiplies_nothing_as_it_is_stored():
-    assert devices.capability_of(torch.device("cpu")) is None
+    assert quantized_weight.capability_of(torch.device("cpu")) is None
     assert not float8(write_float8(matrix(32, 32))).multiplies(torch.zeros(1, 32).bfloat16(), 0, 32)

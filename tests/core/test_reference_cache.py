@@ -17,14 +17,14 @@ from diffusers.models.transformers.transformer_flux2 import (
 )
 from torch import Tensor
 
+from klein_core.denoiser.packing import Span
 from klein_core.denoiser.reference_cache import ReferenceCache, bytes_per_token
 from klein_core.denoiser.sampler import Trajectory, packed_step
-from klein_core.denoiser.span import Span
 from klein_core.denoiser.transformer import FlowTransformer
 from klein_core.errors import InvalidInput
-from klein_core.known_variants import KNOWN_VARIANTS
+from klein_core.model_registry import PUBLISHED_MODELS
 from klein_core.pipeline import Pipeline
-from klein_core.quantization.stored_weight import StoredWeight
+from klein_core.quantization.quantized_weight import QuantizedWeight
 from tests.core.test_pipeline import PROMPT, Pair, pictures, png
 from tests.tiny.checkpoint import save_tiny_checkpoint
 from tests.tiny.transformer import (
@@ -229,19 +229,21 @@ def test_seeds_share_a_cache_and_differ(ours):
 def test_what_a_cache_takes_is_known_before(ours):
     cache = ours.reference_cache(random_span([(1, 1), (3, 5), (2, 2)]).references)
     assert cache.size_bytes == 19 * bytes_per_token(ours.config, torch.float32)
-    klein = KNOWN_VARIANTS["klein-9b-kv"].transformer
+    klein = PUBLISHED_MODELS["klein-9b-kv"].transformer
     assert bytes_per_token(klein, torch.bfloat16) == 524_288
 
 
 @pytest.mark.parametrize("quantization", ["fp8", "int8"])
-def test_quantised_weights_cache_what_they_stand_for(tmp_path: Path, quantization: str):
+def test_quantized_weights_cache_what_they_stand_for(tmp_path: Path, quantization: str):
     save_tiny_transformer(tmp_path)
     stored = FlowTransformer.from_folder(tmp_path, quantization=quantization)
     plain = FlowTransformer.from_folder(tmp_path)
     for name, layer in stored.linears.items():
-        if isinstance(layer.weight, StoredWeight):
+        if isinstance(layer.weight, QuantizedWeight):
             plain.linears[name].weight.copy_(layer.weight.dense(torch.float32))
-    assert isinstance(stored.linears["single_transformer_blocks.2.attn.to_qkv_mlp_proj"].weight, StoredWeight)
+    assert isinstance(
+        stored.linears["single_transformer_blocks.2.attn.to_qkv_mlp_proj"].weight, QuantizedWeight
+    )
     span = random_span([(4, 6), (3, 4), (2, 2)])
     assert relative_error(stored([cached(stored, span)])[0], plain([cached(plain, span)])[0]) < TOLERANCE
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 
 from klein_core.errors import InvalidInput
-from klein_core.vae_decoder.references import ReferenceLimits, fit_reference, prepare_reference
+from klein_core.vae_decoder.image_io import ReferenceLimits, fit_reference, prepare_reference
 from tests.tiny.pictures import encoded, png_bomb, sixteen_bit_png, webp_bomb
 
 
@@ -71,7 +71,7 @@ def test_fitting_equals_diffusers_pixel_for_pixel(width, height):
         encoded(noise(90, 70), "GIF", save_all=True, append_images=[ImageOps.invert(noise(90, 70))]),
         encoded(noise(90, 70), "WEBP", save_all=True, append_images=[ImageOps.invert(noise(90, 70))]),
     ],
-    ids=["cmyk", "palette", "alpha", "grey alpha", "grey", "bilevel", "webp", "bmp", "gif", "animated webp"],
+    ids=["cmyk", "palette", "alpha", "gray alpha", "gray", "bilevel", "webp", "bmp", "gif", "animated webp"],
 )
 def test_every_kind_of_picture_is_read_as_load_image_reads_it(data):
     opened = load_image(Image.open(BytesIO(data)))
@@ -89,14 +89,14 @@ def test_exif_orientation_is_applied_as_load_image_does(orientation):
     assert np.array_equal(np.array(prepared), as_diffusers_prepares(opened))
 
 
-def test_sixteen_bit_grey_keeps_its_tones():
+def test_sixteen_bit_gray_keeps_its_tones():
     ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
     prepared = np.array(prepare_reference(encoded(Image.fromarray(ramp.astype(np.uint16)))))
     assert np.abs(prepared - (ramp / 257)[..., None]).max() <= 0.51
 
 
 @pytest.mark.parametrize("channels", [2, 3, 4], ids=["LA", "RGB", "RGBA"])
-def test_sixteen_bit_colours_keep_their_tones_and_lose_their_alpha(channels):
+def test_sixteen_bit_colors_keep_their_tones_and_lose_their_alpha(channels):
     ramp = np.linspace(0, 65535, 64 * 64 * channels).reshape(64, 64, channels)
     data = sixteen_bit_png(ramp)
     prepared = prepare_reference(data)

@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from klein_core import safetensors_header
+from klein_core.checkpoint import header as safetensors_header
+from klein_core.checkpoint.header import read_header
 from klein_core.errors import CheckpointError
-from klein_core.safetensors_header import read_header
 
 
 def entry(start=0, stop=8, dtype="F32", shape=(2,), **more):
@@ -177,5 +177,5 @@ def test_whatever_is_changed_it_is_read_or_refused_and_nothing_else(tmp_path, da
 
 
 def test_it_needs_no_torch():
-    script = "import sys, klein_core.safetensors_header; sys.exit('torch' in sys.modules)"
+    script = "import sys, klein_core.checkpoint.header; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

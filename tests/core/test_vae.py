@@ -8,9 +8,7 @@ from diffusers import Flux2KleinPipeline
 from hypothesis import given
 from hypothesis import strategies as st
 
-from klein_core.vae_decoder.autoencoder import Autoencoder
-from klein_core.vae_decoder.blocks import Downsampler
-from klein_core.vae_decoder.latents import fold_patches, unfold_patches
+from klein_core.vae_decoder.autoencoder import Autoencoder, Downsampler, fold_patches, unfold_patches
 from klein_core.variants import VaeConfig
 from tests.tiny.vae import tiny_vae
 
@@ -103,7 +101,7 @@ def test_latent_statistics_use_their_own_epsilon():
     autoencoder = ours(tiny_vae())
     autoencoder.bn.running_mean.zero_()
     autoencoder.bn.running_var.fill_(3e-4)
-    assert torch.allclose(autoencoder.normalise(torch.ones(1, 16, 1, 1)), torch.tensor(1 / 0.02))
+    assert torch.allclose(autoencoder.normalize(torch.ones(1, 16, 1, 1)), torch.tensor(1 / 0.02))
 
 
 def test_downsampling_pads_right_and_bottom_only():

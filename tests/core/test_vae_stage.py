@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from klein_core.errors import InvalidInput
-from klein_core.vae_decoder.stage import VaeDecoder
+from klein_core.vae_decoder.decoder import VaeDecoder
 from tests.tiny.checkpoint import save_tiny_checkpoint
 
 
@@ -51,7 +51,7 @@ def test_reference_latents_equal_the_pipelines(checkpoint, stage, width, height)
 def test_decoded_bytes_equal_the_pipelines(checkpoint, stage):
     pipeline = checkpoint[1]
     latents = torch.randn(5, 8, 16, generator=torch.Generator().manual_seed(1))
-    unpacked = stage.autoencoder.unpack(stage.autoencoder.denormalise(latents.permute(2, 0, 1)[None]))
+    unpacked = stage.autoencoder.unpack(stage.autoencoder.denormalize(latents.permute(2, 0, 1)[None]))
     decoded = pipeline.vae.decode(unpacked).sample
     expected = np.array(pipeline.image_processor.postprocess(decoded, output_type="pil")[0])
     found = stage.decode(latents)

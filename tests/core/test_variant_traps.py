@@ -12,11 +12,11 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor
 
-from klein_core.denoiser import conditioning
+from klein_core.denoiser import modulation
+from klein_core.denoiser.packing import Span
 from klein_core.denoiser.sampler import initial_noise
-from klein_core.denoiser.span import Span
 from klein_core.denoiser.transformer import FlowTransformer
-from klein_core.vae_decoder.stage import VaeDecoder
+from klein_core.vae_decoder.decoder import VaeDecoder
 from tests.core.test_pipeline import PROMPT, Pair, pictures, png
 from tests.tiny.transformer import relative_error
 
@@ -122,13 +122,13 @@ def test_bfloat16_rounds_timesteps_as_diffusers_does(kind: str, tmp_path, monkey
     pair = Pair(tmp_path, **KINDS[kind], dtype=torch.bfloat16)
     ours: list[float] = []
     theirs: list[float] = []
-    sinusoid = conditioning.sinusoid
+    sinusoid = modulation.sinusoid
 
     def record(timesteps: Tensor, channels: int) -> Tensor:
         ours.extend(timesteps.tolist())
         return sinusoid(timesteps, channels)
 
-    monkeypatch.setattr(conditioning, "sinusoid", record)
+    monkeypatch.setattr(modulation, "sinusoid", record)
     pair.oracle.transformer.time_guidance_embed.time_proj.register_forward_pre_hook(
         lambda module, arguments: theirs.extend(arguments[0].tolist())
     )

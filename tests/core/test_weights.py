@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from klein_core.checkpoint.files import open_checkpoint
-from klein_core.checkpoint.sources import Piece
+from klein_core.checkpoint.key_mapping import TensorSlice
+from klein_core.checkpoint.weights import load_weights
 from klein_core.errors import CheckpointError
-from klein_core.weights import load_weights
 
-FUSED = {"fused.weight": (Piece("q.weight"), Piece("k.weight"), Piece("v.weight"))}
+FUSED = {"fused.weight": (TensorSlice("q.weight"), TensorSlice("k.weight"), TensorSlice("v.weight"))}
 TENSORS = {
     "q.weight": torch.full((2, 4), 1.0),
     "k.weight": torch.full((3, 4), 2.0),

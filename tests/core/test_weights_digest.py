@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from klein_core.quantization.int8 import Int8Weight
-from klein_core.quantization.layers import place
-from klein_core.weights_digest import SAMPLES, weights_digest
+from klein_core.checkpoint.weights import SAMPLES, weights_digest
+from klein_core.quantization.fp8 import Int8Weight
+from klein_core.quantization.quantized_weight import place
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ from PIL import Image
 
 from klein_api.v1 import image_pb2
 from klein_api.v1 import image_service_pb2 as api
-from klein_core.pico.location import WEIGHTS
+from klein_core.pico import WEIGHTS
 from klein_core.pipeline import Pipeline
-from services.cli.client import Generation, connect, generate
-from services.cli.suite import Suite, SuiteOptions
-from tests.services.denoiser_server import one_thread
+from klein_services.cli.client import Generation, connect, generate
+from klein_services.cli.suite import Suite, SuiteOptions
+from tests.services.fakes.denoiser_server import one_thread
 from tests.tiny.adapters import FORMATS
 from tests.tiny.checkpoint import save_tiny_checkpoint
 

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import pytest
 
 from klein_api.v1 import image_service_pb2 as api
-from klein_core.pico.location import WEIGHTS
+from klein_core.pico import WEIGHTS
 from klein_core.pipeline import Pipeline
-from services.cli.client import connect
-from services.cli.suite import Suite, SuiteOptions
+from klein_services.cli.client import connect
+from klein_services.cli.suite import Suite, SuiteOptions
 from tests.e2e.running_suite import READY_SECONDS, Case, Running, picture
 
 SLOTS = 8

@@ -6,9 +6,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from services.cli.demo import PICTURES, SHEET, klein_command, run_demo
-from services.cli.errors import CliError
-from services.cli.suite import SuiteOptions
+from klein_services.cli.demo import PICTURES, SHEET, klein_command, run_demo
+from klein_services.cli.errors import CliError
+from klein_services.cli.suite import SuiteOptions
 from tests.tiny.checkpoint import save_tiny_checkpoint
 
 
@@ -46,7 +46,7 @@ def test_a_demo_without_its_model_says_so(tmp_path: Path) -> None:
     [
         (True, True, "klein"),
         (True, False, ".venv/bin/klein"),
-        (False, False, "{folder}/.venv/bin/python -m services.cli.main"),
+        (False, False, "{folder}/.venv/bin/python -m klein_services.cli.main"),
     ],
 )
 def test_the_demo_names_a_command_that_this_shell_finds(

@@ -18,9 +18,9 @@ from klein_api.v1 import image_pb2
 from klein_api.v1 import image_service_pb2 as api
 from klein_api.v1.image_pb2 import Adapter
 from klein_core.denoiser.adapters.adapter import ScaledAdapter
-from services.cli.client import connect
-from services.cli.status import list_models
-from services.runtime.status import explain
+from klein_services.cli.client import connect
+from klein_services.cli.status import list_models
+from klein_services.runtime.status import explain
 from tests.e2e.running_suite import (
     Case,
     Running,
@@ -31,7 +31,7 @@ from tests.e2e.running_suite import (
     running_suite,
     save_with_adapters,
 )
-from tests.services.runtime_toy import until
+from tests.services.fakes.runtime_toy import until
 
 FIRST, SECOND = picture(96, 80, 1), picture(70, 130, 2)
 CASES = {

@@ -18,10 +18,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from klein_core.pipeline import Pipeline
-from services.cli.child import inherited_environment
-from services.cli.ports import free_ports
-from services.cli.processes import PROCESSES
-from tests.services.denoiser_server import one_thread
+from klein_services.cli.ports import free_ports
+from klein_services.cli.process import PROCESSES, inherited_environment
+from tests.services.fakes.denoiser_server import one_thread
 from tests.tiny.checkpoint import save_tiny_checkpoint
 from tests.tiny.layouts import bare_text_encoder, bfl_transformer, bfl_vae, prefixed
 
@@ -71,7 +70,7 @@ def klein_up(checkpoint: Path | None, folder: Path, *options: str) -> Iterator[U
     command = [
         sys.executable,
         "-m",
-        "services.cli.main",
+        "klein_services.cli.main",
         "up",
         *(["--model", str(checkpoint)] if checkpoint else []),
         *options,
@@ -92,7 +91,7 @@ def klein_up(checkpoint: Path | None, folder: Path, *options: str) -> Iterator[U
 
 def klein(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "services.cli.main", *arguments],
+        [sys.executable, "-m", "klein_services.cli.main", *arguments],
         env=inherited_environment(),
         capture_output=True,
         text=True,

@@ -10,7 +10,7 @@ import torch
 from diffusers import Flux2Transformer2DModel
 
 from klein_core.denoiser.adapters.adapter import ScaledAdapter
-from klein_core.denoiser.span import Span
+from klein_core.denoiser.packing import Span
 from klein_core.denoiser.transformer import FlowTransformer
 from klein_core.pipeline import Pipeline
 from tests.tiny.adapters import FORMATS

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show of quantised weights: products in 8 and 4 bits, and the memory that they take."""
+"""What only a CUDA device can show of quantized weights: products in 8 and 4 bits, and the memory that they take."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch import Tensor
 
 from klein_core.denoiser.transformer import FlowTransformer
 from klein_core.linear import Linear
-from klein_core.pico.location import WEIGHTS
-from klein_core.quantization.devices import (
+from klein_core.pico import WEIGHTS
+from klein_core.quantization.quantized_weight import (
     Capability,
     capability_of,
     multiplies_float4,
     multiplies_float8,
+    place,
 )
-from klein_core.quantization.layers import place
 from tests.core.test_quantized_weights import KINDS, matrix
 from tests.tiny.transformer import relative_error
 
@@ -73,7 +73,7 @@ def test_products(kind: str):
     assert layer(inputs, out).data_ptr() == out.data_ptr()
 
 
-def test_memory_after_quantising_at_load():
+def test_memory_after_quantizing_at_load():
     def allocated(quantization: str) -> int:
         before = torch.cuda.memory_allocated()
         transformer = FlowTransformer.from_folder(

@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from services.runtime.channels import open_channel
-from services.runtime.server import running_server
-from tests.services.runtime_toy import Toy
+from klein_services.runtime.channels import open_channel
+from klein_services.runtime.server import running_server
+from tests.services.fakes.runtime_toy import Toy
 
 
 @pytest.fixture

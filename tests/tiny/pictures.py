@@ -9,8 +9,8 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
-_PNG_COLOUR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}
-"""By number of channels: grey, grey with alpha, RGB, RGBA."""
+_PNG_COLOR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}
+"""By number of channels: gray, gray with alpha, RGB, RGBA."""
 
 
 def encoded(image: Image.Image, image_format: str = "PNG", **options) -> bytes:
@@ -26,7 +26,7 @@ def png_bomb(side: int) -> bytes:
 
 def webp_bomb(side: int) -> bytes:
     """An animated WebP of small frames on a canvas that claims side × side pixels."""
-    first, second = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
+    first, second = (Image.new("RGB", (64, 64), color) for color in ("red", "blue"))
     data = bytearray(encoded(first, "WEBP", save_all=True, append_images=[second]))
     canvas = data.index(b"VP8X") + 12
     data[canvas : canvas + 6] = (side - 1).to_bytes(3, "little") * 2
@@ -44,6 +44,6 @@ def _png(width: int, height: int, *, depth: int, channels: int, rows: bytes) -> 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    header = struct.pack(">IIBBBBB", width, height, depth, _PNG_COLOUR_TYPES[channels], 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, depth, _PNG_COLOR_TYPES[channels], 0, 0, 0)
     parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows, 9)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + parts

@@ -11,8 +11,8 @@ import torch
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from torch import Tensor
 
-from klein_core.denoiser.checkpoint import checkpoint_names
-from klein_core.denoiser.span import Span
+from klein_core.checkpoint.key_maps import checkpoint_names
+from klein_core.denoiser.packing import Span
 from klein_core.denoiser.transformer import FlowTransformer
 from klein_core.variants import TransformerConfig
 

@@ -27,7 +27,7 @@ def tiny_vae(seed: int = 0, **changes: Any) -> AutoencoderKLFlux2:
     vae.encoder.conv_out.weight.mul_(0.3)
     shape = vae.bn.running_mean.shape
     vae.bn.running_mean.copy_(torch.randn(shape, generator=generator))
-    # From far below the normalisation's epsilon to far above it, so that a wrong epsilon shows.
+    # From far below the normalization's epsilon to far above it, so that a wrong epsilon shows.
     vae.bn.running_var.copy_(10 ** (torch.rand(shape, generator=generator) * 6 - 5))
     return vae
 

@@ -11,16 +11,29 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from klein_core.denoiser.adapters.adapter import Adapter, AdapterSummary, Segment
-from klein_core.denoiser.adapters.alphas import Alphas
-from klein_core.denoiser.adapters.file import AdapterFile, adapter_header, check_dtypes
-from klein_core.denoiser.adapters.layers import Layers
-from klein_core.denoiser.adapters.plan import LayerPlan, plan_layers, summarised
-from klein_core.denoiser.adapters.problems import Problems
-from klein_core.denoiser.adapters.term import Kronecker, LowRank, Term, hadamard
+from klein_core.checkpoint.header import Header
+from klein_core.denoiser.adapters.adapter import (
+    Adapter,
+    AdapterSummary,
+    Kronecker,
+    LowRank,
+    Segment,
+    Term,
+    hadamard,
+)
+from klein_core.denoiser.adapters.key_mapping import Layers
+from klein_core.denoiser.adapters.parse import (
+    AdapterFile,
+    Alphas,
+    LayerPlan,
+    Problems,
+    adapter_header,
+    check_dtypes,
+    plan_layers,
+    summarized,
+)
 from klein_core.errors import CheckpointError
 from klein_core.params import ADAPTER_NAME, ADAPTER_NAME_RULE
-from klein_core.safetensors_header import Header
 
 
 def describe_adapter(path: Path, layers: Layers) -> AdapterSummary:
@@ -31,7 +44,7 @@ def describe_adapter(path: Path, layers: Layers) -> AdapterSummary:
     """
     header = adapter_header(path)
     plans, _ = _planned(header, layers)
-    return summarised(plans, _size_bytes(header))
+    return summarized(plans, _size_bytes(header))
 
 
 def read_adapter(path: Path, layers: Layers, *, device: torch.device | str, dtype: torch.dtype) -> Adapter:
@@ -39,7 +52,7 @@ def read_adapter(path: Path, layers: Layers, *, device: torch.device | str, dtyp
 
     Args:
         path: a safetensors file.
-        layers: what the model has, from `named_layers`.
+        layers: what the model has, from `layer_targets`.
         device, dtype: the model's.
 
     Raises:
@@ -68,7 +81,7 @@ def read_adapter(path: Path, layers: Layers, *, device: torch.device | str, dtyp
     return Adapter(
         name=path.stem,
         digest=file.digest,
-        summary=summarised(plans, _size_bytes(file.header)),
+        summary=summarized(plans, _size_bytes(file.header)),
         segments={layer: tuple(found) for layer, found in segments.items()},
     )
 

@@ -334,6 +334,7 @@ class GeneratedImage(_message.Message):
     HEIGHT_PX_FIELD_NUMBER: _builtins.int
     FORMAT_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """Which image of the request it is, from 0."""
     seed: _builtins.int
@@ -346,6 +347,8 @@ class GeneratedImage(_message.Message):
     """How `data` is encoded."""
     data: _builtins.bytes
     """The encoded image."""
+    step: _builtins.int
+    """Steps that were done when a preview was taken; 0 for a finished image."""
     def __init__(
         self,
         *,
@@ -355,10 +358,11 @@ class GeneratedImage(_message.Message):
         height_px: _builtins.int = ...,
         format: _image_pb2.ImageFormat.ValueType = ...,
         data: _builtins.bytes = ...,
+        step: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "format", b"format", "height_px", b"height_px", "index", b"index", "seed", b"seed", "width_px", b"width_px"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "format", b"format", "height_px", b"height_px", "index", b"index", "seed", b"seed", "step", b"step", "width_px", b"width_px"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -381,6 +385,7 @@ class GenerationSummary(_message.Message):
     GUIDANCE_SCALE_FIELD_NUMBER: _builtins.int
     STAGE_TIMINGS_FIELD_NUMBER: _builtins.int
     TOTAL_DURATION_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Id of the request in logs and traces."""
     model: _builtins.str
@@ -407,6 +412,12 @@ class GenerationSummary(_message.Message):
     def total_duration(self) -> _duration_pb2.Duration:
         """From the request's arrival to this summary."""
 
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What the client should know although the request succeeded, one sentence each: for example that the prompt names
+        nothing that the model knows.
+        """
+
     def __init__(
         self,
         *,
@@ -421,10 +432,11 @@ class GenerationSummary(_message.Message):
         guidance_scale: _builtins.float = ...,
         stage_timings: _abc.Iterable[Global___StageTiming] | None = ...,
         total_duration: _duration_pb2.Duration | None = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["total_duration", b"total_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["flow", b"flow", "guidance_scale", b"guidance_scale", "input_megapixels", b"input_megapixels", "model", b"model", "output_megapixels", b"output_megapixels", "prompt_token_count", b"prompt_token_count", "prompt_truncated", b"prompt_truncated", "request_id", b"request_id", "stage_timings", b"stage_timings", "step_count", b"step_count", "total_duration", b"total_duration"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["flow", b"flow", "guidance_scale", b"guidance_scale", "input_megapixels", b"input_megapixels", "model", b"model", "output_megapixels", b"output_megapixels", "prompt_token_count", b"prompt_token_count", "prompt_truncated", b"prompt_truncated", "request_id", b"request_id", "stage_timings", b"stage_timings", "step_count", b"step_count", "total_duration", b"total_duration", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -537,6 +549,7 @@ class RoutedModel(_message.Message):
     LIMITS_FIELD_NUMBER: _builtins.int
     STAGES_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     serving: _builtins.bool
@@ -549,6 +562,8 @@ class RoutedModel(_message.Message):
     """Steps that a request without `step_count` gets."""
     default_guidance_scale: _builtins.float
     """Guidance that a request without `guidance_scale` gets."""
+    description: _builtins.str
+    """What the model is and what it can do, in one paragraph; may be empty. Meaningful when its denoiser serves."""
     @_builtins.property
     def limits(self) -> Global___ModelLimits:
         """What a request may ask for."""
@@ -572,10 +587,11 @@ class RoutedModel(_message.Message):
         limits: Global___ModelLimits | None = ...,
         stages: _abc.Iterable[Global___RoutedStage] | None = ...,
         adapters: _abc.Iterable[_stage_service_pb2.AdapterDescription] | None = ...,
+        description: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "default_guidance_scale", b"default_guidance_scale", "default_step_count", b"default_step_count", "distilled", b"distilled", "limits", b"limits", "name", b"name", "serving", b"serving", "stages", b"stages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "default_guidance_scale", b"default_guidance_scale", "default_step_count", b"default_step_count", "description", b"description", "distilled", b"distilled", "limits", b"limits", "name", b"name", "serving", b"serving", "stages", b"stages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

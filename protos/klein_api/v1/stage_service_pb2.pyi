@@ -187,6 +187,10 @@ class DenoiserFacts(_message.Message):
     LATENT_CHANNELS_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
     ADAPTER_COUNT_FIELD_NUMBER: _builtins.int
+    DEFAULT_SIZE_PX_FIELD_NUMBER: _builtins.int
+    PIXEL_COUNT_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    SUBJECT_WORDS_FIELD_NUMBER: _builtins.int
     distilled: _builtins.bool
     """True for step-distilled models, which take neither guidance nor a negative prompt."""
     default_step_count: _builtins.int
@@ -199,9 +203,19 @@ class DenoiserFacts(_message.Message):
     """Channels of the latents that it takes and makes."""
     adapter_count: _builtins.int
     """Adapters of one request."""
+    default_size_px: _builtins.int
+    """Width and height that the model was trained for, in pixels; 0 when its files do not say."""
+    pixel_count: _builtins.int
+    """Most pixels of one image that the model was trained for; 0 when its files do not say."""
+    description: _builtins.str
+    """What the model is and what it can do, in one paragraph; empty when its files do not say."""
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterDescription]:
         """Adapters that requests may name, by name; what its folder holds at this moment."""
+
+    @_builtins.property
+    def subject_words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Words of which a prompt must contain at least one to be understood; empty when any prompt is."""
 
     def __init__(
         self,
@@ -213,10 +227,14 @@ class DenoiserFacts(_message.Message):
         latent_channels: _builtins.int = ...,
         adapters: _abc.Iterable[Global___AdapterDescription] | None = ...,
         adapter_count: _builtins.int = ...,
+        default_size_px: _builtins.int = ...,
+        pixel_count: _builtins.int = ...,
+        description: _builtins.str = ...,
+        subject_words: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_count", b"adapter_count", "adapters", b"adapters", "default_guidance_scale", b"default_guidance_scale", "default_step_count", b"default_step_count", "distilled", b"distilled", "embedding_channels", b"embedding_channels", "latent_channels", b"latent_channels"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_count", b"adapter_count", "adapters", b"adapters", "default_guidance_scale", b"default_guidance_scale", "default_size_px", b"default_size_px", "default_step_count", b"default_step_count", "description", b"description", "distilled", b"distilled", "embedding_channels", b"embedding_channels", "latent_channels", b"latent_channels", "pixel_count", b"pixel_count", "subject_words", b"subject_words"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,404 @@
+"""One JSON configuration file; every value that is missing or wrong is an error that names file and key. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from klein_core.checkpoint import infer_config
+from klein_core.checkpoint.files import ModelFiles
+from klein_core.checkpoint.key_mapping import TEXT_ENCODER, TRANSFORMER, VAE
+from klein_core.errors import CheckpointError
+from klein_core.model_registry import (
+    PUBLISHED_MODELS,
+    published_model,
+    variant_of_bare_file,
+    variants_of_shape,
+)
+from klein_core.quantization.metadata import configured_algorithm
+from klein_core.variants import (
+    SchedulerConfig,
+    TextEncoderConfig,
+    TransformerConfig,
+    VaeConfig,
+    Variant,
+    read_json,
+)
+
+LARGEST_INTEGER = 1 << 20
+"""Of any count or width: beyond every model's, and too small to exhaust memory before tensors are compared."""
+LARGEST_LAYER_COUNT = 1024
+"""Of anything that a network is built of one by one."""
+LARGEST_NUMBER = 1e12
+_SHOWN_CHARACTERS = 200
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """A file and what stands in it."""
+
+    path: Path
+    values: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> ConfigFile:
+        """Reads a file.
+
+        Raises:
+            CheckpointError: it is missing, or no JSON object. All methods raise this for a value of theirs.
+        """
+        return cls(path, read_json(path))
+
+    def raise_if_problems(self, key: str, value: object, needed: str) -> CheckpointError:
+        """Returns the error for a value; `needed` goes after a semicolon."""
+        shown = repr(value)[:_SHOWN_CHARACTERS]
+        return CheckpointError(f"{self.path}: {key} is {shown}; {needed}")
+
+    def require_only(self, supported: Mapping[str, Any]) -> None:
+        """Refuses keys that are present with another value than the one that is supported."""
+        for key, value in supported.items():
+            if key in self.values and self.values[key] != value:
+                raise self.raise_if_problems(key, self.values[key], f"only {value!r} is supported")
+
+    def require_class(self, supported: Collection[str], key: str = "_class_name") -> None:
+        """Refuses the name of a class that is not supported; no name is as good as a right one."""
+        check_class(self.path, key, self.values.get(key), supported, optional=True)
+
+    def integer(self, key: str, default: int | None = None, largest: int = LARGEST_INTEGER) -> int:
+        """Returns a whole number in 1 … largest."""
+        return self._integer(key, self.values.get(key, default), largest)
+
+    def integers(self, key: str, default: tuple[int, ...] = ()) -> tuple[int, ...]:
+        """Returns whole numbers in 1 … `LARGEST_INTEGER`, at least one and a bounded number of them."""
+        value = self.values.get(key, default)
+        if not isinstance(value, list | tuple) or not 1 <= len(value) <= LARGEST_LAYER_COUNT:
+            raise self.raise_if_problems(
+                key, value, f"it must be a list of 1 to {LARGEST_LAYER_COUNT} whole numbers"
+            )
+        return tuple(self._integer(key, item, LARGEST_INTEGER) for item in value)
+
+    def number(self, key: str, default: float) -> float:
+        """Returns a number above 0 and up to `LARGEST_NUMBER`."""
+        value = self.values.get(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= LARGEST_NUMBER:
+            raise self.raise_if_problems(
+                key, value, f"it must be a number above 0 and up to {LARGEST_NUMBER:g}"
+            )
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """Returns true or false."""
+        value = self.values.get(key, default)
+        if not isinstance(value, bool):
+            raise self.raise_if_problems(key, value, "it must be true or false")
+        return value
+
+    def _integer(self, key: str, value: object, largest: int) -> int:
+        if value is None:
+            raise CheckpointError(f"{self.path}: {key} is missing")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
+            raise self.raise_if_problems(key, value, f"it must be a whole number in 1 … {largest}")
+        return value
+
+
+def check_class(
+    path: Path, key: str, name: object, supported: Collection[str], *, optional: bool = False
+) -> None:
+    """Refuses a class that is not supported.
+
+    Raises:
+        CheckpointError: naming those that are.
+    """
+    if name not in supported and not (optional and name is None):
+        raise CheckpointError(f"{path}: {key} is {name}; only {' or '.join(supported)} is supported")
+
+
+VAE_LEVELS = 4
+TRANSFORMER_ONLY: dict[str, Any] = {"patch_size": 1, "guidance_embeds": False}
+VAE_ONLY: dict[str, Any] = {
+    "act_fn": "silu",
+    "down_block_types": ["DownEncoderBlock2D"] * VAE_LEVELS,
+    "up_block_types": ["UpDecoderBlock2D"] * VAE_LEVELS,
+    "patch_size": [2, 2],
+    "in_channels": 3,
+    "out_channels": 3,
+}
+SCHEDULER_ONLY: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "use_dynamic_shifting": True,
+    "time_shift_type": "exponential",
+    "shift_terminal": None,
+    "invert_sigmas": False,
+    "stochastic_sampling": False,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+}
+
+
+TEXT_ENCODER_FOLDER = "text_encoder"
+TOKENIZER_FOLDER = "tokenizer"
+TRANSFORMER_FOLDER = "transformer"
+VAE_FOLDER = "vae"
+SCHEDULER_FOLDER = "scheduler"
+
+_PIPELINE = "Flux2KleinPipeline"
+_REFERENCE_CACHE_PIPELINE = "Flux2KleinKVPipeline"
+_PIPELINES = (_PIPELINE, _REFERENCE_CACHE_PIPELINE)
+_CLASSES: dict[str, tuple[str, ...]] = {
+    TEXT_ENCODER_FOLDER: ("Qwen3ForCausalLM", "Qwen3Model"),
+    TOKENIZER_FOLDER: ("Qwen2Tokenizer", "Qwen2TokenizerFast"),
+    TRANSFORMER_FOLDER: ("Flux2Transformer2DModel",),
+    VAE_FOLDER: ("AutoencoderKLFlux2",),
+    SCHEDULER_FOLDER: ("FlowMatchEulerDiscreteScheduler",),
+}
+_TILE_MULTIPLE_PX = 32
+"""Of a tile: four latents, so that a quarter of its side, the overlap, is whole in latents too."""
+
+
+@dataclass(frozen=True)
+class PipelineIndex:
+    """What `model_index.json` says about sampling; the shapes are each component's own."""
+
+    is_distilled: bool
+    uses_reference_cache: bool
+
+
+def read_pipeline_index(folder: Path | str) -> PipelineIndex:
+    """Reads `model_index.json`.
+
+    Raises:
+        CheckpointError: it is missing or malformed, or names a class that is not supported.
+    """
+    index = ConfigFile.read(Path(folder) / "model_index.json")
+    _check_index(index)
+    uses_reference_cache = index.values["_class_name"] == _REFERENCE_CACHE_PIPELINE
+    # Each pipeline class has its own default for a key that is not there.
+    is_distilled = index.flag("is_distilled", uses_reference_cache)
+    return PipelineIndex(is_distilled, uses_reference_cache)
+
+
+def read_sampling(files: ModelFiles | Path | str) -> PipelineIndex:
+    """Tells how a model is sampled: as its named variant is, else as its `model_index.json` says.
+
+    Raises:
+        CheckpointError: neither is there, as the tensors of several variants are alike; the message lists those
+            that it could be. Or the named variant is of another shape.
+    """
+    files = ModelFiles.of(files)
+    if not files.variant and files.index_path is not None:
+        return read_pipeline_index(files.index_path.parent)
+    place, transformer = files.place(TRANSFORMER), read_transformer_config(files)
+    try:
+        if files.variant and not variants_of_shape(transformer):
+            # A pruned or grown one of them is sampled as they are.
+            row = published_model(files.variant)
+        else:
+            row = variant_of_bare_file(transformer, files.variant or None)
+    except CheckpointError as error:
+        raise CheckpointError(f"{place}: {error} (setting: variant)") from None
+    return PipelineIndex(row.is_distilled, row.uses_reference_cache)
+
+
+def read_variant(files: ModelFiles | Path | str) -> Variant:
+    """Reads a whole model's configuration; shapes of tensors tell it for parts that are bare files.
+
+    Raises:
+        CheckpointError: a file is missing or malformed, a class or a value is not supported, or two
+            components do not fit each other.
+    """
+    files = ModelFiles.of(files)
+    sampling = read_sampling(files)
+    variant = Variant(
+        text_encoder=read_text_encoder_config(files),
+        transformer=read_transformer_config(files),
+        vae=read_vae_config(files),
+        is_distilled=sampling.is_distilled,
+        uses_reference_cache=sampling.uses_reference_cache,
+        scheduler=SchedulerConfig()
+        if files.index_path is None
+        else read_scheduler_config(files.index_path.parent),
+    )
+    _check_fit(files, variant)
+    return variant
+
+
+def read_text_encoder_config(files: ModelFiles | Path | str) -> TextEncoderConfig:
+    """Reads `text_encoder/config.json`, or the tensors' shapes where there is none.
+
+    Raises:
+        CheckpointError: as `read_variant`, or it is the text encoder of another size than the named variant's.
+    """
+    files = ModelFiles.of(files)
+    path = files.config_path(TEXT_ENCODER)
+    config = (
+        _read_text_encoder_file(path) if path else infer_config.text_encoder_config(files.open(TEXT_ENCODER))
+    )
+    _check_size(files, config)
+    return config
+
+
+def _read_text_encoder_file(path: Path) -> TextEncoderConfig:
+    """Reads a text encoder's config.json.
+
+    Two optional keys are the pipeline's, not Qwen3's: `text_encoder_out_layers` and `max_sequence_length`.
+    """
+    config = ConfigFile.read(path)
+    config.require_only({"model_type": "qwen3"})
+    configured_algorithm(path, config.values)
+    layer_count = config.integer("num_hidden_layers", largest=LARGEST_LAYER_COUNT)
+    for key in ("hidden_size", "vocab_size", "num_attention_heads"):
+        config.integer(key)
+    for key in ("head_dim", "intermediate_size", "num_key_value_heads"):
+        if config.values.get(key) is not None:
+            config.integer(key)
+    taps = config.integers("text_encoder_out_layers", TextEncoderConfig.tapped_layers)
+    length = config.integer("max_sequence_length", TextEncoderConfig.sequence_length)
+    if max(taps) >= layer_count:
+        needed = f"each must be below num_hidden_layers ({layer_count}), whose output is normed"
+        raise config.raise_if_problems("text_encoder_out_layers", list(taps), needed)
+    return TextEncoderConfig(qwen3=dict(config.values), tapped_layers=taps, sequence_length=length)
+
+
+def read_transformer_config(files: ModelFiles | Path | str) -> TransformerConfig:
+    """Reads `transformer/config.json`, or the tensors' shapes where there is none."""
+    files = ModelFiles.of(files)
+    path = files.config_path(TRANSFORMER)
+    if path is None:
+        return infer_config.transformer_config(files.open(TRANSFORMER))
+    config = ConfigFile.read(path)
+    config.require_class(_CLASSES[TRANSFORMER_FOLDER])
+    config.require_only(TRANSFORMER_ONLY)
+    configured_algorithm(path, config.values)
+    default = TransformerConfig
+    read = TransformerConfig(
+        num_layers=config.integer("num_layers", largest=LARGEST_LAYER_COUNT),
+        num_single_layers=config.integer("num_single_layers", largest=LARGEST_LAYER_COUNT),
+        num_attention_heads=config.integer("num_attention_heads"),
+        attention_head_dim=config.integer("attention_head_dim", default.attention_head_dim),
+        joint_attention_dim=config.integer("joint_attention_dim"),
+        in_channels=config.integer("in_channels", default.in_channels),
+        mlp_ratio=config.number("mlp_ratio", default.mlp_ratio),
+        axes_dims_rope=config.integers("axes_dims_rope", default.axes_dims_rope),
+        rope_theta=config.number("rope_theta", default.rope_theta),
+        timestep_guidance_channels=config.integer(
+            "timestep_guidance_channels", default.timestep_guidance_channels
+        ),
+        eps=config.number("eps", default.eps),
+    )
+    if config.values.get("out_channels"):
+        config.require_only({"out_channels": read.in_channels})
+    _check_products(config, read)
+    return read
+
+
+def _check_products(config: ConfigFile, read: TransformerConfig) -> None:
+    """Refuses what no layer can be built with though each number is allowed."""
+    axes = read.axes_dims_rope
+    if sum(axes) != read.attention_head_dim or len(axes) != 4 or any(axis % 2 for axis in axes):
+        needed = f"it must be four even numbers that add up to attention_head_dim ({read.attention_head_dim})"
+        raise config.raise_if_problems("axes_dims_rope", list(axes), needed)
+    if read.timestep_guidance_channels % 2:
+        raise config.raise_if_problems(
+            "timestep_guidance_channels", read.timestep_guidance_channels, "it must be even"
+        )
+    inner_size = int(read.hidden_size * read.mlp_ratio)
+    for key, width in (("num_attention_heads", read.hidden_size), ("mlp_ratio", inner_size)):
+        if not 1 <= width <= LARGEST_INTEGER:
+            needed = f"the width that it makes, {width}, must be in 1 … {LARGEST_INTEGER}"
+            raise config.raise_if_problems(key, getattr(read, key), needed)
+
+
+def read_vae_config(files: ModelFiles | Path | str) -> VaeConfig:
+    """Reads `vae/config.json`, or the tensors' shapes where there is none."""
+    files = ModelFiles.of(files)
+    path = files.config_path(VAE)
+    if path is None:
+        read = infer_config.vae_config(files.open(VAE))
+        _check_widths(files.place(VAE), read)
+        return read
+    config = ConfigFile.read(path)
+    config.require_class(_CLASSES[VAE_FOLDER])
+    config.require_only(VAE_ONLY | {"quantization_config": None})
+    default = VaeConfig
+    decoder_widths = None
+    if config.values.get("decoder_block_out_channels") is not None:
+        decoder_widths = config.integers("decoder_block_out_channels")
+    read = VaeConfig(
+        block_out_channels=config.integers("block_out_channels", default.block_out_channels),
+        decoder_block_out_channels=decoder_widths,
+        layers_per_block=config.integer("layers_per_block", default.layers_per_block, LARGEST_LAYER_COUNT),
+        latent_channels=config.integer("latent_channels", default.latent_channels),
+        norm_num_groups=config.integer("norm_num_groups", default.norm_num_groups),
+        batch_norm_eps=config.number("batch_norm_eps", default.batch_norm_eps),
+        use_quant_conv=config.flag("use_quant_conv", default.use_quant_conv),
+        use_post_quant_conv=config.flag("use_post_quant_conv", default.use_post_quant_conv),
+        mid_block_add_attention=config.flag("mid_block_add_attention", default.mid_block_add_attention),
+        sample_size=config.integer("sample_size", default.sample_size),
+    )
+    _check_widths(path, read)
+    if read.sample_size % _TILE_MULTIPLE_PX or read.sample_size < 2 * _TILE_MULTIPLE_PX:
+        needed = f"it must be a multiple of {_TILE_MULTIPLE_PX} from {2 * _TILE_MULTIPLE_PX} on"
+        raise config.raise_if_problems("sample_size", read.sample_size, needed)
+    return read
+
+
+def _check_widths(path: Path, read: VaeConfig) -> None:
+    for key, widths in (
+        ("block_out_channels", read.block_out_channels),
+        ("decoder_block_out_channels", read.decoder_block_out_channels),
+    ):
+        if widths is not None and (
+            len(widths) != VAE_LEVELS or any(width % read.norm_num_groups for width in widths)
+        ):
+            raise CheckpointError(
+                f"{path}: {key} is {list(widths)}; it must be {VAE_LEVELS} multiples of norm_num_groups "
+                f"({read.norm_num_groups})"
+            )
+
+
+def read_scheduler_config(folder: Path | str) -> SchedulerConfig:
+    """Reads `scheduler/scheduler_config.json`; the shift's constants are not in it but in the sampler."""
+    config = ConfigFile.read(Path(folder) / SCHEDULER_FOLDER / "scheduler_config.json")
+    config.require_class(_CLASSES[SCHEDULER_FOLDER])
+    config.require_only(SCHEDULER_ONLY)
+    return SchedulerConfig()
+
+
+def _check_index(index: ConfigFile) -> None:
+    check_class(index.path, "_class_name", index.values.get("_class_name"), _PIPELINES)
+    for component, classes in _CLASSES.items():
+        entry = index.values.get(component)
+        if not isinstance(entry, list) or len(entry) != 2:
+            raise CheckpointError(f"{index.path}: {component} must be [library, class], not {entry!r}")
+        check_class(index.path, component, entry[1], classes)
+
+
+def _check_size(files: ModelFiles, config: TextEncoderConfig) -> None:
+    """Refuses the text encoder of another published size; one that nobody published may be anything."""
+    if not files.variant:
+        return
+    published = {row.text_encoder.hidden_size for row in PUBLISHED_MODELS.values()}
+    needed = published_model(files.variant).text_encoder.hidden_size
+    if config.hidden_size in published - {needed}:
+        raise CheckpointError(
+            f"{files.place(TEXT_ENCODER)} is the text encoder of another size: its hidden size is "
+            f"{config.hidden_size}, {files.variant} needs {needed}"
+        )
+
+
+def _check_fit(files: ModelFiles, variant: Variant) -> None:
+    transformer, text_encoder = files.place(TRANSFORMER), files.place(TEXT_ENCODER)
+    if variant.transformer.in_channels != variant.vae.packed_channels:
+        raise CheckpointError(
+            f"{transformer} takes {variant.transformer.in_channels} latent channels "
+            f"but the VAE {files.place(VAE)} makes {variant.vae.packed_channels}"
+        )
+    if variant.transformer.joint_attention_dim != variant.text_encoder.embedding_channels:
+        raise CheckpointError(
+            f"{transformer} takes {variant.transformer.joint_attention_dim} text channels "
+            f"but the text encoder {text_encoder} makes {variant.text_encoder.embedding_channels} "
+            f"from layers {list(variant.text_encoder.tapped_layers)}"
+        )

@@ -1,0 +1,250 @@
+"""Reads the header of a safetensors file and believes nothing that it says until it is checked. Torch-free.
+
+A file is 8 bytes with the header's length, the header (JSON: tensor name → dtype, shape, byte range) and the
+tensors' bytes without gaps. Source: the format's description in the safetensors project.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import FileIO
+from math import prod
+from pathlib import Path
+from typing import Any, NoReturn
+
+from klein_core.errors import CheckpointError, listed, raise_if_problems
+
+MAXIMUM_HEADER_BYTES = 100_000_000
+"""The format's own limit."""
+MAXIMUM_VALUES = 4_000_000
+"""JSON values of a header; the largest published models have thousands of tensors, with eight values each."""
+MAXIMUM_NAME_LENGTH = 1000
+_MAXIMUM_AXES = 16
+_LENGTH_BYTES = 8
+_METADATA = "__metadata__"
+
+ELEMENT_BITS: Mapping[str, int] = {
+    "BOOL": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    **dict.fromkeys(("U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}
+"""Bits of one element of each dtype that the format knows."""
+_OTHER_FORMATS = {
+    b"PK\x03\x04": "a zip, as torch.save makes it with a pickle inside, which is never read",
+    b"GGUF": "a GGUF file",
+    **{bytes((0x80, protocol)): "a pickle, which is never read" for protocol in range(2, 6)},
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor as a file has it."""
+
+    dtype: str
+    """A key of `ELEMENT_BITS`."""
+    shape: tuple[int, ...]
+    start: int
+    """Its first byte, counted from the file's first."""
+    byte_count: int
+
+    @property
+    def element_count(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What one file holds."""
+
+    path: Path
+    tensors: Mapping[str, StoredTensor]
+    metadata: Mapping[str, str]
+    """Free text by the file's writer."""
+    state: FileState
+    """Of the file that was read."""
+
+
+def read_header(path: Path) -> Header:
+    """Reads and checks one file's header; the tensors are not read.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, of another format, or its header breaks the format in any
+            way: too long, not JSON, a name twice, an unknown dtype, bytes that do not fit a shape, or byte ranges
+            that overlap, leave gaps or leave the file.
+    """
+    with open_regular(path) as file:
+        state = FileState.of_open(file.fileno())
+        text = _header_text(path, file, state.size_bytes)
+    entries = _parsed(path, text)
+    metadata = _checked_metadata(path, entries.pop(_METADATA, {}))
+    data_start = _LENGTH_BYTES + len(text)
+    tensors = _checked_tensors(path, entries, data_start)
+    _check_ranges(path, tensors, data_start, state.size_bytes)
+    return Header(path, tensors, metadata, state)
+
+
+def open_regular(path: Path) -> FileIO:
+    """Opens a regular file, unbuffered; a pipe or a device could block or never end.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be opened.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CheckpointError(f"{path} is not a regular file")
+        return path.open("rb", buffering=0)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be opened: {error.strerror}") from None
+
+
+def _header_text(path: Path, file: FileIO, byte_count: int) -> bytes:
+    start = file.read(_LENGTH_BYTES)
+    for magic, name in _OTHER_FORMATS.items():
+        if start.startswith(magic):
+            raise CheckpointError(f"{path} is not a safetensors file but {name}")
+    length = int.from_bytes(start, "little")
+    if len(start) < _LENGTH_BYTES:
+        raise CheckpointError(f"{path} is truncated: it has {byte_count} bytes")
+    if length > MAXIMUM_HEADER_BYTES:
+        raise CheckpointError(
+            f"{path} is not a safetensors file: its header would have {length} bytes; "
+            f"the format allows {MAXIMUM_HEADER_BYTES}"
+        )
+    if length > byte_count - _LENGTH_BYTES:
+        raise CheckpointError(
+            f"{path} is truncated: its header has {length} bytes, the file {byte_count} in all"
+        )
+    text = bytearray()
+    while len(text) < length and (part := file.read(length - len(text))):
+        text += part
+    return bytes(text)
+
+
+def _parsed(path: Path, text: bytes) -> dict[str, Any]:
+    if not text.startswith(b"{"):
+        raise CheckpointError(f"{path} is not a safetensors file: its header is not a JSON object")
+    # Counted before parsing: a value costs far more memory than its text does.
+    if sum(map(text.count, (b"{", b"[", b","))) > MAXIMUM_VALUES:
+        raise CheckpointError(f"{path}: its header has more than {MAXIMUM_VALUES} values")
+    try:
+        entries: dict[str, Any] = json.loads(
+            text.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_constant
+        )
+    except RecursionError:
+        raise CheckpointError(f"{path}: its header is nested too deeply") from None
+    # Malformed JSON, text that is not UTF-8, a name twice and numbers without end are all of this type.
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its header is not valid: {error}") from None
+    return entries
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = dict(pairs)
+    if len(names) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"it has twice {listed(name for name, count in counts.items() if count > 1)}")
+    return names
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _checked_metadata(path: Path, metadata: object) -> dict[str, str]:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: its {_METADATA} is not a table of texts")
+    return metadata
+
+
+def _checked_tensors(path: Path, entries: Mapping[str, Any], data_start: int) -> dict[str, StoredTensor]:
+    problems: dict[str, list[str]] = {}
+    tensors: dict[str, StoredTensor] = {}
+    for name, entry in entries.items():
+        checked = _tensor(name, entry, data_start)
+        if isinstance(checked, StoredTensor):
+            tensors[name] = checked
+        else:
+            problems.setdefault(checked, []).append(name)
+    raise_if_problems(path, problems.items())
+    return tensors
+
+
+def _tensor(name: str, entry: object, data_start: int) -> StoredTensor | str:
+    """Returns the tensor, or what is wrong with it."""
+    if not 0 < len(name) <= MAXIMUM_NAME_LENGTH or not name.isprintable():
+        return "names that cannot be a tensor's:"
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        return "entries that are not dtype, shape and data_offsets:"
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ELEMENT_BITS:
+        return "of a dtype that the format does not know:"
+    if not _are_sizes(shape) or len(shape) > _MAXIMUM_AXES:
+        return "of a shape that is none:"
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        return "with data_offsets that are no byte range:"
+    bits = prod(shape) * ELEMENT_BITS[dtype]
+    if bits != 8 * (offsets[1] - offsets[0]):
+        return "with another number of bytes than dtype and shape say:"
+    return StoredTensor(dtype, tuple(shape), data_start + offsets[0], offsets[1] - offsets[0])
+
+
+def _are_sizes(value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+
+
+def _check_ranges(path: Path, tensors: Mapping[str, StoredTensor], data_start: int, byte_count: int) -> None:
+    """Checks that the tensors fill the rest of the file exactly."""
+    end = data_start
+    overlapping, gapped = [], []
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].byte_count)):
+        if tensor.start < end:
+            overlapping.append(name)
+        elif tensor.start > end:
+            gapped.append(name)
+        end = max(end, tensor.start + tensor.byte_count)
+    raise_if_problems(path, [("overlapping:", overlapping), ("after a gap:", gapped)])
+    outside = [name for name, tensor in tensors.items() if tensor.start + tensor.byte_count > byte_count]
+    if outside:
+        raise CheckpointError(
+            f"{path} is truncated: {listed(outside)} should end at byte {end} of {byte_count}"
+        )
+    if end < byte_count:
+        raise CheckpointError(f"{path} has {byte_count - end} bytes at its end that belong to no tensor")
+
+
+@dataclass(frozen=True)
+class FileState:
+    """What changes when somebody replaces a file or writes into it."""
+
+    inode: int
+    size_bytes: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileState:
+        """Asks the file system. Raises CheckpointError when the file is not there."""
+        try:
+            return cls._told(path.stat())
+        except OSError as error:
+            raise CheckpointError(f"{path.name} cannot be read: {error.strerror}") from None
+
+    @classmethod
+    def of_open(cls, descriptor: int) -> FileState:
+        """Returns an open file's, whatever its name stands for by now."""
+        return cls._told(os.fstat(descriptor))
+
+    @classmethod
+    def _told(cls, status: os.stat_result) -> FileState:
+        return cls(status.st_ino, status.st_size, status.st_mtime_ns)

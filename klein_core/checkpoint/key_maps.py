@@ -1,0 +1,217 @@
+"""How the flow transformer's parameters are named in each style of checkpoint. Torch-free.
+
+Source: model facts 6.1, which is diffusers' conversion of the authors' file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from types import MappingProxyType
+
+from klein_core.checkpoint.key_mapping import BFL, DIFFUSERS, TensorSlice
+from klein_core.variants import TextEncoderConfig, TransformerConfig, VaeConfig
+
+FUSED: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "attn.to_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+        "attn.to_added_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    }
+)
+"""Projection of a double-stream block → diffusers' projections that it stacks, in order."""
+
+HEAD = "norm_out.linear.weight"
+"""Rows scale, shift in diffusers' files and here; shift, scale in the authors' own."""
+
+# Parameter (named as in diffusers, but for the fused ones) → its name in the authors' file.
+_WHOLE = {
+    "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
+    "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
+    "single_stream_modulation.linear": "single_stream_modulation.lin",
+    "x_embedder": "img_in",
+    "context_embedder": "txt_in",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "proj_out": "final_layer.linear",
+}
+_DOUBLE = {
+    "attn.to_qkv.weight": "img_attn.qkv.weight",
+    "attn.to_added_qkv.weight": "txt_attn.qkv.weight",
+    "attn.norm_q.weight": "img_attn.norm.query_norm.scale",
+    "attn.norm_k.weight": "img_attn.norm.key_norm.scale",
+    "attn.norm_added_q.weight": "txt_attn.norm.query_norm.scale",
+    "attn.norm_added_k.weight": "txt_attn.norm.key_norm.scale",
+    "attn.to_out.0.weight": "img_attn.proj.weight",
+    "attn.to_add_out.weight": "txt_attn.proj.weight",
+    "ff.linear_in.weight": "img_mlp.0.weight",
+    "ff.linear_out.weight": "img_mlp.2.weight",
+    "ff_context.linear_in.weight": "txt_mlp.0.weight",
+    "ff_context.linear_out.weight": "txt_mlp.2.weight",
+}
+_SINGLE = {
+    "attn.to_qkv_mlp_proj.weight": "linear1.weight",
+    "attn.to_out.weight": "linear2.weight",
+    "attn.norm_q.weight": "norm.query_norm.scale",
+    "attn.norm_k.weight": "norm.key_norm.scale",
+}
+
+
+def transformer_key_map(config: TransformerConfig, style: str) -> dict[str, tuple[TensorSlice, ...]]:
+    """Returns every parameter of the network with the pieces that a checkpoint of this style has for it."""
+    authors = _authors_names(config)
+    if style != BFL:
+        return {parameter: _diffusers_pieces(parameter) for parameter in authors}
+    pieces = {parameter: (TensorSlice(name),) for parameter, name in authors.items()}
+    size = config.hidden_size
+    head = authors[HEAD]
+    return pieces | {HEAD: (TensorSlice(head, size, 2 * size), TensorSlice(head, 0, size))}
+
+
+def _authors_names(config: TransformerConfig) -> dict[str, str]:
+    names = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in _WHOLE.items()}
+    for kind, their_kind, count, table in (
+        ("transformer_blocks", "double_blocks", config.num_layers, _DOUBLE),
+        ("single_transformer_blocks", "single_blocks", config.num_single_layers, _SINGLE),
+    ):
+        for block in range(count):
+            names |= {
+                f"{kind}.{block}.{ours}": f"{their_kind}.{block}.{theirs}" for ours, theirs in table.items()
+            }
+    return names
+
+
+def _diffusers_pieces(parameter: str) -> tuple[TensorSlice, ...]:
+    for fused, parts in FUSED.items():
+        if parameter.endswith(f".{fused}.weight"):
+            block = parameter.removesuffix(f"{fused}.weight")
+            return tuple(TensorSlice(f"{block}{part}.weight") for part in parts)
+    return (TensorSlice(parameter),)
+
+
+def checkpoint_names(config: TransformerConfig) -> dict[str, tuple[str, ...]]:
+    """Returns parameter → diffusers' names, for parameters that fuse several; the others are named alike."""
+    return {
+        parameter: tuple(piece.name for piece in pieces)
+        for parameter, pieces in transformer_key_map(config, DIFFUSERS).items()
+        if len(pieces) > 1
+    }
+
+
+STATISTICS = ("bn.running_mean", "bn.running_var")
+_BATCH_COUNT = "bn.num_batches_tracked"
+_RESIDUAL = ("norm1", "conv1", "norm2", "conv2")
+_ATTENTION = {
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+}
+
+
+def vae_key_map(config: VaeConfig, style: str) -> dict[str, tuple[TensorSlice, ...]]:
+    """Returns every parameter and needed buffer with the piece that a checkpoint of this style has for it."""
+    names = [f"{module}.{kind}" for module in _modules(config) for kind in ("weight", "bias")]
+    if style != BFL:
+        return {name: (TensorSlice(name),) for name in (*names, *STATISTICS)}
+    last_level = len(config.block_out_channels) - 1
+    return {name: (_authors_piece(name, last_level),) for name in (*names, *STATISTICS)}
+
+
+def is_unneeded(name: str) -> bool:
+    """Whether a stored tensor only counts training's batches."""
+    return name == _BATCH_COUNT or name.endswith("." + _BATCH_COUNT)
+
+
+def _modules(config: VaeConfig) -> Iterator[str]:
+    """Yields the path of every module that has weights, all of which have biases too."""
+    widths = config.block_out_channels
+    yield from _half("encoder", "down", widths, config.layers_per_block, config)
+    widths = tuple(reversed(config.decoder_block_out_channels or widths))
+    yield from _half("decoder", "up", widths, config.layers_per_block + 1, config)
+    if config.use_quant_conv:
+        yield "quant_conv"
+    if config.use_post_quant_conv:
+        yield "post_quant_conv"
+
+
+def _half(
+    half: str, direction: str, widths: Sequence[int], layer_count: int, config: VaeConfig
+) -> Iterator[str]:
+    """Yields one direction's modules; `widths` in the order in which features pass them."""
+    yield f"{half}.conv_in"
+    before = widths[0]
+    for level, width in enumerate(widths):
+        path = f"{half}.{direction}_blocks.{level}"
+        for layer, (inner, outer) in enumerate(pairwise([before] + [width] * layer_count)):
+            yield from (f"{path}.resnets.{layer}.{part}" for part in _RESIDUAL)
+            if inner != outer:
+                yield f"{path}.resnets.{layer}.conv_shortcut"
+        if level + 1 < len(widths):
+            yield f"{path}.{direction}samplers.0.conv"
+        before = width
+    yield from (f"{half}.mid_block.resnets.{index}.{part}" for index in range(2) for part in _RESIDUAL)
+    if config.mid_block_add_attention:
+        yield from (f"{half}.mid_block.attentions.0.{part}" for part in _ATTENTION)
+    yield from (f"{half}.conv_norm_out", f"{half}.conv_out")
+
+
+def _authors_piece(name: str, last_level: int) -> TensorSlice:
+    module, _, kind = name.rpartition(".")
+    attention = re.fullmatch(r"(encoder|decoder)\.mid_block\.attentions\.0\.(.+)", module)
+    if attention:
+        part = _ATTENTION[attention[2]]
+        # The authors' projections are 1×1 convolutions.
+        is_pointwise = kind == "weight" and part != "norm"
+        return TensorSlice(f"{attention[1]}.mid.attn_1.{part}.{kind}", is_pointwise=is_pointwise)
+    return TensorSlice(f"{_authors_module(module, last_level)}.{kind}")
+
+
+def _authors_module(module: str, last_level: int) -> str:
+    """Renames one module; the decoder's levels are counted from the other end."""
+    if module in ("quant_conv", "post_quant_conv"):
+        return f"{'encoder' if module == 'quant_conv' else 'decoder'}.{module}"
+    module = module.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
+    module = re.sub(r"mid_block\.resnets\.(\d)", lambda found: f"mid.block_{int(found[1]) + 1}", module)
+    module = re.sub(r"down_blocks\.(\d+)", r"down.\1", module)
+    module = re.sub(r"up_blocks\.(\d+)", lambda found: f"up.{last_level - int(found[1])}", module)
+    module = module.replace("downsamplers.0", "downsample").replace("upsamplers.0", "upsample")
+    return module.replace(".resnets.", ".block.")
+
+
+EMBEDDING = "embed_tokens.weight"
+_LAYER = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "self_attn.q_norm",
+    "self_attn.k_norm",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+_UNNEEDED = re.compile(r"(.*\.)?(lm_head\.|(model\.)?norm\.weight$|layers\.\d+\.self_attn\.rotary_emb\.)")
+_LAYER_NUMBER = re.compile(r"(?:.*\.)?layers\.(\d+)\.")
+
+
+def text_encoder_key_map(config: TextEncoderConfig) -> dict[str, tuple[TensorSlice, ...]]:
+    """Returns every parameter up to the last tapped layer with its name in a checkpoint, without any prefix."""
+    layers = range(max(config.tapped_layers))
+    names = [EMBEDDING, *(f"layers.{layer}.{part}.weight" for layer in layers for part in _LAYER)]
+    return {name: (TensorSlice(name),) for name in names}
+
+
+def is_past(config: TextEncoderConfig) -> Callable[[str], bool]:
+    """Returns a test for stored tensors that come after the last tapped layer: they are not needed."""
+    layer_count = max(config.tapped_layers)
+
+    def past(name: str) -> bool:
+        layer = _LAYER_NUMBER.match(name)
+        return bool(_UNNEEDED.match(name)) or (layer is not None and int(layer[1]) >= layer_count)
+
+    return past

@@ -1,0 +1,246 @@
+"""The published klein models: shapes, defaults, licenses and where their files are kept.
+
+Torch-free and frozen. Code branches on the fields of a row, never on its name; what a checkpoint's own
+configuration says always wins. The rows serve two purposes: `klein pull` finds a model by name, and a bare
+weights file, which carries no configuration, can be told to be one of them.
+
+KeyMap: the published `config.json` files and model cards; file listings of the repositories.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from klein_core.errors import CheckpointError
+from klein_core.variants import (
+    TextEncoderConfig,
+    TransformerConfig,
+    VaeConfig,
+    default_guidance_scale,
+    default_step_count,
+)
+
+_OWNER = "black-forest-labs"
+
+
+@dataclass(frozen=True)
+class License:
+    """On what terms weights may be used."""
+
+    identifier: str
+    """The model card's: an SPDX identifier where there is one."""
+    name: str
+    non_commercial: bool
+    text_file: str = "LICENSE.md"
+    """Where the weights' repository keeps the text."""
+
+
+APACHE_2 = License("apache-2.0", "Apache License 2.0", non_commercial=False)
+FLUX_NON_COMMERCIAL = License(
+    "flux-non-commercial-license", "FLUX Non-Commercial License", non_commercial=True
+)
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """One file of a repository."""
+
+    repository: str
+    name: str
+
+
+@dataclass(frozen=True)
+class PublishedModel:
+    """One published model."""
+
+    name: str
+    repository: str
+    """Holds all parts in diffusers' folder layout."""
+    transformer: TransformerConfig
+    text_encoder: TextEncoderConfig
+    is_distilled: bool
+    license: License
+    gated: bool
+    """Whether downloading needs an account that accepted the license."""
+    transformer_file: HubFile
+    """The transformer alone as one file with BFL's names."""
+    quantized: Mapping[str, HubFile]
+    """Precision → the same file with quantized weights, where one is published."""
+    uses_reference_cache: bool = False
+    """Whether its references were trained to see each other only, at timestep 0."""
+    vae: VaeConfig = field(default_factory=VaeConfig)
+
+    @property
+    def default_step_count(self) -> int:
+        return default_step_count(self.is_distilled)
+
+    @property
+    def default_guidance_scale(self) -> float:
+        return default_guidance_scale(self.is_distilled)
+
+
+@dataclass(frozen=True)
+class KnownVae:
+    """An autoencoder published on its own, for any klein model."""
+
+    name: str
+    repository: str
+    """Holds config.json and the weights at its root."""
+    vae: VaeConfig
+    license: License
+
+
+SMALL_DECODER = KnownVae(
+    name="small-decoder",
+    repository=f"{_OWNER}/FLUX.2-small-decoder",
+    vae=VaeConfig(decoder_block_out_channels=(96, 192, 384, 384)),
+    license=APACHE_2,
+)
+
+
+def _qwen3(hidden_size: int, intermediate_size: int, *, tied: bool) -> TextEncoderConfig:
+    """Qwen3-4B's or 8B's `config.json`; what they do not differ in is written once."""
+    values: dict[str, Any] = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "tie_word_embeddings": tied,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "rope_theta": 1_000_000,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+        "attention_bias": False,
+    }
+    return TextEncoderConfig(values)
+
+
+@dataclass(frozen=True)
+class _Size:
+    """What all models of a size have in common."""
+
+    transformer: TransformerConfig
+    text_encoder: TextEncoderConfig
+    license: License
+
+
+_4B = _Size(
+    TransformerConfig(num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680),
+    _qwen3(2560, 9728, tied=True),
+    APACHE_2,
+)
+_9B = _Size(
+    TransformerConfig(num_layers=8, num_single_layers=24, num_attention_heads=32, joint_attention_dim=12288),
+    _qwen3(4096, 12288, tied=False),
+    FLUX_NON_COMMERCIAL,
+)
+
+
+def _row(
+    size: _Size,
+    name: str,
+    repository: str,
+    *,
+    is_distilled: bool,
+    precisions: Iterable[str] = ("fp8", "nvfp4"),
+    uses_reference_cache: bool = False,
+) -> PublishedModel:
+    stem = name.removeprefix("klein-")
+    quantized = {
+        precision: HubFile(
+            f"{_OWNER}/FLUX.2-klein-{stem}-{precision}", f"flux-2-klein-{stem}-{precision}.safetensors"
+        )
+        for precision in precisions
+    }
+    return PublishedModel(
+        name=name,
+        repository=f"{_OWNER}/{repository}",
+        transformer=size.transformer,
+        text_encoder=size.text_encoder,
+        is_distilled=is_distilled,
+        license=size.license,
+        gated=size.license.non_commercial,
+        transformer_file=HubFile(f"{_OWNER}/{repository}", f"flux-2-klein-{stem}.safetensors"),
+        quantized=MappingProxyType(quantized),
+        uses_reference_cache=uses_reference_cache,
+    )
+
+
+_ROWS = (
+    _row(_4B, "klein-4b", "FLUX.2-klein-4B", is_distilled=True),
+    _row(_4B, "klein-base-4b", "FLUX.2-klein-base-4B", is_distilled=False),
+    _row(_9B, "klein-9b", "FLUX.2-klein-9B", is_distilled=True),
+    _row(_9B, "klein-base-9b", "FLUX.2-klein-base-9B", is_distilled=False),
+    _row(
+        _9B,
+        "klein-9b-kv",
+        "FLUX.2-klein-9b-kv",
+        is_distilled=True,
+        precisions=("fp8",),
+        uses_reference_cache=True,
+    ),
+)
+
+PUBLISHED_MODELS: Mapping[str, PublishedModel] = MappingProxyType({row.name: row for row in _ROWS})
+"""Every row by its name."""
+
+
+def published_model(name: str) -> PublishedModel:
+    """Returns the row of that name, in any case.
+
+    Raises:
+        CheckpointError: there is none; the message lists those there are.
+    """
+    row = PUBLISHED_MODELS.get(name.lower())
+    if row is None:
+        near = difflib.get_close_matches(name.lower(), PUBLISHED_MODELS, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise CheckpointError(f"{name!r} is no known variant; those are {', '.join(PUBLISHED_MODELS)}.{hint}")
+    return row
+
+
+def variants_of_shape(transformer: TransformerConfig) -> tuple[PublishedModel, ...]:
+    """Returns the rows whose transformer has this shape: those that a bare file of it could be."""
+    return tuple(row for row in _ROWS if row.transformer == transformer)
+
+
+def variant_of_bare_file(transformer: TransformerConfig, name: str | None = None) -> PublishedModel:
+    """Decides what a weights file without configuration is.
+
+    Distilled, base and reference-cache models have equal tensors, so the shape alone never decides.
+
+    Args:
+        transformer: the shape that its tensors have.
+        name: what the user says it is.
+
+    Raises:
+        CheckpointError: no row has this shape, the named one has another, or several fit and none was named.
+    """
+    fitting = variants_of_shape(transformer)
+    listed = ", ".join(row.name for row in fitting)
+    shape = (
+        f"{transformer.num_layers} double and {transformer.num_single_layers} single blocks, "
+        f"hidden size {transformer.hidden_size}"
+    )
+    if name is not None:
+        row = published_model(name)
+        if row in fitting:
+            return row
+        fits = f"it could be {listed}" if fitting else "no known variant has it"
+        raise CheckpointError(f"{row.name} has another shape than the file ({shape}): {fits}")
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise CheckpointError(
+            f"the tensors ({shape}) do not tell which variant this is: name one of {listed}"
+        )
+    raise CheckpointError(f"no known variant has this shape: {shape}; give a folder with configuration files")

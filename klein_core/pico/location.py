@@ -1,8 +1,0 @@
-"""Where the embedded model's checkpoint lies; torch-free."""
-
-from __future__ import annotations
-
-from pathlib import Path
-
-WEIGHTS: Path = Path(__file__).resolve().parent / "weights"
-"""The checkpoint in the diffusers folder layout."""

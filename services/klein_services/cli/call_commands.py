@@ -1,0 +1,148 @@
+"""Commands that call a running suite."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from klein_services.cli.output import messages
+from klein_services.cli.ports import DEFAULT_PORT, LOOPBACK
+
+DEFAULT_TARGET = f"{LOOPBACK}:{DEFAULT_PORT}"
+
+LONGEST_TIMEOUT_SECONDS = 24 * 3600.0
+"""What an orchestrator may take for a request at most; gRPC cannot count to just any number."""
+
+
+def _named_target(target: str) -> str:
+    if not target.strip():
+        raise typer.BadParameter("it is empty; name an orchestrator as HOST:PORT")
+    return target
+
+
+Target = Annotated[
+    str,
+    typer.Option(
+        metavar="HOST:PORT", envvar="KLEIN_TARGET", help="The orchestrator to call.", callback=_named_target
+    ),
+]
+Timeout = Annotated[
+    float,
+    typer.Option(
+        min=0.001, max=LONGEST_TIMEOUT_SECONDS, metavar="SECONDS", help="Longest wait for an answer."
+    ),
+]
+
+commands = typer.Typer()
+
+
+class FormatName(StrEnum):
+    """How images are encoded."""
+
+    PNG = "png"
+    JPEG = "jpeg"
+    WEBP = "webp"
+
+
+@commands.command(
+    epilog='[bold]klein generate "a green star" -o star.png[/]\n\n'
+    '[bold]klein generate "make the background blue" --reference star.png -o blue.webp[/]\n\n'
+    '[bold]klein generate "a star" --adapter watercolor:0.8 -o star.png[/]: what `klein adapters` lists\n\n'
+    '[bold]klein generate "a ring" --size 128x192 --seed 7 --count 4 -o ring.png[/]: ring-1.png … ring-4.png'
+)
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to make, or what to change in the references.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Where to write; replaced if there; - is standard output."
+        ),
+    ],
+    reference: Annotated[
+        list[Path] | None,
+        typer.Option("--reference", "-r", metavar="FILE", help="An image to start from; may be repeated."),
+    ] = None,
+    negative: Annotated[
+        str | None, typer.Option("--negative-prompt", help="What it should not be; base models only.")
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WxH", help="Pixels, multiples of 16; else the first reference's or the model's own."
+        ),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps; else the model's own.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Strength of guidance; base models only.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed makes the same image; else random.")] = None,
+    count: Annotated[
+        int | None, typer.Option(help="Images to make: FILE-1, FILE-2 … with following seeds.")
+    ] = None,
+    image_format: Annotated[
+        FormatName | None, typer.Option("--format", help="Encoding; else what FILE's suffix says.")
+    ] = None,
+    quality: Annotated[int | None, typer.Option(help="Quality of JPEG and WebP, 1 to 100.")] = None,
+    model: Annotated[str, typer.Option(help="A model that the server routes; else its default.")] = "",
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            "-a",
+            metavar="NAME[:SCALE]",
+            help="A LoRA of the server's, -10 to 10, by default 1; may be repeated.",
+        ),
+    ] = None,
+    target: Target = DEFAULT_TARGET,
+    timeout: Annotated[
+        float,
+        typer.Option(
+            min=0.001, max=LONGEST_TIMEOUT_SECONDS, metavar="SECONDS", help="Longest wait for all of it."
+        ),
+    ] = 600.0,
+) -> None:
+    """Make images through a running suite and write them to files."""
+    from klein_services.cli.generate import GenerateOptions, run_generate
+
+    options = GenerateOptions(
+        prompt=prompt,
+        output=output,
+        references=tuple(reference or ()),
+        negative_prompt=negative,
+        size=size,
+        steps=steps,
+        guidance=guidance,
+        seed=seed,
+        count=count,
+        image_format=image_format.value if image_format else None,
+        quality=quality,
+        model=model,
+        adapters=tuple(adapter or ()),
+    )
+    run_generate(options, target, timeout, messages())
+
+
+@commands.command(
+    epilog="Names are what [bold]klein generate --adapter NAME:0.8[/] takes. Exits with 0 only when all can be used."
+)
+def adapters(
+    target: Target = DEFAULT_TARGET,
+    timeout: Timeout = 10.0,
+) -> None:
+    """List the adapters that requests may name: kind, rank, layers, size, problems."""
+    from klein_services.cli.status import run_adapters
+
+    raise typer.Exit(run_adapters(target, timeout, Console()))
+
+
+@commands.command(epilog="Exits with 0 only when every stage of every model serves: `klein status && …`.")
+def status(
+    target: Target = DEFAULT_TARGET,
+    timeout: Timeout = 10.0,
+) -> None:
+    """Show the models and their stages: health, device, load, problems."""
+    from klein_services.cli.status import run_status
+
+    raise typer.Exit(run_status(target, timeout, Console()))

@@ -1,0 +1,55 @@
+"""Calls of the public API, shared by the commands, the demo and the benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from klein_api.v1 import image_service_pb2 as api
+from klein_api.v1.image_service_pb2_grpc import ImageServiceStub
+from klein_services.runtime.channels import IMAGE_MESSAGE_BYTES, open_channel
+
+if TYPE_CHECKING:
+    from klein_api.v1.image_service_pb2_grpc import ImageServiceAsyncStub
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished request."""
+
+    images: tuple[api.GeneratedImage, ...]
+    summary: api.GenerationSummary
+
+
+@asynccontextmanager
+async def connect(target: str) -> AsyncIterator[ImageServiceAsyncStub]:
+    """Opens a channel to an orchestrator for as long as the block runs."""
+    async with open_channel(target, message_bytes=IMAGE_MESSAGE_BYTES) as channel:
+        yield ImageServiceStub(channel)
+
+
+async def generate(
+    stub: ImageServiceAsyncStub,
+    spec: api.ImageSpec,
+    *,
+    timeout_seconds: float | None = None,
+    on_event: Callable[[api.StreamGenerateImageResponse], None] = lambda event: None,
+) -> Generation:
+    """Makes the images of `spec`, telling `on_event` everything as it comes.
+
+    Raises:
+        grpc.aio.AioRpcError: the call failed.
+    """
+    images: list[api.GeneratedImage] = []
+    summary = api.GenerationSummary()
+    call = stub.StreamGenerateImage(api.StreamGenerateImageRequest(spec=spec), timeout=timeout_seconds)
+    async for event in call:
+        on_event(event)
+        match event.WhichOneof("event"):
+            case "image":
+                images.append(event.image)
+            case "summary":
+                summary = event.summary
+    return Generation(tuple(images), summary)

@@ -1,0 +1,136 @@
+"""What the command line says when something goes wrong: one sentence, a hint, an exit code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import grpc
+from rich.console import Console
+from rich.text import Text
+
+from klein_core.errors import Violation
+from klein_services.cli.exit_codes import FAILED, INTERRUPTED, MISUSED
+from klein_services.runtime.status import UNKNOWN_ADAPTER, StatusDetails, explain
+
+_FLAGS = {
+    "prompt": "PROMPT",
+    "negative_prompt": "--negative-prompt",
+    "references": "--reference",
+    "width_px": "--size",
+    "height_px": "--size",
+    "step_count": "--steps",
+    "guidance_scale": "--guidance",
+    "seed": "--seed",
+    "image_count": "--count",
+    "format": "--format",
+    "quality": "--quality",
+    "model": "--model",
+    "adapters": "--adapter",
+}
+_AREA = "times height_px "
+"""How a server tells, of `width_px`, that both are too large together; here they are one flag."""
+
+
+@dataclass
+class CliError(Exception):
+    """Ends the command with one sentence, a hint and an exit code."""
+
+    sentence: str
+    hint: str = ""
+    exit_code: int = FAILED
+
+    def __str__(self) -> str:
+        return f"{self.sentence} {self.hint}".strip()
+
+    def show(self, console: Console) -> None:
+        console.print(Text.assemble(("Error: ", "bold red"), self.sentence), soft_wrap=True)
+        if self.hint:
+            console.print(Text.assemble(("Hint: ", "bold"), self.hint), soft_wrap=True)
+
+
+def call_error(error: grpc.aio.AioRpcError, target: str) -> CliError:
+    """Turns a failed call's status into what a person can act on."""
+    details = explain(error)
+    match details.code:
+        case grpc.StatusCode.UNAVAILABLE:
+            return _unavailable(details, target)
+        case grpc.StatusCode.INVALID_ARGUMENT:
+            return CliError(_violation_sentence(details), exit_code=MISUSED)
+        case grpc.StatusCode.NOT_FOUND:
+            return _not_found(details, target)
+        case grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return _exhausted(details)
+        case grpc.StatusCode.DEADLINE_EXCEEDED:
+            return CliError("The time for it passed.", "Give it more with --timeout, or ask for less.")
+        case grpc.StatusCode.UNIMPLEMENTED:
+            return CliError(
+                f"What listens at {target} is not a klein orchestrator.",
+                "Check --target and the server's version.",
+            )
+        case grpc.StatusCode.UNAUTHENTICATED | grpc.StatusCode.PERMISSION_DENIED:
+            return CliError(_sentence(details), "Ask the server's operator for access.")
+        case grpc.StatusCode.CANCELLED:
+            return CliError("The call was cancelled.", exit_code=INTERRUPTED)
+        case grpc.StatusCode.FAILED_PRECONDITION:
+            return CliError(_sentence(details), "The server's operator can mend it.")
+        case code:
+            return CliError(f"{_sentence(details)} ({code.name})", "The server's log has more about it.")
+
+
+def _not_found(details: StatusDetails, target: str) -> CliError:
+    descriptions = "; ".join(violation.description for violation in details.violations)
+    sentence = with_period(descriptions) if descriptions else _sentence(details)
+    command, what = ("adapters",) * 2 if details.reason == UNKNOWN_ADAPTER else ("status", "models")
+    return CliError(sentence, f"`klein {command} --target {target}` lists the {what}.", MISUSED)
+
+
+def _unavailable(details: StatusDetails, target: str) -> CliError:
+    if details.reason:
+        return CliError(
+            _sentence(details), f"`klein status --target {target}` shows the stages; try again soon."
+        )
+    return CliError(
+        f"Nothing answers at {target}.",
+        "Start the suite with `klein up`, or name another server with --target.",
+    )
+
+
+def _exhausted(details: StatusDetails) -> CliError:
+    if details.retry_after_seconds:
+        return CliError(_sentence(details), f"Try again in {details.retry_after_seconds:.0f} s.")
+    if "larger than max" in details.message:
+        return CliError(
+            "The references are larger than the server takes.", "Make the files smaller.", MISUSED
+        )
+    return CliError(_sentence(details), "Try again later, or allow more time with --timeout.")
+
+
+def _violation_sentence(details: StatusDetails) -> str:
+    violations = [_named(violation) for violation in details.violations]
+    match violations:
+        case []:
+            return _sentence(details)
+        case [only]:
+            return with_period(only)
+        case _:
+            return f"{len(violations)} values cannot be used:\n  " + "\n  ".join(violations)
+
+
+def _named(violation: Violation) -> str:
+    field = violation.field.removeprefix("spec.")
+    if violation.description.startswith(_AREA):
+        return "--size " + violation.description.removeprefix(_AREA)
+    name, bracket, index = field.partition("[")
+    flag = _FLAGS.get(name, name)
+    told = "" if flag.lower().lstrip("-").replace("-", "_") == name else f" ({field})"
+    return f"{flag}{bracket}{index}{told} {violation.description}"
+
+
+def _sentence(details: StatusDetails) -> str:
+    return with_period(details.message or details.code.name.replace("_", " ").lower())
+
+
+def with_period(text: str) -> str:
+    """Returns text as a sentence: a capital at its begin, one mark at its end."""
+    text = text.strip()
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")

@@ -1,0 +1,226 @@
+"""Commands about models on this machine: run one, fetch one, look into one, plan for one."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from klein_core.model_registry import PUBLISHED_MODELS
+from klein_services.cli.output import messages
+from klein_services.cli.ports import DEFAULT_PORT
+
+commands = typer.Typer()
+
+
+class DtypeName(StrEnum):
+    """What stages compute in."""
+
+    CHECKPOINT = "checkpoint"
+    BF16 = "bf16"
+    F16 = "f16"
+    F32 = "f32"
+
+
+class QuantizationName(StrEnum):
+    """What weights can be made into."""
+
+    NONE = "none"
+    FP8 = "fp8"
+    INT8 = "int8"
+
+
+class PrecisionName(StrEnum):
+    """What the transformer's weights are published as."""
+
+    BF16 = "bf16"
+    FP8 = "fp8"
+    NVFP4 = "nvfp4"
+
+
+class OffloadName(StrEnum):
+    """What is kept in the machine's memory instead of a GPU's."""
+
+    NONE = "none"
+    BLOCKS = "blocks"
+
+
+@commands.command(
+    epilog="[bold]klein up[/]: the embedded model.\n\n"
+    "[bold]klein up --model klein-4b --device cuda[/]: one that [bold]klein pull klein-4b[/] fetched.\n\n"
+    "[bold]klein up --model ./FLUX.2-klein-4B[/]: a folder in the diffusers layout.\n\n"
+    "[bold]klein up --transformer t.safetensors --vae v.safetensors --text-encoder q.safetensors "
+    "--tokenizer ./tokenizer --variant klein-4b[/]: bare files.\n\n"
+    "[bold]klein up --port 0 --verbose[/]: beside another suite, logs shown."
+)
+def up(
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="pico|NAME|FOLDER|FILE",
+            help="The embedded model, one that `klein pull` fetched, a folder in the diffusers layout, or one file.",
+        ),
+    ] = "pico",
+    transformer: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The transformer, instead of the model's own.")
+    ] = None,
+    vae: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The autoencoder, instead of the model's own.")
+    ] = None,
+    text_encoder: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The text encoder, instead of the model's own.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="The tokenizer, where the text encoder is a bare file."),
+    ] = None,
+    variant: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help="Which model a bare transformer is, such as klein-4b or klein-base-4b."
+        ),
+    ] = "",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port of the public API; 0 takes a free one.")
+    ] = DEFAULT_PORT,
+    host: Annotated[
+        str, typer.Option(help="Address of the public API; 0.0.0.0 lets other machines in.")
+    ] = "127.0.0.1",
+    device: Annotated[
+        str, typer.Option(metavar="auto|cpu|cuda|cuda:N|mps", help="Where to compute.")
+    ] = "auto",
+    dtype: Annotated[DtypeName, typer.Option(help="What to compute in.")] = DtypeName.CHECKPOINT,
+    quantization: Annotated[
+        QuantizationName, typer.Option(help="What plain weights are made into, to take half the memory.")
+    ] = QuantizationName.NONE,
+    adapters: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Adapters that requests may name: NAME.safetensors each."),
+    ] = None,
+    offload: Annotated[
+        OffloadName,
+        typer.Option(help="What stays in the machine's memory and is brought to a GPU ahead of its use."),
+    ] = OffloadName.NONE,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads of each stage; 0 chooses.")] = 0,
+    log_folder: Annotated[
+        Path | None, typer.Option(help="Where logs stay; else a temporary folder, kept after failures.")
+    ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show the logs as they are written.")
+    ] = False,
+) -> None:
+    """Run the whole suite on this machine: four processes, one public port. Ctrl-C stops them."""
+    from klein_services.cli.suite import SuiteOptions
+    from klein_services.cli.up import run_up
+
+    parts = {"transformer": transformer, "vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
+    options = SuiteOptions(
+        model=model,
+        parts={component: path for component, path in parts.items() if path is not None},
+        variant=variant,
+        host=host,
+        port=port,
+        device=device,
+        dtype=dtype.value,
+        quantization=quantization.value,
+        adapters=adapters,
+        offload=offload.value,
+        threads=threads,
+        log_folder=log_folder,
+    )
+    raise typer.Exit(run_up(options, Console(), verbose=verbose))
+
+
+@commands.command(
+    epilog="[bold]klein pull klein-4b[/]: then [bold]klein up --model klein-4b[/]\n\n"
+    "[bold]klein pull klein-9b --precision fp8 --accept-license[/]: a gated one; needs HF_TOKEN.\n\n"
+    "[bold]klein pull owner/repository --to ./model[/]: any klein model in diffusers' layout.\n\n"
+    f"Known names: {', '.join(PUBLISHED_MODELS)}.\n\n"
+    "Models go to KLEIN_MODELS_FOLDER, by default ~/.local/share/klein/models. HF_TOKEN, HF_ENDPOINT, HF_HOME "
+    "and proxies mean what they mean to huggingface_hub. Interrupted, the same command goes on."
+)
+def pull(
+    identifier: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A known name such as klein-4b, or OWNER/REPOSITORY.")
+    ],
+    precision: Annotated[
+        PrecisionName | None, typer.Option(help="What the transformer's weights are published as; else bf16.")
+    ] = None,
+    small_decoder: Annotated[
+        bool, typer.Option("--small-decoder", help="With the faster decoder instead of the model's own.")
+    ] = False,
+    to: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where the model goes; must not hold anything else.")
+    ] = None,
+    accept_license: Annotated[
+        bool, typer.Option("--accept-license", help="Needed for models that are not free for commercial use.")
+    ] = False,
+) -> None:
+    """Download a model: only the files that this suite needs."""
+    from klein_services.cli.pull import PullOptions, run_pull
+
+    options = PullOptions(
+        identifier=identifier,
+        precision=precision.value if precision else None,
+        small_decoder=small_decoder,
+        to=to,
+        license_accepted=accept_license,
+    )
+    run_pull(options, Console(), messages())
+
+
+@commands.command(
+    epilog="[bold]klein plan --model klein-9b --device-memory 24GiB[/]: before downloading.\n\n"
+    "[bold]klein plan --model ./FLUX.2-klein-4B --device-memory 12GiB --sizes 2048x2048 --references 1[/]"
+)
+def plan(
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME|FOLDER|FILE",
+            help="A known name such as klein-4b, pico, a model's folder, or a transformer's file.",
+        ),
+    ],
+    device_memory: Annotated[str, typer.Option(metavar="SIZE", help="Of one device, such as 12GiB or 24GB.")],
+    sizes: Annotated[
+        str, typer.Option(metavar="WxH,…", help="Images that must be possible; the largest counts.")
+    ] = "1024x1024",
+    references: Annotated[int, typer.Option(help="References of each image, of a megapixel each.")] = 0,
+    batch: Annotated[int, typer.Option(help="Images in one step.")] = 1,
+    precision: Annotated[
+        list[str] | None, typer.Option(help="What the denoiser's weights may be; may be repeated; else any.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes.")] = False,
+) -> None:
+    """Tell what a model needs and how to start it on a device, without loading anything."""
+    from klein_services.cli.plan import PlanOptions, run_plan
+
+    options = PlanOptions(
+        model=model,
+        device_memory=device_memory,
+        sizes=sizes,
+        references=references,
+        batch=batch,
+        precisions=tuple(precision or ()),
+        as_json=as_json,
+    )
+    raise typer.Exit(run_plan(options, Console()))
+
+
+@commands.command(
+    epilog="[bold]klein inspect ./flux-2-klein-4b-fp8.safetensors[/]\n\n"
+    "Exits with 0 only when everything that it holds could be loaded."
+)
+def inspect(
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="A safetensors file, a model's or a component's folder.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Show what a file holds without loading it: model, layout, precision, what is missing."""
+    from klein_services.cli.inspect import run_inspect
+
+    raise typer.Exit(run_inspect(path, Console(), as_json=as_json))

@@ -1,0 +1,100 @@
+"""Where messages to people go."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from klein_api.v1 import image_service_pb2 as api
+
+
+def messages() -> Console:
+    """Returns the console for progress and errors: standard error, so that output can be piped."""
+    return Console(stderr=True)
+
+
+_FILE_UNITS = ("bytes", "kB", "MB", "GB", "TB")
+_GIB = 1 << 30
+_MIB = 1 << 20
+
+
+def file_size(byte_count: float) -> str:
+    """Returns what files or a disk take, in powers of 1000 and three digits: 7.75 GB."""
+    unit = 0
+    while byte_count >= 1000 and unit < len(_FILE_UNITS) - 1:
+        byte_count, unit = byte_count / 1000, unit + 1
+    number = f"{byte_count:.3g}" if unit and byte_count < 1000 else f"{byte_count:,.0f}"
+    return f"{number} {_FILE_UNITS[unit]}"
+
+
+def memory_size(byte_count: int) -> str:
+    """Returns what a device's memory holds, in powers of 1024: 7.22 GiB."""
+    return f"{byte_count / _GIB:.2f} GiB" if byte_count >= _GIB else f"{byte_count / _MIB:.0f} MiB"
+
+
+class GenerationProgress:
+    """Shows the events of one request; gone once the request is done, unless `keep`."""
+
+    def __init__(self, console: Console, *, keep: bool = False) -> None:
+        self._progress = Progress(
+            SpinnerColumn(finished_text=" "),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TextColumn("{task.fields[count]}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=not keep,
+            disable=not keep and not console.is_terminal,
+        )
+        self._task = self._progress.add_task("encoding", total=None, count="")
+        self._image_count = 0
+
+    def __enter__(self) -> GenerationProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def handle(self, event: api.StreamGenerateImageResponse) -> None:
+        """Shows one event."""
+        match event.WhichOneof("event"):
+            case "queued":
+                self._describe(_queued_text(event.queued))
+            case "step":
+                self._show_step(event.step)
+            case "image":
+                self._image_count += 1
+                self._describe(f"{self._image_count} made")
+            case "summary":
+                self._finish()
+
+    def _show_step(self, step: api.GenerationStep) -> None:
+        text = "decoding" if step.step == step.step_count else "denoising"
+        self._progress.update(
+            self._task,
+            description=text,
+            completed=step.step,
+            total=step.step_count + 1,  # The last piece of the bar is the decoding.
+            count=f"{step.step}/{step.step_count} steps",
+        )
+
+    def _finish(self) -> None:
+        task = self._progress.tasks[self._task]
+        total = task.total or 1
+        self._progress.update(self._task, description="done", completed=total, total=total)
+
+    def _describe(self, text: str) -> None:
+        self._progress.update(self._task, description=text)
+
+
+def _queued_text(queued: api.GenerationQueued) -> str:
+    if queued.position == 0:
+        return "next in the queue"
+    wait = queued.estimated_wait.ToTimedelta().total_seconds()
+    text = f"{queued.position} ahead in the queue"
+    return f"{text}, about {wait:.0f} s" if wait else text

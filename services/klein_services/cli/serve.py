@@ -1,0 +1,151 @@
+"""`klein serve STAGE`: one stage in this process, every setting of it a flag."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import os
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from klein_services.cli.errors import CliError, with_period
+from klein_services.cli.exit_codes import MISUSED
+from klein_services.cli.model_store import find_model
+from klein_services.cli.process import PROCESSES, STAGES
+from klein_services.cli.stage_process import run_stage
+from klein_services.cli.suite import require_torch
+from klein_services.runtime.settings import (
+    EMBEDDED_MODEL,
+    ServerSettings,
+    SettingsError,
+    describe,
+    load_settings,
+    misspelled,
+    variable_name,
+)
+
+_SHORT_FLAGS = {"model_path": "--model"}
+
+
+class StageGroup(TyperGroup):
+    """A command for each stage, made from the stage's settings when it is asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(PROCESSES)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return _command(cmd_name) if cmd_name in PROCESSES else None
+
+
+def settings_class(stage: str) -> type[ServerSettings]:
+    """Finds the one class of a stage's settings module that derives from ServerSettings."""
+    module = importlib.import_module(f"klein_services.{stage.replace('-', '_')}.settings")
+    found = [
+        each
+        for each in vars(module).values()
+        if inspect.isclass(each) and issubclass(each, ServerSettings) and each.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        raise TypeError(f"{module.__name__} has {len(found)} settings classes; exactly one is needed")
+    return found[0]
+
+
+def run_serve(stage: str, overrides: dict[str, str], *, check_config: bool) -> int:
+    """Runs a stage in this process, or only shows what it would be told; returns the exit code.
+
+    Raises:
+        CliError: a setting has a value that it cannot have, or there is no such model.
+    """
+    environment = dict(os.environ)
+    if stage in STAGES:
+        overrides, environment = _with_found_model(overrides, environment)
+    try:
+        loaded = load_settings(settings_class(stage), environment, overrides)
+        loaded.settings.check()
+    except SettingsError as error:
+        hint = f"`klein serve {stage} --help` shows every setting."
+        raise CliError(with_period(str(error)), hint, MISUSED) from error
+    if check_config:
+        typer.echo(describe(loaded))
+        for sentence in misspelled(type(loaded.settings), environment):
+            typer.echo(f"{sentence}.", err=True)
+        return 0
+    if stage != "orchestrator":
+        require_torch()
+    return run_stage(stage, environment, overrides)
+
+
+def _with_found_model(
+    overrides: dict[str, str], environment: dict[str, str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Puts the folder of a pulled model where its name was given.
+
+    Raises:
+        CliError: there is no such folder or file, and no model of that name was pulled.
+    """
+    variable = variable_name("model_path")
+    given = overrides.get("model_path") or environment.get(variable) or EMBEDDED_MODEL
+    if given == EMBEDDED_MODEL:
+        return overrides, environment
+    place = str(find_model(given))
+    if overrides.get("model_path"):
+        return overrides | {"model_path": place}, environment
+    return overrides, environment | {variable: place}
+
+
+def _command(stage: str) -> TyperCommand:
+    only = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)
+    flags = settings_class(stage)
+    about = (
+        f"Run the {stage} in this process until SIGTERM or Ctrl-C. "
+        f"Each flag has a variable: --metrics-port is {variable_name('metrics_port')}; the flag wins."
+    )
+    only.command(name=stage, help=about, epilog=_example(stage))(_with_flags(stage, flags))
+    command = typer.main.get_command(only)
+    if not isinstance(command, TyperCommand):
+        raise TypeError(f"typer made {type(command).__name__} of one command")
+    return command
+
+
+def _with_flags(stage: str, settings: type[ServerSettings]) -> Callable[..., None]:
+    def run(*, check_config: bool, **flags: str | None) -> None:
+        overrides = {name: value for name, value in flags.items() if value is not None}
+        raise typer.Exit(run_serve(stage, overrides, check_config=check_config))
+
+    check = Annotated[
+        bool, typer.Option("--check-config", help="Show the settings with their sources and exit.")
+    ]
+    annotations = {field.name: _flag(field) for field in dataclasses.fields(settings)}
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter("check_config", keyword, default=False, annotation=check),
+            *(
+                inspect.Parameter(name, keyword, default=None, annotation=kind)
+                for name, kind in annotations.items()
+            ),
+        ]
+    )
+    run.__annotations__ = {"check_config": check, **annotations}
+    return run
+
+
+def _flag(field: dataclasses.Field[Any]) -> Any:
+    flags = ["--" + field.name.replace("_", "-")]
+    if field.name in _SHORT_FLAGS:
+        flags.insert(0, _SHORT_FLAGS[field.name])
+    choices = field.metadata.get("choices") or ()
+    default = f" [dim]\\[default: {field.default}][/]" if field.default != "" else ""
+    help_text = f"{field.metadata.get('help', '')}.{default}"
+    option = typer.Option(*flags, help=help_text, metavar="|".join(choices) or "VALUE", show_default=False)
+    return Annotated[str | None, option]
+
+
+def _example(stage: str) -> str:
+    return (
+        f"[bold]klein serve {stage} --check-config[/]\n\n[bold]KLEIN_LOG_LEVEL=debug klein serve {stage}[/]"
+    )

@@ -1,0 +1,273 @@
+"""From settings to a denoiser that is ready: load, warm up, measure."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import grpc
+import torch
+from torch import Tensor
+
+from klein_api.v1 import denoiser_service_pb2_grpc, stage_service_pb2
+from klein_core.checkpoint.config import PipelineIndex, read_sampling
+from klein_core.checkpoint.files import ModelFiles
+from klein_core.checkpoint.key_mapping import TEXT_ENCODER, TRANSFORMER
+from klein_core.checkpoint.weights import weights_digest
+from klein_core.denoiser.adapters.adapter import ScaledAdapter
+from klein_core.denoiser.offload import offload_blocks
+from klein_core.denoiser.reference_cache import ReferenceCache, bytes_per_token
+from klein_core.denoiser.sampler import Trajectory, packed_step
+from klein_core.denoiser.transformer import FlowTransformer
+from klein_core.variants import TextEncoderConfig, default_guidance_scale, default_step_count, read_json
+from klein_services.denoiser.adapters import AdapterRegistry
+from klein_services.denoiser.engine import Engine
+from klein_services.denoiser.estimates import StepTimes
+from klein_services.denoiser.job import OPERATION, STAGE
+from klein_services.denoiser.reference_kv_cache import ReferenceCaches
+from klein_services.denoiser.request import Model, RequestLimits
+from klein_services.denoiser.request_planner import Workload
+from klein_services.denoiser.request_state import CacheReferences, Step
+from klein_services.denoiser.scheduler import Scheduler, SchedulerConfig
+from klein_services.denoiser.servicer import SERVICE_NAME, Denoiser, DenoiserServicer
+from klein_services.denoiser.settings import OFFLOAD_BLOCKS, DenoiserSettings
+from klein_services.denoiser.warmup import BUDGET_SIDE_PX, measure_budget, synchronize, warm_up
+from klein_services.runtime import stage
+from klein_services.runtime.errors import StageUnavailable
+from klein_services.runtime.settings import SettingsError
+from klein_services.runtime.stage import Application
+from klein_services.runtime.tensors import (
+    dtype_name,
+    report_memory,
+    resolve_device,
+    resolve_dtype,
+    set_threads,
+)
+from klein_services.runtime.worker import Worker
+
+
+def load_denoiser(settings: DenoiserSettings, preparation: Worker) -> Denoiser:
+    """Loads the checkpoint and warms it up. Slow: not for the event loop.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be loaded.
+        SettingsError: there is no such device, or a warm-up size is none.
+    """
+    set_threads(settings.threads)
+    device = resolve_device(settings.device)
+    sizes_px = settings.sizes_px(on_gpu=device.type == "cuda")
+    files = settings.model_files(TRANSFORMER)
+    sampling = read_sampling(files)
+    report_memory(STAGE, device)
+    transformer = load_transformer(settings, files, device)
+    workload = Workload(
+        model=_model(settings, sampling, transformer), device=device, text_tokens=_text_tokens(files)
+    )
+    step, cache_references = step_of(transformer), cache_of(transformer)
+    adapters = AdapterRegistry.of(settings, transformer)
+    return assemble(settings, workload, step, sizes_px, preparation, adapters, cache_references)
+
+
+def load_transformer(settings: DenoiserSettings, files: ModelFiles, device: torch.device) -> FlowTransformer:
+    """Loads the network onto the device, or leaves its blocks in the machine's memory.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be loaded.
+        SettingsError: blocks are to stay where they would be anyway.
+    """
+    streams = settings.offload == OFFLOAD_BLOCKS
+    if streams and device.type != "cuda":
+        raise SettingsError(
+            f"KLEIN_OFFLOAD is {settings.offload!r}, which is for CUDA devices; on {device} weights are in the "
+            "machine's memory already"
+        )
+    transformer = FlowTransformer.from_folder(
+        files,
+        device="cpu" if streams else device,
+        dtype=resolve_dtype(settings.dtype),
+        quantization=settings.quantization,
+    )
+    if streams:
+        offload_blocks(transformer, device)
+    return transformer
+
+
+def assemble(
+    settings: DenoiserSettings,
+    workload: Workload,
+    step: Step,
+    sizes_px: Sequence[tuple[int, int]],
+    preparation: Worker,
+    adapters: AdapterRegistry,
+    cache_references: CacheReferences | None = None,
+) -> Denoiser:
+    """Puts a denoiser together around any `step`, after warming it up with images of `sizes_px`."""
+    times = StepTimes()
+    warm_up(step, workload.sample, workload.sample_tokens, sizes_px, times)
+    caches = ReferenceCaches[ReferenceCache](settings.reference_cache_mib * 1024**2)
+    scheduler = Scheduler(_scheduler_limits(settings, workload, step, times), times, caches)
+    return Denoiser(
+        engine=Engine(scheduler, step, cache_references),
+        model=workload.model,
+        workload=workload,
+        limits=RequestLimits(
+            image_count=settings.image_limit,
+            reference_count=settings.reference_limit,
+            reference_tokens=settings.reference_token_limit,
+            text_tokens=settings.text_token_limit,
+            adapter_count=settings.adapter_limit,
+        ),
+        receive_timeout_seconds=settings.receive_timeout_seconds,
+        adapters=adapters,
+        preparation=preparation,
+    )
+
+
+def step_of(transformer: FlowTransformer) -> Step:
+    """Returns what the engine's thread calls."""
+
+    def step(trajectories: Sequence[Trajectory]) -> None:
+        with torch.inference_mode():
+            packed_step(transformer, trajectories)
+            synchronize(transformer.device)
+
+    return step
+
+
+def cache_of(transformer: FlowTransformer) -> CacheReferences:
+    """Returns what the engine's thread calls for references that it has not seen."""
+
+    def cache(references: Sequence[Tensor], adapters: tuple[ScaledAdapter, ...]) -> ReferenceCache:
+        with torch.inference_mode():
+            made = transformer.reference_cache(references, adapters)
+            synchronize(transformer.device)
+        return made
+
+    return cache
+
+
+def _scheduler_limits(
+    settings: DenoiserSettings, workload: Workload, step: Step, times: StepTimes
+) -> SchedulerConfig:
+    return SchedulerConfig(
+        queue_limit=settings.queue_limit,
+        token_budget=_token_budget(settings, workload, step, times),
+        step_image_limit=settings.step_image_limit,
+        memory_limit_bytes=settings.memory_limit_mib * 1024**2,
+        ageing_seconds=settings.ageing_seconds,
+        aged_share=settings.aged_share,
+    )
+
+
+def _token_budget(settings: DenoiserSettings, workload: Workload, step: Step, times: StepTimes) -> int:
+    """Returns 0, one image at a time, where results must not depend on who shares a step."""
+    if not settings.packs(on_gpu=workload.device.type == "cuda"):
+        return 0
+    if settings.token_budget:
+        return settings.token_budget
+    image_tokens = workload.sample_tokens(BUDGET_SIDE_PX, BUDGET_SIDE_PX)
+    return measure_budget(step, workload.sample, image_tokens, settings.step_image_limit, times)
+
+
+def _model(settings: DenoiserSettings, sampling: PipelineIndex, transformer: FlowTransformer) -> Model:
+    token_bytes = bytes_per_token(transformer.config, transformer.dtype)
+    return Model(
+        name=settings.model_name,
+        is_distilled=sampling.is_distilled,
+        embedding_channels=transformer.config.joint_attention_dim,
+        latent_channels=transformer.config.in_channels,
+        dtype=transformer.dtype,
+        weights_digest=weights_digest(transformer),
+        cached_token_bytes=token_bytes if sampling.uses_reference_cache else 0,
+    )
+
+
+def _text_tokens(files: ModelFiles) -> int:
+    """Returns the sequence length of the model's text encoder, klein's where it is not told."""
+    folder = files.model
+    path = folder / TEXT_ENCODER / "config.json" if folder else None
+    default = TextEncoderConfig.sequence_length
+    return int(read_json(path).get("max_sequence_length", default)) if path and path.exists() else default
+
+
+NEWCOMER_SIDE_PX = 1024
+"""Size of the request whose wait DescribeStage tells."""
+
+
+class DenoiserApplication(Application):
+    """Serves the flow transformer of one checkpoint."""
+
+    name = STAGE
+    service_names = (SERVICE_NAME,)
+    open_service_names = (stage.SERVICE_NAME,)
+    operations = (OPERATION,)
+
+    def __init__(self, settings: DenoiserSettings) -> None:
+        self._settings = settings
+        self._denoiser: Denoiser | None = None
+        self._preparation = Worker(f"{STAGE}-preparation", settings.queue_limit)
+        self._stage = stage.DescribeStageServicer(
+            stage=STAGE, model=settings.model_name, load=self._load_told, complete=self._tell_adapters
+        )
+
+    def register(self, server: grpc.aio.Server) -> None:
+        servicer = DenoiserServicer(self._require_loaded)
+        denoiser_service_pb2_grpc.add_DenoiserServiceServicer_to_server(servicer, server)
+        self._stage.register(server)
+
+    async def load(self) -> None:
+        loaded = await self._preparation.run(lambda: load_denoiser(self._settings, self._preparation))
+        denoiser = loaded.value
+        denoiser.engine.start()
+        self._denoiser = denoiser
+        model = denoiser.model
+        facts = stage_service_pb2.DenoiserFacts(
+            distilled=model.is_distilled,
+            default_step_count=default_step_count(model.is_distilled),
+            default_guidance_scale=default_guidance_scale(model.is_distilled),
+            embedding_channels=model.embedding_channels,
+            latent_channels=model.latent_channels,
+            adapter_count=denoiser.limits.adapter_count,
+        )
+        self._stage.loaded(
+            device=str(denoiser.workload.device),
+            dtype=dtype_name(model.dtype),
+            weights_digest=model.weights_digest,
+            facts=facts,
+        )
+
+    async def drain(self) -> None:
+        self._stage.draining()
+
+    async def close(self) -> None:
+        if self._denoiser is not None:
+            await asyncio.to_thread(self._denoiser.engine.close)
+            self._denoiser.adapters.close()
+        self._preparation.close()
+
+    def utilization(self) -> float | None:
+        """Returns admitted requests over those that one step takes."""
+        if self._denoiser is None:
+            return 0.0
+        load = self._denoiser.engine.load(self._denoiser.workload.newcomer(NEWCOMER_SIDE_PX))
+        return (load.queued_count + load.running_count) / load.capacity
+
+    def _load_told(self) -> stage_service_pb2.StageLoad:
+        told = stage_service_pb2.StageLoad(queue_limit=self._settings.queue_limit)
+        if self._denoiser is None:
+            return told
+        load = self._denoiser.engine.load(self._denoiser.workload.newcomer(NEWCOMER_SIDE_PX))
+        told.queued_count, told.running_count = load.queued_count, load.running_count
+        if load.estimated_wait_seconds is not None:
+            told.estimated_wait.CopyFrom(stage.duration(load.estimated_wait_seconds))
+        return told
+
+    async def _tell_adapters(self, description: stage_service_pb2.DescribeStageResponse) -> None:
+        """Adds what the folder holds now, which changes while the stage serves."""
+        if self._denoiser is not None:
+            description.denoiser.adapters.extend(await self._denoiser.adapters.descriptions())
+
+    def _require_loaded(self) -> Denoiser:
+        if self._denoiser is None:
+            raise StageUnavailable("the model is not loaded")
+        return self._denoiser

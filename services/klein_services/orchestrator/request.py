@@ -1,0 +1,202 @@
+"""A request as the caller sent it, turned into one that can be carried out."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from klein_api.v1.image_pb2 import ImageFormat, Priority
+from klein_api.v1.image_service_pb2 import ImageSpec
+from klein_core.errors import InvalidInput, Violation
+from klein_core.image_format import format_size_violations
+from klein_core.params import DEFAULT_LIMITS, AdapterChoice, GenerationParams, Limits
+from klein_services.orchestrator.routing import Route
+from klein_services.orchestrator.stage_directory import RouteInfo
+
+LOSSY_FORMATS = (ImageFormat.IMAGE_FORMAT_JPEG, ImageFormat.IMAGE_FORMAT_WEBP)
+_OTHER_FIELDS_BYTES = 1 << 20
+"""Room for everything but the references; prompts take most of it."""
+_RANDOM_SEED_LIMIT = 2**32
+"""Random seeds stay below this, so that people can copy them."""
+
+
+@dataclass(frozen=True)
+class RequestLimits:
+    """What the operator allows a request, besides the size, which is the model's."""
+
+    reference_count: int = DEFAULT_LIMITS.reference_count
+    reference_bytes: int = 20 * 1024 * 1024
+    image_count: int = DEFAULT_LIMITS.image_count
+    adapter_count: int = DEFAULT_LIMITS.adapter_count
+
+    @property
+    def request_bytes(self) -> int:
+        """Most bytes of a request's message: one reference too many may still come and be named."""
+        return (self.reference_count + 1) * self.reference_bytes + _OTHER_FIELDS_BYTES
+
+    def of(self, route: Route) -> Limits:
+        """Returns the limits of requests for `route`'s model."""
+        return Limits(
+            pixel_count=route.maximum_pixel_count,
+            reference_count=self.reference_count,
+            image_count=self.image_count,
+            adapter_count=self.adapter_count,
+        )
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """A validated request."""
+
+    route: Route
+    facts: RouteInfo
+    params: GenerationParams
+    """Everything, with defaults; a side that the first reference decides has the smallest allowed value."""
+    references: tuple[bytes, ...]
+    format: ImageFormat.ValueType
+    quality: int | None
+    priority: Priority.ValueType
+    preview_interval_steps: int
+    follows_width: bool
+    """Whether the width is to be the first reference's."""
+    follows_height: bool
+
+    @property
+    def flow(self) -> str:
+        """text-to-image, edit or multi-reference."""
+        return (
+            ("text-to-image", "edit")[len(self.references)] if len(self.references) < 2 else "multi-reference"
+        )
+
+    @property
+    def size_is_known(self) -> bool:
+        return not (self.follows_width or self.follows_height)
+
+    def sized(self, width_px: int, height_px: int) -> GenerationParams:
+        """Returns the parameters, with the first reference's processed size where the request gives none.
+
+        Raises:
+            InvalidInput: the reference is larger than the model's images may be.
+        """
+        return replace(
+            self.params,
+            width_px=width_px if self.follows_width else self.params.width_px,
+            height_px=height_px if self.follows_height else self.params.height_px,
+        )
+
+
+def validated(
+    spec: ImageSpec, preview_interval_steps: int, route: Route, facts: RouteInfo, limits: RequestLimits
+) -> ImageRequest:
+    """Checks a request whole.
+
+    Raises:
+        InvalidInput: one or more fields are outside their limits; all of them are named.
+    """
+    violations = list(_own_violations(spec, preview_interval_steps, limits))
+    params: GenerationParams | None = None
+    try:
+        params = _params(spec, route, facts, limits)
+    except InvalidInput as error:
+        violations = [*error.violations, *violations]
+    if params is not None:
+        # A side that a reference will decide is below every format's end.
+        violations += format_size_violations(_format_name(spec), params.width_px, params.height_px)
+    if violations or params is None:
+        raise InvalidInput(violations)
+    return ImageRequest(
+        route=route,
+        facts=facts,
+        params=params,
+        references=tuple(spec.references),
+        format=spec.format or ImageFormat.IMAGE_FORMAT_PNG,
+        quality=spec.quality if spec.HasField("quality") else None,
+        priority=spec.priority,
+        preview_interval_steps=preview_interval_steps,
+        follows_width=bool(spec.references) and not spec.HasField("width_px"),
+        follows_height=bool(spec.references) and not spec.HasField("height_px"),
+    )
+
+
+def _params(spec: ImageSpec, route: Route, facts: RouteInfo, limits: RequestLimits) -> GenerationParams:
+    bounds = limits.of(route)
+    default_side_px = bounds.side_px if spec.references else route.default_size_px
+    return GenerationParams(
+        width_px=spec.width_px if spec.HasField("width_px") else default_side_px,
+        height_px=spec.height_px if spec.HasField("height_px") else default_side_px,
+        is_distilled=facts.distilled,
+        prompt=spec.prompt,
+        negative_prompt=spec.negative_prompt if spec.HasField("negative_prompt") else None,
+        seeds=_seeds(spec, limits),
+        step_count=spec.step_count if spec.HasField("step_count") else facts.default_step_count,
+        guidance_scale=(
+            spec.guidance_scale if spec.HasField("guidance_scale") else facts.default_guidance_scale
+        ),
+        reference_count=len(spec.references),
+        adapters=tuple(
+            AdapterChoice(adapter.name, adapter.scale if adapter.HasField("scale") else 1.0)
+            for adapter in spec.adapters
+        ),
+        limits=bounds,
+    )
+
+
+def _image_count(spec: ImageSpec) -> int:
+    return spec.image_count if spec.HasField("image_count") else 1
+
+
+def _seeds(spec: ImageSpec, limits: RequestLimits) -> tuple[int, ...]:
+    first = spec.seed if spec.HasField("seed") else secrets.randbelow(_RANDOM_SEED_LIMIT)
+    # A count outside its limits is a violation of its own, and may be far too large to count to.
+    count = min(max(_image_count(spec), 1), limits.image_count)
+    return tuple(range(first, first + count))
+
+
+def _own_violations(
+    spec: ImageSpec, preview_interval_steps: int, limits: RequestLimits
+) -> Iterator[Violation]:
+    count = _image_count(spec)
+    if not 1 <= count <= limits.image_count:
+        yield Violation("image_count", f"is {count}; must be in [1, {limits.image_count}]")
+    yield from _reference_violations(spec, limits)
+    if spec.format not in ImageFormat.values():
+        yield Violation("format", f"is {spec.format}; must be one of {_names(ImageFormat.keys())}")
+    yield from _quality_violations(spec)
+    if spec.priority not in Priority.values():
+        yield Violation("priority", f"is {spec.priority}; must be one of {_names(Priority.keys())}")
+    if preview_interval_steps < 0:
+        yield Violation(
+            "preview_interval_steps", f"is {preview_interval_steps}; must be at least 0, which means none"
+        )
+
+
+def _reference_violations(spec: ImageSpec, limits: RequestLimits) -> Iterator[Violation]:
+    for index, reference in enumerate(spec.references[: limits.reference_count]):
+        if not reference:
+            yield Violation(f"references[{index}]", "is empty; must be the bytes of an image file")
+        elif len(reference) > limits.reference_bytes:
+            yield Violation(
+                f"references[{index}]",
+                f"has {len(reference)} bytes; at most {limits.reference_bytes} are allowed",
+            )
+
+
+def _quality_violations(spec: ImageSpec) -> Iterator[Violation]:
+    if not spec.HasField("quality"):
+        return
+    if spec.format not in LOSSY_FORMATS:
+        yield Violation("quality", "is not taken by lossless formats; leave it out or choose JPEG or WebP")
+    elif not 1 <= spec.quality <= 100:
+        yield Violation("quality", f"is {spec.quality}; must be in [1, 100]")
+
+
+def _format_name(spec: ImageSpec) -> str:
+    """Returns the format as `klein_core.image_format` names it; PNG is the default."""
+    known = spec.format if spec.format in ImageFormat.values() else ImageFormat.IMAGE_FORMAT_UNSPECIFIED
+    name = ImageFormat.Name(known or ImageFormat.IMAGE_FORMAT_PNG)
+    return name.removeprefix("IMAGE_FORMAT_").lower()
+
+
+def _names(keys: list[str]) -> str:
+    return ", ".join(keys)

@@ -1,0 +1,108 @@
+"""What the orchestrator can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from klein_core.params import DEFAULT_LIMITS
+from klein_services.orchestrator.request import RequestLimits
+from klein_services.orchestrator.routing import RoutingTable, read_routing_table, single_route_table
+from klein_services.runtime.channels import IMAGE_MESSAGE_BYTES
+from klein_services.runtime.settings import ServerSettings, SettingsError, setting
+
+_BYTES_PER_PIXEL = 3.03
+"""Of an image file that does not compress: RGB, and what the format adds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrchestratorSettings(ServerSettings):
+    """Routing, limits and cache; without a table one model is served, of the same name at every stage."""
+
+    port: int = setting(50050, help="Port of the gRPC server; 0 takes a free one", minimum=0, maximum=65535)
+    queue_limit: int = setting(
+        256, help="Requests in progress before more are refused", minimum=1, maximum=100000
+    )
+    routing_table: str = setting(
+        "", help="Path of a TOML file of models and their stages; empty means one model"
+    )
+    model_name: str = setting("pico", help="Name of the model when there is no routing table")
+    text_encoder_target: str = setting("localhost:50051", help="gRPC target of the text-encoder")
+    denoiser_target: str = setting("localhost:50052", help="gRPC target of the denoiser")
+    vae_decoder_target: str = setting("localhost:50053", help="gRPC target of the vae-decoder")
+    default_size_px: int = setting(
+        1024, help="Width and height in pixels of a request that gives none and has no reference", minimum=64
+    )
+    maximum_pixel_count: int = setting(
+        DEFAULT_LIMITS.pixel_count,
+        help="Most pixels of one image",
+        minimum=4096,
+        maximum=DEFAULT_LIMITS.pixel_count,
+    )
+    maximum_reference_count: int = setting(
+        DEFAULT_LIMITS.reference_count, help="Most references of one request", minimum=0, maximum=10
+    )
+    maximum_reference_bytes: int = setting(
+        20 * 1024 * 1024, help="Most bytes of one reference's file", minimum=1024, maximum=64 * 1024 * 1024
+    )
+    maximum_image_count: int = setting(
+        DEFAULT_LIMITS.image_count, help="Most images of one request", minimum=1, maximum=64
+    )
+    maximum_adapter_count: int = setting(
+        DEFAULT_LIMITS.adapter_count, help="Most adapters of one request", minimum=0, maximum=64
+    )
+    maximum_request_seconds: float = setting(
+        3600.0, help="Longest time that a request may take, deadline or not", minimum=1, maximum=86400
+    )
+    cache_bytes: int = setting(
+        256 * 1024 * 1024,
+        help="Bytes of prompt embeddings and reference latents kept; 0 keeps none",
+        minimum=0,
+    )
+    describe_ttl_seconds: float = setting(
+        15.0, help="Seconds for which what a stage says of itself is believed", minimum=0, maximum=3600
+    )
+    image_metadata: bool = setting(
+        True, help="Whether the seed, model and steps are stored in the image files"
+    )
+
+    def check(self) -> None:
+        """Checks what settings mean together.
+
+        Raises:
+            RoutingError: the routing table cannot be used; every problem is named.
+            SettingsError: a request that is allowed could have an answer too large to be sent.
+        """
+        largest = max(route.maximum_pixel_count for route in self.table().routes.values())
+        answer_bytes = self.maximum_image_count * largest * _BYTES_PER_PIXEL
+        if answer_bytes > IMAGE_MESSAGE_BYTES:
+            fitting = int(IMAGE_MESSAGE_BYTES / largest / _BYTES_PER_PIXEL)
+            raise SettingsError(
+                f"KLEIN_MAXIMUM_IMAGE_COUNT is {self.maximum_image_count}; {fitting} images of {largest} pixels are "
+                f"what one answer of {IMAGE_MESSAGE_BYTES >> 20} MiB holds: allow fewer images or fewer pixels"
+            )
+
+    def table(self) -> RoutingTable:
+        """Reads the routing table.
+
+        Raises:
+            RoutingError: it cannot be used; every problem is named.
+        """
+        if self.routing_table:
+            return read_routing_table(Path(self.routing_table))
+        return single_route_table(
+            self.model_name,
+            self.text_encoder_target,
+            self.denoiser_target,
+            self.vae_decoder_target,
+            self.default_size_px,
+            self.maximum_pixel_count,
+        )
+
+    def limits(self) -> RequestLimits:
+        return RequestLimits(
+            self.maximum_reference_count,
+            self.maximum_reference_bytes,
+            self.maximum_image_count,
+            self.maximum_adapter_count,
+        )

@@ -1,0 +1,201 @@
+"""What is known of the stages behind the routing table."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+import grpc
+
+from klein_api.v1.stage_service_pb2 import DescribeStageRequest, DescribeStageResponse
+from klein_api.v1.stage_service_pb2_grpc import StageServiceStub
+from klein_services.orchestrator.routing import Route, StageAddress
+from klein_services.orchestrator.stage_client import Channels
+from klein_services.runtime.errors import StagesLost
+
+_DESCRIBE_TIMEOUT_SECONDS = 5.0
+_ATTEMPTS = 3
+_BACKOFF_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class RouteInfo:
+    """What a route's stages say of themselves, as far as requests depend on it."""
+
+    distilled: bool
+    default_step_count: int
+    default_guidance_scale: float
+    text_encoder_version: str
+    """What decides the bytes of a prompt embedding besides the prompt."""
+    vae_decoder_version: str
+    """What decides the bytes of reference latents besides the image file."""
+    reference_problem: str
+    """Why requests with references cannot be served though others can; empty when they can."""
+
+    def takes_the_same(self, other: RouteInfo) -> bool:
+        """Returns whether a request that was validated for `other` is valid here and means the same."""
+        return all(
+            getattr(self, name) == getattr(other, name)
+            for name in ("distilled", "default_step_count", "default_guidance_scale", "reference_problem")
+        )
+
+
+class StageDirectory:
+    """Descriptions of stages, kept for `ttl_seconds` and asked for again after a failure.
+
+    Only a description of a stage that serves is kept: one that loads may serve a moment later.
+    """
+
+    def __init__(self, channels: Channels, ttl_seconds: float) -> None:
+        self._channels = channels
+        self._ttl_seconds = ttl_seconds
+        self._known: dict[StageAddress, _Known] = {}
+
+    async def facts(self, route: Route, timeout_seconds: float) -> RouteInfo:
+        """Returns what requests for `route` need to know, asking only stages of which nothing fresh is known.
+
+        Raises:
+            StagesLost: a stage does not answer, does not serve, is another stage, serves another model
+                than the table says, or does not fit the others; all such stages are named.
+        """
+        timeout = min(timeout_seconds, _DESCRIBE_TIMEOUT_SECONDS)
+        answers = await asyncio.gather(*(self._described(address, timeout) for address in route.stages))
+        if problems := [answer for answer in answers if isinstance(answer, str)]:
+            raise StagesLost("; ".join(problems))
+        text_encoder, denoiser, vae_decoder = (answer for answer in answers if not isinstance(answer, str))
+        if problem := misfit(route, text_encoder, denoiser, vae_decoder):
+            self.forget(route)
+            raise StagesLost(problem)
+        return RouteInfo(
+            distilled=denoiser.denoiser.distilled,
+            default_step_count=denoiser.denoiser.default_step_count,
+            default_guidance_scale=denoiser.denoiser.default_guidance_scale,
+            text_encoder_version=_identity(route.text_encoder, text_encoder),
+            vae_decoder_version=_identity(route.vae_decoder, vae_decoder),
+            reference_problem=_dtype_misfit(route.vae_decoder, vae_decoder, route.denoiser, denoiser),
+        )
+
+    def forget(self, route: Route) -> None:
+        """Makes the next request ask the route's stages again."""
+        for address in route.stages:
+            self._known.pop(address, None)
+
+    async def survey(
+        self, address: StageAddress, timeout_seconds: float
+    ) -> tuple[DescribeStageResponse | None, str]:
+        """Asks a stage now and returns what it says, if anything, and what is wrong with it, if anything.
+
+        Asks a replica that serves, so that one that loads beside it is no problem; any replica, if none does.
+        """
+        timeout = min(timeout_seconds, _DESCRIBE_TIMEOUT_SECONDS) / 2
+        description, problem = await self._describe(address, self._channels.serving(address), timeout)
+        if problem:
+            description, problem = await self._describe(address, self._channels.any(address), timeout)
+        return description, problem
+
+    def _fresh(self, address: StageAddress) -> DescribeStageResponse | None:
+        known = self._known.get(address)
+        return known.description if known is not None and time.monotonic() < known.fresh_until else None
+
+    async def _described(self, address: StageAddress, timeout_seconds: float) -> DescribeStageResponse | str:
+        """Returns what a stage says of itself, or what is wrong with it.
+
+        Asks a stage of which nothing fresh is known, and again if it does not serve yet.
+        """
+        if fresh := self._fresh(address):
+            return fresh
+        problem = ""
+        for attempt in range(_ATTEMPTS):
+            await asyncio.sleep(_BACKOFF_SECONDS * attempt)
+            description, problem = await self.survey(address, timeout_seconds)
+            if description is None:
+                break
+            if not problem:
+                self._known[address] = _Known(time.monotonic() + self._ttl_seconds, description)
+                return description
+        return problem
+
+    async def _describe(
+        self, address: StageAddress, channel: grpc.aio.Channel, timeout_seconds: float
+    ) -> tuple[DescribeStageResponse | None, str]:
+        try:
+            description = await StageServiceStub(channel).DescribeStage(
+                DescribeStageRequest(), timeout=timeout_seconds
+            )
+        except grpc.aio.AioRpcError as error:
+            reason = error.details() or error.code().name
+            return None, f"{address.stage} at {address.target} does not answer: {reason}"
+        return description, _problem(address, description)
+
+
+@dataclass(frozen=True)
+class _Known:
+    fresh_until: float
+    description: DescribeStageResponse
+
+
+def _identity(address: StageAddress, description: DescribeStageResponse) -> str:
+    """Returns what decides a stage's answers, as far as it can be known from outside.
+
+    The target is part of it: two pools may give two checkpoints the same name.
+    """
+    lasting = DescribeStageResponse()
+    lasting.CopyFrom(description)
+    lasting.ClearField("load")
+    lasting.ClearField("device")
+    return f"{address.target}\n{lasting.SerializeToString(deterministic=True).hex()}"
+
+
+def _problem(address: StageAddress, description: DescribeStageResponse) -> str:
+    """Returns why a stage cannot be used for `address`, or nothing."""
+    place = f"{address.stage} at {address.target}"
+    if description.stage != address.stage:
+        return f"{place} is a {description.stage or 'nameless stage'}, not a {address.stage}"
+    if description.model != address.model:
+        return f"{place} serves the model {description.model!r}; the routing table says {address.model!r}"
+    if not description.serving:
+        return f"{place} is loading or draining"
+    if description.WhichOneof("facts") != address.stage.replace("-", "_"):
+        return f"{place} serves but does not tell what it is"
+    return ""
+
+
+def misfit(
+    route: Route,
+    text_encoder: DescribeStageResponse,
+    denoiser: DescribeStageResponse,
+    vae_decoder: DescribeStageResponse,
+) -> str:
+    """Returns why a route's stages do not fit each other, or nothing."""
+    made = text_encoder.text_encoder.embedding_channels
+    taken = denoiser.denoiser.embedding_channels
+    if made != taken:
+        return (
+            f"{_named(route.text_encoder)} makes prompt embeddings of {made} channels; "
+            f"{_named(route.denoiser)} takes {taken}"
+        )
+    decoded = vae_decoder.vae_decoder.latent_channels
+    made = denoiser.denoiser.latent_channels
+    if made != decoded:
+        return (
+            f"{_named(route.denoiser)} makes latents of {made} channels; "
+            f"{_named(route.vae_decoder)} takes {decoded}"
+        )
+    return _dtype_misfit(route.text_encoder, text_encoder, route.denoiser, denoiser)
+
+
+def _dtype_misfit(
+    source: StageAddress,
+    sends: DescribeStageResponse,
+    destination: StageAddress,
+    takes: DescribeStageResponse,
+) -> str:
+    """Returns why one stage cannot take the other's tensors, or nothing. Stages convert no tensor they take."""
+    if sends.dtype == takes.dtype:
+        return ""
+    return f"{_named(source)} sends {sends.dtype} tensors; {_named(destination)} takes {takes.dtype}"
+
+
+def _named(address: StageAddress) -> str:
+    return f"{address.stage} at {address.target} ({address.model!r})"

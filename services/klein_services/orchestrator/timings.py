@@ -1,0 +1,83 @@
+"""What each stage took for one request."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from google.protobuf.duration_pb2 import Duration
+
+from klein_api.v1.image_service_pb2 import StageTiming
+from klein_services.runtime.metrics import STAGE_CALL_SECONDS
+from klein_services.runtime.stage import duration
+
+
+class StageSummary(Protocol):
+    """The part that every stage's summary has."""
+
+    @property
+    def queue_duration(self) -> Duration: ...
+    @property
+    def compute_duration(self) -> Duration: ...
+
+
+@dataclass
+class OperationTiming:
+    """All calls of one operation together, in seconds."""
+
+    stage: str
+    operation: str
+    call_count: int = 0
+    queue_seconds: float = 0.0
+    compute_seconds: float = 0.0
+    call_seconds: float = 0.0
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Measures one call, also one that fails."""
+        begin = time.perf_counter()
+        self.call_count += 1
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - begin
+            self.call_seconds += seconds
+            STAGE_CALL_SECONDS.labels(self.stage, self.operation).observe(seconds)
+
+    def report(self, summary: StageSummary) -> None:
+        """Adds what the stage measured itself."""
+        self.queue_seconds += _seconds(summary.queue_duration)
+        self.compute_seconds += _seconds(summary.compute_duration)
+
+    def message(self) -> StageTiming:
+        return StageTiming(
+            stage=self.stage,
+            operation=self.operation,
+            call_count=self.call_count,
+            queue_duration=duration(self.queue_seconds),
+            compute_duration=duration(self.compute_seconds),
+            call_duration=duration(self.call_seconds),
+        )
+
+
+class Timings:
+    """One request's operations in order of first use; one without calls was answered from the cache."""
+
+    def __init__(self) -> None:
+        self._operations: dict[str, OperationTiming] = {}
+
+    def of(self, stage: str, operation: str) -> OperationTiming:
+        return self._operations.setdefault(operation, OperationTiming(stage, operation))
+
+    def __iter__(self) -> Iterator[OperationTiming]:
+        return iter(self._operations.values())
+
+    def messages(self) -> list[StageTiming]:
+        return [timing.message() for timing in self]
+
+
+def _seconds(duration: Duration) -> float:
+    return duration.seconds + duration.nanos / 1e9

@@ -1,0 +1,174 @@
+"""What can go wrong in a server that is not the model's fault.
+
+ServiceError
+├── QueueFull             the bounded queue has no place; come back after `retry_after_seconds`
+├── DeadlineUnreachable   the work cannot be done in the time that is left; nothing was computed
+├── DeadlinePassed        the caller's time is over
+├── ReceiveTimeout        the caller's stream stalled or never ended
+├── StageUnavailable      loading, draining or lost; another replica may do it
+│   └── StagesLost        the stages behind this server are; its other replicas would ask the same ones
+├── UnknownModel          the name is not served here
+├── UnknownAdapter        the name is not in the adapters' folder
+├── UnusableAdapter       its file cannot be applied to this model
+└── AdapterMemoryFull     the adapters that run now leave no room; come back later
+
+`klein_core.errors` has the model's own errors; `klein_services.runtime.status` maps both to gRPC.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from klein_core.errors import DeviceFault
+
+_SHOWN_CHARACTERS = 64
+"""More of a caller's own words is not repeated: a status travels in headers, whose size is bounded."""
+_SHOWN_NAMES = 20
+_SHOWN_REASON = 1000
+
+
+class ServiceError(Exception):
+    """Base of every error that servers raise on purpose; its text is shown to the caller."""
+
+
+class QueueFull(ServiceError):
+    """The queue already holds `limit` requests, or, where `what` says so, that much of something else."""
+
+    def __init__(self, limit: int, retry_after_seconds: float = 1.0, what: str = "requests wait") -> None:
+        self.limit = limit
+        self.retry_after_seconds = retry_after_seconds
+        super().__init__(f"the queue is full ({limit} {what}); retry in {retry_after_seconds:.1f} s")
+
+
+class DeadlineUnreachable(ServiceError):
+    """The request would finish after its deadline, so it was not begun."""
+
+    def __init__(self, remaining_seconds: float, estimated_seconds: float) -> None:
+        self.remaining_seconds = remaining_seconds
+        self.estimated_seconds = estimated_seconds
+        super().__init__(
+            f"the deadline is in {remaining_seconds:.1f} s and the request would take about "
+            f"{estimated_seconds:.1f} s; allow more time or retry when the stage is less busy"
+        )
+
+
+class DeadlinePassed(ServiceError):
+    """The time for the request is over."""
+
+    def __init__(self, reason: str = "the deadline passed before the work began") -> None:
+        super().__init__(reason)
+
+
+class ReceiveTimeout(ServiceError):
+    """The request's stream was not complete within the time that a server waits for one."""
+
+    def __init__(self, timeout_seconds: float) -> None:
+        self.timeout_seconds = timeout_seconds
+        super().__init__(
+            f"the request's stream was not complete after {timeout_seconds:g} s; "
+            "send all parts without pause and close the sending side"
+        )
+
+
+class StageUnavailable(ServiceError):
+    """The stage takes no work now: it loads, drains or is lost. `reason` is shown to the caller."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason)
+
+
+class StagesLost(StageUnavailable):
+    """Stages behind this server take no work, after all attempts.
+
+    Callers need not ask another replica of this server, which would ask the same stages.
+    """
+
+
+class UnknownModel(ServiceError):
+    """The request names a model that is not served here."""
+
+    def __init__(self, field: str, name: str, known: Sequence[str]) -> None:
+        self.field = field
+        self.name = _shortened(name)
+        self.known = tuple(known)
+        listed = ", ".join(known) if known else "none"
+        super().__init__(f"{field}: there is no model {self.name!r} here; known: {listed}")
+
+
+class UnknownAdapter(ServiceError):
+    """The request names an adapter that is not offered here."""
+
+    def __init__(self, field: str, name: str, known: Sequence[str]) -> None:
+        self.field = field
+        self.name = _shortened(name)
+        self.known = tuple(known)
+        shown = ", ".join(self.known[:_SHOWN_NAMES]) or "none"
+        rest = len(self.known) - _SHOWN_NAMES
+        more = f" and {rest} more" if rest > 0 else ""
+        super().__init__(f"{field}: there is no adapter {self.name!r} here; known: {shown}{more}")
+
+
+class UnusableAdapter(ServiceError):
+    """The adapter's file is broken, of a kind that is not applied, or for another model."""
+
+    def __init__(self, field: str, name: str, reason: str) -> None:
+        self.field = field
+        self.name = _shortened(name)
+        self.reason = reason if len(reason) <= _SHOWN_REASON else reason[:_SHOWN_REASON] + "…"
+        super().__init__(f"{field}: the adapter {self.name!r} cannot be used: {self.reason}")
+
+
+class AdapterMemoryFull(ServiceError):
+    """Adapters that requests hold now take all the memory that adapters may take."""
+
+    def __init__(self, name: str, limit_bytes: int) -> None:
+        self.name = _shortened(name)
+        self.limit_bytes = limit_bytes
+        super().__init__(
+            f"the adapter {self.name!r} does not fit beside those that other requests use now "
+            f"({limit_bytes / 2**20:.0f} MiB in all); retry"
+        )
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "…"
+
+
+class DeviceOutOfMemory(DeviceFault):
+    """The device had no memory for this request; later, smaller ones may fit."""
+
+
+_OUT_OF_MEMORY_TEXTS = ("out of memory", "can't allocate memory", "not enough memory")
+_FAULT_TEXTS = ("CUDA error", "cuDNN error", "CUBLAS_STATUS", "HIP error")
+
+
+def as_device_fault(error: Exception) -> Exception:
+    """Returns the `DeviceFault` that an exception amounts to, or the exception itself.
+
+    torch has classes of its own for both cases since 2.8 but still raises plain `RuntimeError` in places,
+    and a lost context shows only in the text.
+    """
+    if isinstance(error, DeviceFault):
+        return error
+    fault: Exception
+    if (
+        isinstance(error, MemoryError)
+        or _has_class(error, "OutOfMemoryError")
+        or _says(error, _OUT_OF_MEMORY_TEXTS)
+    ):
+        fault = DeviceOutOfMemory(str(error))
+    elif _has_class(error, "AcceleratorError") or _says(error, _FAULT_TEXTS):
+        fault = DeviceFault(str(error))
+    else:
+        return error
+    fault.__cause__ = error
+    return fault
+
+
+def _has_class(error: Exception, name: str) -> bool:
+    return any(kind.__name__ == name and kind.__module__.startswith("torch") for kind in type(error).__mro__)
+
+
+def _says(error: Exception, texts: tuple[str, ...]) -> bool:
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)

@@ -1,0 +1,79 @@
+"""Log lines: one JSON object each (or one readable line), with the id of the request that they belong to."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import sys
+from collections.abc import Sequence
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import Any
+
+from klein_services.runtime import tracing
+
+REQUEST_ID_KEY = "x-request-id"
+"""Metadata key of a request's id, in both directions."""
+MAX_REQUEST_ID_CHARACTERS = 128
+
+request_id: ContextVar[str] = ContextVar("request_id", default="")
+"""Id of the request that is being handled; empty outside of requests."""
+
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+def take_request_id(metadata: Sequence[tuple[str, str | bytes]]) -> str:
+    """Returns the caller's request id if it is a decent one, else a new one."""
+    for key, value in metadata:
+        if key == REQUEST_ID_KEY and isinstance(value, str) and 0 < len(value) <= MAX_REQUEST_ID_CHARACTERS:
+            return value
+    return secrets.token_hex(16)
+
+
+def request_metadata() -> tuple[tuple[str, str], ...]:
+    """Returns the metadata that makes calls to other servers part of the current request."""
+    current = request_id.get()
+    return ((REQUEST_ID_KEY, current),) if current else ()
+
+
+def configure(level: str, form: str) -> None:
+    """Sends all log lines to standard error, in `json` or `console` form."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if form == "json" else ConsoleFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.captureWarnings(True)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time, level, logger, message, request_id, trace_id, extra fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if current := request_id.get():
+            line["request_id"] = current
+        if trace := tracing.trace_id():
+            line["trace_id"] = trace
+        line |= _extra(record)
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str, ensure_ascii=False)
+
+
+class ConsoleFormatter(logging.Formatter):
+    """One readable line: time, level, message, then the extra fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        clock = datetime.fromtimestamp(record.created).strftime("%H:%M:%S.%f")[:-3]
+        extra = "".join(f" {key}={value}" for key, value in _extra(record).items())
+        text = f"{clock} {record.levelname:<7} {record.getMessage()}{extra}"
+        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+
+
+def _extra(record: logging.LogRecord) -> dict[str, Any]:
+    return {key: value for key, value in vars(record).items() if key not in _STANDARD}

@@ -1,0 +1,188 @@
+"""Every Prometheus metric of the suite, defined and named once.
+
+RPC metrics have the names of go-grpc-prometheus; those of the domain begin with `klein_`. Labels are bounded:
+never a prompt, a seed or a request id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import grpc
+from google.protobuf import descriptor_pool
+from prometheus_client import Counter, Gauge, Histogram, disable_created_metrics
+
+RPC_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+REQUEST_BUCKETS = (0.1, 0.25, 0.5, 1, 2, 3, 5, 8, 13, 20, 30, 60, 120)
+STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+QUEUE_BUCKETS = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60)
+COUNT_BUCKETS = (1, 2, 4, 8, 16, 32)
+TOKEN_BUCKETS = tuple(float(256 * 2**power) for power in range(10))
+
+_METHOD = ("grpc_type", "grpc_service", "grpc_method")
+RPC_STARTED = Counter("grpc_server_started", "RPCs that this server began to handle.", _METHOD)
+RPC_HANDLED = Counter(
+    "grpc_server_handled",
+    "RPCs that ended, by status code; CANCELLED is neither success nor failure: the caller went away.",
+    (*_METHOD, "grpc_code"),
+)
+RPC_SECONDS = Histogram(
+    "grpc_server_handling_seconds",
+    "Seconds from an RPC's arrival to its end, streams included.",
+    _METHOD,
+    buckets=RPC_BUCKETS,
+)
+
+QUEUE_DEPTH = Gauge("klein_queue_depth", "Requests that are accepted and wait for the device.", ["stage"])
+QUEUE_WAIT_SECONDS = Histogram(
+    "klein_queue_wait_seconds",
+    "Seconds that a request waited for the device.",
+    ["stage"],
+    buckets=QUEUE_BUCKETS,
+)
+RUNNING = Gauge("klein_running_requests", "Requests that the device computes now.", ["stage"])
+STAGE_SECONDS = Histogram(
+    "klein_stage_duration_seconds",
+    "Seconds that the device computed for one request.",
+    ["stage", "operation"],
+    buckets=RPC_BUCKETS,
+)
+ABANDONED_SECONDS = Counter(
+    "klein_abandoned_work_seconds",
+    "Seconds computed for requests that were cancelled or expired before they got their answer.",
+    ["stage"],
+)
+REJECTED = Counter(
+    "klein_request_rejected",
+    "Requests that got RESOURCE_EXHAUSTED or UNAVAILABLE; `reason` is the status detail's in lower case.",
+    ["stage", "reason"],
+)
+DEADLINE_MISSED = Counter(
+    "klein_deadline_missed", "Requests whose deadline passed before they were answered.", ["stage"]
+)
+LOAD_SECONDS = Gauge(
+    "klein_model_load_seconds", "Seconds that loading and warming up the model took.", ["stage"]
+)
+SERVING = Gauge("klein_serving", "1 while the server takes work, 0 while it loads or drains.", ["stage"])
+DEVICE_MEMORY_BYTES = Gauge(
+    "klein_device_memory_bytes",
+    "Device memory of this process by kind: allocated by tensors, or reserved by torch.",
+    ["stage", "kind"],
+)
+INFO = Gauge(
+    "klein_stage_info", "1; the labels say what runs here.", ["stage", "model", "device", "dtype", "version"]
+)
+
+STEP_SECONDS = Histogram("klein_denoise_step_seconds", "Seconds of one packed step.", buckets=STEP_BUCKETS)
+STEP_TOKENS = Histogram("klein_denoise_step_tokens", "Tokens of one packed step.", buckets=TOKEN_BUCKETS)
+STEP_REQUESTS = Histogram(
+    "klein_denoise_step_requests", "Requests in one packed step.", buckets=COUNT_BUCKETS
+)
+STEP_OCCUPANCY = Gauge(
+    "klein_denoise_step_occupancy_ratio", "Tokens of the last packed step over its token budget."
+)
+STEP_TOKEN_BUDGET = Gauge(
+    "klein_denoise_step_token_budget",
+    "Tokens that a packed step may have now, fewer after the device ran out of memory; 0 is one image a step.",
+)
+
+HOP_BYTES = Counter(
+    "klein_hop_bytes", "Tensor and image bytes relayed between two processes.", ["source", "destination"]
+)
+HOP_SECONDS = Histogram(
+    "klein_hop_seconds",
+    "Seconds from the first to the last frame of a relayed tensor or image.",
+    ["source", "destination"],
+    buckets=RPC_BUCKETS,
+)
+STAGE_CALL_SECONDS = Histogram(
+    "klein_stage_call_duration_seconds",
+    "Seconds from the orchestrator's call to a stage to the end of its answer, queueing and transfer included.",
+    ["stage", "operation"],
+    buckets=RPC_BUCKETS,
+)
+CACHE_REQUESTS = Counter(
+    "klein_cache_requests",
+    "Look-ups in the orchestrator's caches and in the denoiser's; `outcome` is hit or miss.",
+    ["kind", "outcome"],
+)
+CACHE_BYTES = Gauge(
+    "klein_cache_bytes", "Bytes held in a cache; reference_cache and adapter are device memory.", ["kind"]
+)
+ADAPTER_LOADS = Counter(
+    "klein_adapter_loads", "Adapter files read to the device; `outcome` is loaded or refused.", ["outcome"]
+)
+CACHE_EVICTIONS = Counter("klein_cache_evictions", "Entries that made room for others.", ["kind"])
+REQUEST_SECONDS = Histogram(
+    "klein_request_duration_seconds",
+    "Seconds from a request's arrival at the public API to its answer.",
+    ["model", "flow", "outcome"],
+    buckets=REQUEST_BUCKETS,
+)
+IMAGES = Counter("klein_images", "Images asked of the public API.", ["model", "flow", "outcome"])
+PIXELS = Counter("klein_pixels", "Pixels of images that were answered.", ["model", "flow"])
+
+
+@dataclass(frozen=True)
+class Method:
+    """An RPC method as metrics name it."""
+
+    kind: str
+    """unary, client_stream, server_stream or bidi_stream."""
+    service: str
+    name: str
+
+    @classmethod
+    def of(cls, path: str, request_streaming: bool, response_streaming: bool) -> Method:
+        """Makes one of a call's path, `/package.Service/Method`."""
+        service, _, name = path.removeprefix("/").rpartition("/")
+        return cls(_KINDS[request_streaming, response_streaming], service, name)
+
+    @property
+    def labels(self) -> tuple[str, str, str]:
+        return (self.kind, self.service, self.name)
+
+
+_KINDS = {
+    (False, False): "unary",
+    (True, False): "client_stream",
+    (False, True): "server_stream",
+    (True, True): "bidi_stream",
+}
+
+
+def initialize(stage: str, service_names: Iterable[str], operations: Sequence[str] = ()) -> None:
+    """Creates a server's label sets, so that its counters exist at 0 before the first request.
+
+    A server without operations computes nothing and has no queue before a device.
+    """
+    # They double the number of series and nothing reads them.
+    disable_created_metrics()  # type: ignore[no-untyped-call]
+    for method in _methods(service_names):
+        RPC_STARTED.labels(*method.labels)
+        RPC_SECONDS.labels(*method.labels)
+        for code in grpc.StatusCode:
+            RPC_HANDLED.labels(*method.labels, code.name)
+    SERVING.labels(stage)
+    DEADLINE_MISSED.labels(stage)
+    if operations:
+        initialize_queue(stage)
+    for reason in ("queue_full", "deadline_unreachable", "out_of_memory", "stage_unavailable"):
+        REJECTED.labels(stage, reason)
+    for operation in operations:
+        STAGE_SECONDS.labels(stage, operation)
+
+
+def initialize_queue(stage: str) -> None:
+    """Creates the label sets of a queue before a device."""
+    for metric in (QUEUE_DEPTH, QUEUE_WAIT_SECONDS, RUNNING, ABANDONED_SECONDS, DEADLINE_MISSED):
+        metric.labels(stage)
+
+
+def _methods(service_names: Iterable[str]) -> Iterator[Method]:
+    for service_name in service_names:
+        descriptor = descriptor_pool.Default().FindServiceByName(service_name)
+        for method in descriptor.methods:
+            path = f"/{service_name}/{method.name}"
+            yield Method.of(path, method.client_streaming, method.server_streaming)

@@ -1,0 +1,221 @@
+"""What a server serves."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, Protocol
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+
+from klein_api.v1 import stage_service_pb2, stage_service_pb2_grpc
+from klein_services.runtime import metrics
+from klein_services.runtime.channels import STAGE_MESSAGE_BYTES
+from klein_services.runtime.errors import UnknownModel
+from klein_services.runtime.settings import StageSettings
+from klein_services.runtime.worker import Worker
+
+
+class Application(Protocol):
+    """A stage or the orchestrator, as the server sees it. Implementations inherit, for the defaults below."""
+
+    name: str
+    """Label of metrics and traces: text-encoder, denoiser, vae-decoder or orchestrator."""
+    service_names: tuple[str, ...]
+    """Full names of the services that take calls only while the application is ready."""
+    open_service_names: tuple[str, ...] = ()
+    """Full names of further services, which answer in every state; for reflection and metrics."""
+    operations: Sequence[str] = ()
+    """What `Worker.run` is called with, so that its metrics exist from the start."""
+
+    request_bytes: int = STAGE_MESSAGE_BYTES
+    """Largest message that the server takes."""
+    response_bytes: int = STAGE_MESSAGE_BYTES
+    """Largest message that the server sends."""
+
+    def register(self, server: grpc.aio.Server) -> None:
+        """Adds the services to a server that has not started yet."""
+
+    async def load(self) -> None:
+        """Makes ready to serve: loads and warms up. Must not compute on the event loop.
+
+        May be cancelled. Raises CheckpointError or SettingsError with one clear sentence when it cannot.
+        """
+
+    async def drain(self) -> None:
+        """Learns that no more calls will come soon; returns at once."""
+
+    async def close(self) -> None:
+        """Frees what it holds; the last call, also after a failed or cancelled load."""
+
+    def utilization(self) -> float | None:
+        """Returns outstanding work over capacity for balancing by load; `None` reports nothing."""
+        return None
+
+
+SERVICE_NAME = "klein_api.v1.StageService"
+Facts = (
+    stage_service_pb2.TextEncoderFacts | stage_service_pb2.DenoiserFacts | stage_service_pb2.VaeDecoderFacts
+)
+Complete = Callable[[stage_service_pb2.DescribeStageResponse], Awaitable[None]]
+
+
+def software_version() -> str:
+    """Returns the installed version of the suite."""
+    try:
+        return metadata.version("klein-suite")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+class DescribeStageServicer(stage_service_pb2_grpc.StageServiceServicer):
+    """Answers DescribeStage in every state; facts are there once the model is.
+
+    Args:
+        stage: text-encoder, denoiser or vae-decoder.
+        model: the name that requests may give.
+        load: returns how busy the stage is.
+        complete: adds to each description what changes while the stage serves.
+    """
+
+    def __init__(
+        self,
+        *,
+        stage: str,
+        model: str,
+        load: Callable[[], stage_service_pb2.StageLoad],
+        complete: Complete | None = None,
+    ) -> None:
+        self._complete = complete
+        self.stage = stage
+        self.model = model
+        self._load = load
+        self._description = stage_service_pb2.DescribeStageResponse(
+            stage=stage, model=model, version=software_version()
+        )
+
+    def register(self, server: grpc.aio.Server) -> None:
+        """Adds the service to a server."""
+        stage_service_pb2_grpc.add_StageServiceServicer_to_server(self, server)
+
+    def loaded(self, *, device: str, dtype: str, weights_digest: str, facts: Facts) -> None:
+        """Takes what is known once the model is loaded; the stage counts as serving from here on."""
+        description = self._description
+        description.device, description.dtype, description.serving = device, dtype, True
+        description.weights_digest = weights_digest
+        match facts:
+            case stage_service_pb2.TextEncoderFacts():
+                description.text_encoder.CopyFrom(facts)
+            case stage_service_pb2.DenoiserFacts():
+                description.denoiser.CopyFrom(facts)
+            case stage_service_pb2.VaeDecoderFacts():
+                description.vae_decoder.CopyFrom(facts)
+        metrics.INFO.labels(self.stage, self.model, device, dtype, description.version).set(1)
+
+    def draining(self) -> None:
+        """Makes the stage count as not serving."""
+        self._description.serving = False
+
+    async def DescribeStage(
+        self,
+        request: stage_service_pb2.DescribeStageRequest,
+        context: grpc.aio.ServicerContext[
+            stage_service_pb2.DescribeStageRequest, stage_service_pb2.DescribeStageResponse
+        ],
+    ) -> stage_service_pb2.DescribeStageResponse:
+        response = stage_service_pb2.DescribeStageResponse()
+        response.CopyFrom(self._description)
+        response.load.CopyFrom(self._load())
+        if self._complete is not None:
+            await self._complete(response)
+        return response
+
+
+def worker_load(worker: Worker) -> stage_service_pb2.StageLoad:
+    """Returns how busy a stage with one worker is."""
+    load = stage_service_pb2.StageLoad(
+        queued_count=worker.queued_count, running_count=worker.running_count, queue_limit=worker.queue_limit
+    )
+    if worker.estimated_wait_seconds is not None:
+        load.estimated_wait.CopyFrom(duration(worker.estimated_wait_seconds))
+    return load
+
+
+def duration(seconds: float) -> Duration:
+    """Returns a protobuf duration, exact to the nanosecond."""
+    whole = int(seconds)
+    return Duration(seconds=whole, nanos=int((seconds - whole) * 1e9))
+
+
+def require_model(requested: str, served: str) -> None:
+    """Checks the model name of a request; an empty one means whichever is served.
+
+    Raises:
+        UnknownModel: another one is served here.
+    """
+    if requested and requested != served:
+        raise UnknownModel("model", requested, (served,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """What a stage knows of its model once it is loaded."""
+
+    device: str
+    """Where it computes, for example `cuda:0`."""
+    dtype: str
+    """Element type of its weights and of the tensors that it sends: bf16, f16 or f32."""
+    weights_digest: str
+    """See `klein_core.checkpoint.weights`."""
+    facts: Facts
+
+
+class ModelService(Application, ABC):
+    """A stage whose requests are computed one after the other.
+
+    Subclasses set `name`, `service_names` and `operations`, register their servicer and load their model.
+    """
+
+    open_service_names = (SERVICE_NAME,)
+
+    def __init__(self, settings: StageSettings) -> None:
+        self.worker = Worker(self.name, settings.queue_limit)
+        self.description = DescribeStageServicer(
+            stage=self.name, model=settings.model_name, load=self.current_load
+        )
+
+    @abstractmethod
+    def load_model(self) -> Loaded:
+        """Loads and warms up the model; runs on the worker. Raises CheckpointError or SettingsError."""
+
+    def current_load(self) -> stage_service_pb2.StageLoad:
+        """Returns how busy the worker is."""
+        return worker_load(self.worker)
+
+    def register(self, server: grpc.aio.Server) -> None:
+        self.description.register(server)
+
+    async def load(self) -> None:
+        loaded = (await self.worker.run(self.load_model)).value
+        self.description.loaded(
+            device=loaded.device, dtype=loaded.dtype, weights_digest=loaded.weights_digest, facts=loaded.facts
+        )
+
+    async def drain(self) -> None:
+        self.description.draining()
+
+    async def close(self) -> None:
+        self.worker.close()
+
+    def utilization(self) -> float:
+        return float(self.worker.queued_count + self.worker.running_count)
+
+
+def deadline_of(context: grpc.aio.ServicerContext[Any, Any]) -> float | None:
+    """Returns a call's deadline as `time.monotonic()` counts; `None` when it has none."""
+    remaining = context.time_remaining()
+    return None if remaining is None else time.monotonic() + remaining

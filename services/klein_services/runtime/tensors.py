@@ -1,0 +1,177 @@
+"""Devices and element types by the names that settings use. Imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any
+
+import numpy
+import torch
+
+from klein_api.v1 import tensor_pb2
+from klein_core.errors import InvalidInput
+from klein_services.runtime import metrics
+from klein_services.runtime.frames import (
+    FrameEnvelope,
+    FrameReader,
+    TensorSpec,
+    serialized_frames,
+    split_frames,
+)
+from klein_services.runtime.settings import SettingsError
+
+_SETTING_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "checkpoint": None}
+
+
+def resolve_device(name: str) -> torch.device:
+    """Returns the device of a `device` setting; `auto` is the first GPU, or the CPU without one.
+
+    Raises:
+        SettingsError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device(_best_device())
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise SettingsError(f"KLEIN_DEVICE is {name!r}; it must be auto, cpu, cuda, cuda:N or mps") from None
+    available = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    count = available.get(device.type, 0)
+    if (device.index or 0) >= count:
+        raise SettingsError(f"KLEIN_DEVICE is {name!r}; this machine has {count} such devices")
+    return device
+
+
+def resolve_dtype(name: str) -> torch.dtype | None:
+    """Returns the dtype of a `dtype` setting; `None` keeps the checkpoint's own."""
+    return _SETTING_DTYPES[name]
+
+
+def set_threads(count: int) -> None:
+    """Sets how many CPU threads one operation uses; 0 leaves torch's choice."""
+    if count:
+        torch.set_num_threads(count)
+
+
+def report_memory(stage: str, device: torch.device) -> None:
+    """Makes `klein_device_memory_bytes` tell what torch holds on a GPU; there is nothing to tell of a CPU."""
+    if device.type != "cuda":
+        return
+    gauge = metrics.DEVICE_MEMORY_BYTES
+    gauge.labels(stage, "allocated").set_function(lambda: torch.cuda.memory_allocated(device))
+    gauge.labels(stage, "reserved").set_function(lambda: torch.cuda.memory_reserved(device))
+
+
+def _best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda:0"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+_DATA_TYPES: dict[torch.dtype, int] = {
+    torch.bfloat16: tensor_pb2.DATA_TYPE_BF16,
+    torch.float16: tensor_pb2.DATA_TYPE_F16,
+    torch.float32: tensor_pb2.DATA_TYPE_F32,
+}
+_DTYPES = {number: dtype for dtype, number in _DATA_TYPES.items()}
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
+
+
+def data_type_of(dtype: torch.dtype) -> int:
+    """Returns the wire's `DataType` of a torch dtype.
+
+    Raises:
+        ValueError: the wire has none for it.
+    """
+    if dtype not in _DATA_TYPES:
+        raise ValueError(f"tensors of {dtype} do not travel; only bf16, f16 and f32 do")
+    return _DATA_TYPES[dtype]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Returns the short name of a dtype that travels: bf16, f16 or f32."""
+    return _NAMES[dtype]
+
+
+def host_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the tensor contiguous in host memory; waits for the device, so call it on the worker."""
+    return tensor.detach().to("cpu").contiguous()
+
+
+def tensor_frames(tensor: torch.Tensor) -> Iterator[tensor_pb2.TensorFrame]:
+    """Yields a tensor's frames. Copies from the device first where it has to, on the first frame."""
+    yield from split_frames(*_bytes_of(tensor))
+
+
+def serialized_tensor_frames(tensor: torch.Tensor, envelope: FrameEnvelope) -> Iterator[bytes]:
+    """Yields a tensor's frames as serialized messages, several times as fast; see `serialized_frames`."""
+    yield from serialized_frames(*_bytes_of(tensor), envelope)
+
+
+def _bytes_of(tensor: torch.Tensor) -> tuple[memoryview, TensorSpec]:
+    host = host_tensor(tensor)
+    view = memoryview(host.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
+    return view, TensorSpec(data_type_of(host.dtype), tuple(host.shape))
+
+
+def frames_tensor(
+    reader: FrameReader,
+    *,
+    shape: tuple[int | None, ...] | None = None,
+    dtypes: Collection[torch.dtype] | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Returns the tensor that a finished reader holds, in torch's own memory.
+
+    Args:
+        reader: has got all frames.
+        shape: what the shape must be, `None` for any extent; `None` means any shape.
+        dtypes: element types that are taken; `None` means all.
+        device: where the tensor is wanted.
+        dtype: converts to this element type on the device; `None` keeps what came.
+
+    Raises:
+        InvalidInput: the tensor is incomplete or of another shape or element type.
+    """
+    reader.require_finished()
+    check_spec(reader, shape=shape, dtypes=dtypes)
+    host = torch.empty(reader.spec.byte_count, dtype=torch.uint8)
+    _fill(host.numpy(), reader.chunks)
+    flat = host.view(_DTYPES[reader.spec.data_type])
+    return flat.view(reader.spec.shape).to(device=device, dtype=dtype)
+
+
+def _fill(target: numpy.ndarray[Any, Any], chunks: Iterable[bytes | bytearray | memoryview]) -> None:
+    start = 0
+    for chunk in chunks:
+        piece = numpy.frombuffer(chunk, dtype=numpy.uint8)
+        target[start : start + len(piece)] = piece
+        start += len(piece)
+
+
+def check_spec(
+    reader: FrameReader,
+    *,
+    shape: tuple[int | None, ...] | None = None,
+    dtypes: Collection[torch.dtype] | None = None,
+) -> None:
+    """Checks a tensor's spec as `frames_tensor` does; possible from the first frame on.
+
+    Raises:
+        InvalidInput: the tensor is of another shape or element type.
+    """
+    actual = reader.spec.shape
+    if shape is not None and (
+        len(actual) != len(shape) or any(_differ(a, e) for a, e in zip(actual, shape, strict=True))
+    ):
+        expected = ", ".join("any" if extent is None else str(extent) for extent in shape)
+        raise InvalidInput.of(reader.field, f"has shape {list(actual)}; must be [{expected}]")
+    actual_dtype = _DTYPES[reader.spec.data_type]
+    if dtypes is not None and actual_dtype not in dtypes:
+        wanted = ", ".join(sorted(_NAMES[dtype] for dtype in dtypes))
+        raise InvalidInput.of(reader.field, f"has element type {_NAMES[actual_dtype]}; must be {wanted}")
+
+
+def _differ(actual: int, expected: int | None) -> bool:
+    return expected is not None and actual != expected

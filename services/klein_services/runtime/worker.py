@@ -1,0 +1,220 @@
+"""One thread that computes, and the bounded queue before it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from klein_services.runtime import metrics, tracing
+from klein_services.runtime.errors import DeadlinePassed, QueueFull, StageUnavailable, as_device_fault
+
+_STOP_SECONDS = 1.0
+_SMOOTHING = 0.2
+_Value = TypeVar("_Value")
+_log = logging.getLogger("klein.worker")
+
+
+@dataclass(frozen=True)
+class Completed(Generic[_Value]):
+    """What a function returned and how long it took."""
+
+    value: _Value
+    queue_seconds: float
+    compute_seconds: float
+
+
+@dataclass(eq=False)
+class _Job:
+    function: Callable[[], Any]
+    future: asyncio.Future[Completed[Any]]
+    context: contextvars.Context
+    operation: str
+    deadline: float | None
+    queued_at: float
+
+
+class Worker:
+    """Runs functions one after the other on a thread of its own, so that the event loop never computes.
+
+    Args:
+        name: the stage's name, the `stage` label of its metrics.
+        queue_limit: how many functions may wait, beside the running one, before more are refused.
+    """
+
+    def __init__(self, name: str, queue_limit: int) -> None:
+        self.name = name
+        self.queue_limit = queue_limit
+        self._waiting: deque[_Job] = deque()
+        self._running: _Job | None = None
+        self._closed = False
+        self._changed = threading.Condition()
+        self._mean_seconds: float | None = None
+        metrics.initialize_queue(name)
+        # A daemon, so that a load or a step that cannot be interrupted does not keep a stopped process alive.
+        self._thread = threading.Thread(target=self._work, name=f"{name}-worker", daemon=True)
+        self._thread.start()
+
+    @property
+    def queued_count(self) -> int:
+        """Functions that wait."""
+        return len(self._waiting)
+
+    @property
+    def running_count(self) -> int:
+        """Functions that run: 0 or 1."""
+        return int(self._running is not None)
+
+    @property
+    def estimated_wait_seconds(self) -> float | None:
+        """Time until a function that came now would start; `None` before any operation was measured."""
+        outstanding = self.queued_count + self.running_count
+        return None if self._mean_seconds is None else self._mean_seconds * outstanding
+
+    async def run(
+        self, function: Callable[[], _Value], *, operation: str = "", deadline: float | None = None
+    ) -> Completed[_Value]:
+        """Runs a function on the worker and waits for it. Its context variables are those of the caller.
+
+        A caller that is cancelled leaves the queue; when its function already runs, the function goes on and
+        its time counts as abandoned.
+
+        Args:
+            function: what to compute.
+            operation: label of `klein_stage_duration_seconds`; empty is not measured.
+            deadline: `time.monotonic()` after which it is not worth starting.
+
+        Raises:
+            QueueFull: at once, when too many wait.
+            DeadlinePassed: the deadline came while it waited.
+            StageUnavailable: the worker is closed.
+            DeviceFault: the device failed.
+        """
+        loop = asyncio.get_running_loop()
+        context = contextvars.copy_context()
+        job = _Job(function, loop.create_future(), context, operation, deadline, time.monotonic())
+        self._enqueue(job)
+        try:
+            return await job.future
+        except DeadlinePassed:
+            metrics.DEADLINE_MISSED.labels(self.name).inc()
+            raise
+        except asyncio.CancelledError:
+            self._abandon(job)
+            raise
+
+    def close(self) -> None:
+        """Refuses what waits and ends the thread; waits at most a second for a function that runs."""
+        with self._changed:
+            self._closed = True
+            refused, self._waiting = self._waiting, deque()
+            self._changed.notify()
+        for job in refused:
+            _set_exception(job.future, StageUnavailable("the stage stops"))
+        self._count()
+        self._thread.join(_STOP_SECONDS)
+
+    def _enqueue(self, job: _Job) -> None:
+        with self._changed:
+            if self._closed:
+                raise StageUnavailable("the stage stops")
+            if len(self._waiting) + self.running_count > self.queue_limit:
+                raise QueueFull(self.queue_limit, self.estimated_wait_seconds or 1.0)
+            self._waiting.append(job)
+            self._changed.notify()
+        self._count()
+
+    def _abandon(self, job: _Job) -> None:
+        with self._changed:
+            if job in self._waiting:
+                self._waiting.remove(job)
+        if job.deadline is not None and time.monotonic() >= job.deadline:
+            metrics.DEADLINE_MISSED.labels(self.name).inc()
+        if job.future.done() and not job.future.cancelled() and job.future.exception() is None:
+            metrics.ABANDONED_SECONDS.labels(self.name).inc(job.future.result().compute_seconds)
+        self._count()
+
+    def _work(self) -> None:
+        while (job := self._next()) is not None:
+            self._compute(job)
+            # Else the last result, perhaps a large tensor, would live until the next job.
+            del job
+
+    def _next(self) -> _Job | None:
+        with self._changed:
+            while not self._waiting and not self._closed:
+                self._changed.wait()
+            if self._closed:
+                return None
+            self._running = self._waiting.popleft()
+            return self._running
+
+    def _compute(self, job: _Job) -> None:
+        self._count()
+        started_at = time.monotonic()
+        queue_seconds = started_at - job.queued_at
+        value: Any = None
+        error: BaseException | None
+        if job.deadline is not None and started_at > job.deadline:
+            error = DeadlinePassed()
+        else:
+            value, error = _outcome(job)
+        compute_seconds = time.monotonic() - started_at
+        metrics.QUEUE_WAIT_SECONDS.labels(self.name).observe(queue_seconds)
+        if job.operation and error is None:
+            metrics.STAGE_SECONDS.labels(self.name, job.operation).observe(compute_seconds)
+            mean = compute_seconds if self._mean_seconds is None else self._mean_seconds
+            self._mean_seconds = mean + _SMOOTHING * (compute_seconds - mean)
+        self._running = None
+        self._count()
+        completed = Completed(value, queue_seconds, compute_seconds)
+        loop = job.future.get_loop()
+        try:
+            loop.call_soon_threadsafe(self._deliver, job.future, completed, error)
+        except RuntimeError:
+            _log.debug("nobody waits any more: the event loop is closed")
+
+    def _deliver(
+        self, future: asyncio.Future[Completed[Any]], completed: Completed[Any], error: BaseException | None
+    ) -> None:
+        if future.cancelled():
+            metrics.ABANDONED_SECONDS.labels(self.name).inc(completed.compute_seconds)
+            if error is not None:
+                _log.warning("abandoned work failed: %s", error, exc_info=error)
+        elif error is not None:
+            _set_exception(future, error)
+        else:
+            future.set_result(completed)
+
+    def _count(self) -> None:
+        metrics.QUEUE_DEPTH.labels(self.name).set(self.queued_count)
+        metrics.RUNNING.labels(self.name).set(self.running_count)
+
+
+def _outcome(job: _Job) -> tuple[Any, BaseException | None]:
+    try:
+        return job.context.run(_traced, job), None
+    except Exception as error:
+        return None, as_device_fault(error)
+    except BaseException as error:  # SystemExit from a library: it must not end the only thread that computes
+        return None, RuntimeError(f"a function ended with {error!r}")
+
+
+def _traced(job: _Job) -> Any:
+    with tracing.span(job.operation or "work"):
+        return job.function()
+
+
+def _set_exception(future: asyncio.Future[Any], error: BaseException) -> None:
+    if future.done():
+        return
+    if isinstance(error, StopIteration):
+        # A future refuses it, and whoever awaits it would wait for ever.
+        error = RuntimeError(f"a function ended with StopIteration({error})")
+    future.set_exception(error)

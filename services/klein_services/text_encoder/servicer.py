@@ -1,0 +1,131 @@
+"""The text-encoder as a server's application: loading the model, and the service around it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from klein_api.v1 import stage_service_pb2, text_encoder_service_pb2_grpc
+from klein_api.v1 import text_encoder_service_pb2 as pb
+from klein_core.checkpoint.key_mapping import TEXT_ENCODER
+from klein_core.errors import InvalidInput
+from klein_core.params import prompt_violations
+from klein_services.runtime.errors import StageUnavailable
+from klein_services.runtime.frames import FrameEnvelope
+from klein_services.runtime.stage import Loaded, ModelService, deadline_of, duration, require_model
+from klein_services.runtime.tensors import (
+    dtype_name,
+    host_tensor,
+    report_memory,
+    resolve_device,
+    resolve_dtype,
+    serialized_tensor_frames,
+    set_threads,
+)
+from klein_services.runtime.worker import Completed, Worker
+from klein_services.text_encoder.settings import TextEncoderSettings
+
+if TYPE_CHECKING:
+    from klein_core.text_encoder.encoder import EncodedPrompt, TextEncoder
+
+
+OPERATION = "encode-prompt"
+_ENVELOPE = FrameEnvelope(pb.EncodePromptResponse.PROMPT_EMBEDDING_FIELD_NUMBER)
+
+
+class TextEncoderServicer(text_encoder_service_pb2_grpc.TextEncoderServiceServicer):
+    """Implements TextEncoderService.
+
+    Args:
+        worker: computes.
+        model_name: the name that requests may give.
+        encoder: returns the loaded model.
+    """
+
+    def __init__(self, worker: Worker, model_name: str, encoder: Callable[[], TextEncoder]) -> None:
+        self._worker = worker
+        self._model_name = model_name
+        self._encoder = encoder
+
+    async def EncodePrompt(
+        self, request: pb.EncodePromptRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[Any]:
+        require_model(request.model, self._model_name)
+        violations = list(prompt_violations("prompt", request.prompt))
+        if violations:
+            raise InvalidInput(violations)
+        completed = await self._worker.run(
+            lambda: self._encode(request.prompt), operation=OPERATION, deadline=deadline_of(context)
+        )
+        yield pb.EncodePromptResponse(summary=_summary(completed))
+        for message in serialized_tensor_frames(completed.value.embedding, _ENVELOPE):
+            yield message
+
+    def _encode(self, prompt: str) -> EncodedPrompt:
+        encoded = self._encoder().encode([prompt])[0]
+        return replace(encoded, embedding=host_tensor(encoded.embedding))
+
+
+def _summary(completed: Completed[EncodedPrompt]) -> pb.PromptSummary:
+    return pb.PromptSummary(
+        token_count=completed.value.token_count,
+        truncated=completed.value.truncated,
+        queue_duration=duration(completed.queue_seconds),
+        compute_duration=duration(completed.compute_seconds),
+    )
+
+
+class TextEncoderApplication(ModelService):
+    """One text encoder behind one worker."""
+
+    name = "text-encoder"
+    service_names = ("klein_api.v1.TextEncoderService",)
+    operations = (OPERATION,)
+
+    def __init__(self, settings: TextEncoderSettings) -> None:
+        super().__init__(settings)
+        self._settings = settings
+        self._encoder: TextEncoder | None = None
+
+    @property
+    def encoder(self) -> TextEncoder:
+        """The loaded model.
+
+        Raises:
+            StageUnavailable: it is not loaded yet.
+        """
+        if self._encoder is None:
+            raise StageUnavailable("the model is not loaded")
+        return self._encoder
+
+    def register(self, server: grpc.aio.Server) -> None:
+        super().register(server)
+        servicer = TextEncoderServicer(self.worker, self._settings.model_name, lambda: self.encoder)
+        text_encoder_service_pb2_grpc.add_TextEncoderServiceServicer_to_server(servicer, server)
+
+    def load_model(self) -> Loaded:
+        # transformers takes seconds to import; health must answer meanwhile.
+        from klein_core.text_encoder.encoder import TextEncoder
+
+        set_threads(self._settings.threads)
+        device = resolve_device(self._settings.device)
+        report_memory(self.name, device)
+        dtype = resolve_dtype(self._settings.dtype)
+        encoder = TextEncoder.from_folder(
+            self._settings.model_files(TEXT_ENCODER), device, dtype, self._settings.quantization
+        )
+        warm = encoder.encode([""])[0]
+        self._encoder = encoder
+        facts = stage_service_pb2.TextEncoderFacts(
+            sequence_length=encoder.config.sequence_length,
+            embedding_channels=encoder.config.embedding_channels,
+        )
+        return Loaded(
+            device=str(device),
+            dtype=dtype_name(warm.embedding.dtype),
+            weights_digest=encoder.digest(),
+            facts=facts,
+        )

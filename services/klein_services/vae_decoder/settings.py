@@ -1,0 +1,39 @@
+"""Settings of the vae-decoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from klein_core.params import DEFAULT_LIMITS
+from klein_services.runtime.settings import StageSettings, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaeDecoderSettings(StageSettings):
+    """What the vae-decoder can be told beside what all stages can."""
+
+    port: int = setting(50053, help="Port of the gRPC server; 0 takes a free one", minimum=0, maximum=65535)
+    reference_bytes: int = setting(
+        20 << 20, help="Most bytes of a reference's file", minimum=1, maximum=1 << 30
+    )
+    maximum_pixel_count: int = setting(
+        DEFAULT_LIMITS.pixel_count, help="Most pixels of a decoded image", minimum=4096, maximum=1 << 30
+    )
+    warm_up_size_px: int = setting(
+        64,
+        help="Width and height of the image that is encoded and decoded before serving",
+        minimum=64,
+        maximum=2048,
+    )
+    tiling: str = setting(
+        "auto",
+        help="Whether images larger than a tile are made in tiles, in less memory and not quite the same; auto is "
+        "where one piece would not fit",
+        choices=("auto", "on", "off"),
+    )
+    tiling_limit_mib: int = setting(
+        0,
+        help="MiB that one image may take before auto tiles it; 0 is what the device has free at that moment",
+        minimum=0,
+        maximum=10**7,
+    )

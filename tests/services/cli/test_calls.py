@@ -1,0 +1,384 @@
+"""`klein generate` and `klein status` against a real gRPC server with a servicer that only answers."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from klein_api.v1 import image_pb2
+from klein_api.v1 import image_service_pb2 as api
+from klein_api.v1 import stage_service_pb2 as stage_api
+from klein_core.errors import InvalidInput, Violation
+from klein_core.params import DEFAULT_LIMITS, size_violations
+from klein_services.cli.main import main
+from klein_services.cli.ports import free_ports
+from klein_services.cli.process import inherited_environment
+from klein_services.runtime.errors import (
+    QueueFull,
+    StageUnavailable,
+    UnknownAdapter,
+    UnknownModel,
+    UnusableAdapter,
+)
+from tests.services.fakes.answering_orchestrator import Orchestrator, serving
+
+Result = tuple[int, str, str]
+Klein = Callable[..., Result]
+
+
+@pytest.fixture
+def orchestrator() -> Orchestrator:
+    return Orchestrator()
+
+
+@pytest.fixture
+def target(orchestrator: Orchestrator) -> Iterator[str]:
+    with serving(orchestrator) as address:
+        yield address
+
+
+@pytest.fixture
+def klein(capfd: pytest.CaptureFixture[str]) -> Klein:
+    def run(*arguments: object) -> Result:
+        try:
+            exit_code = main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            exit_code = int(end.code or 0)
+        printed = capfd.readouterr()
+        return exit_code, printed.out, printed.err
+
+    return run
+
+
+def test_every_flag_reaches_the_request(
+    klein: Klein, target: str, orchestrator: Orchestrator, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first.png", tmp_path / "second.png"
+    first.write_bytes(b"one")
+    second.write_bytes(b"two")
+    exit_code, _, err = klein(
+        *("generate", "a star", "--reference", first, "--reference", second, "--negative-prompt", "a heart"),
+        *("--size", "64x96", "--steps", 7, "--guidance", 2.5, "--seed", 41, "--count", 2, "--format", "webp"),
+        *(
+            "--quality",
+            80,
+            "--model",
+            "fake",
+            "--adapter",
+            "ink",
+            "-a",
+            "oil.v2:-0.5",
+            "--target",
+            target,
+            "-o",
+            tmp_path / "star.webp",
+        ),
+    )
+    assert (exit_code, err) == (0, "")
+    assert orchestrator.specs == [
+        api.ImageSpec(
+            model="fake",
+            prompt="a star",
+            negative_prompt="a heart",
+            references=[b"one", b"two"],
+            width_px=64,
+            height_px=96,
+            step_count=7,
+            guidance_scale=2.5,
+            seed=41,
+            image_count=2,
+            format=image_pb2.IMAGE_FORMAT_WEBP,
+            quality=80,
+            priority=image_pb2.PRIORITY_INTERACTIVE,
+            adapters=[image_pb2.Adapter(name="ink"), image_pb2.Adapter(name="oil.v2", scale=-0.5)],
+        )
+    ]
+    assert (tmp_path / "star-1.webp").read_bytes() == b"picture 0"
+    assert (tmp_path / "star-2.webp").read_bytes() == b"picture 1"
+
+
+def test_what_is_not_said_is_left_to_the_server(
+    klein: Klein, target: str, orchestrator: Orchestrator, tmp_path: Path
+) -> None:
+    exit_code, out, _ = klein("generate", "", "--target", target, "-o", tmp_path / "any.JPG")
+    assert exit_code == 0
+    spec = orchestrator.specs[0]
+    assert {field.name for field, _ in spec.ListFields()} == {"format", "priority"}
+    assert spec.format == image_pb2.IMAGE_FORMAT_JPEG
+    assert out.count("\n") == 1
+    for fact in ("any.JPG", "64×96", "seed 41", "fake", "1.50 s", "denoise 123 ms"):
+        assert fact in out
+
+
+def test_a_dash_writes_the_picture_alone_to_standard_output(klein: Klein, target: str) -> None:
+    exit_code, out, err = klein("generate", "long", "--target", target, "-o", "-")
+    assert (exit_code, out) == (0, "picture 0")
+    assert "seed 41" in err
+    assert "cut off" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["-o", "picture.bmp"], ["picture.bmp", ".webp", "--format"]),
+        (["-o", "nowhere/picture.png"], ["nowhere", "does not exist"]),
+        (["-o", "."], ["folder"]),
+        (["-o", "/proc/picture.png"], ["/proc/picture.png cannot be written"]),
+        (["-o", "ring.png", "--count", "2"], ["ring-2.png is a folder"]),
+        (["-o", "-", "--count", "2"], ["standard output"]),
+        (["-o", "p.png", "--reference", "missing.png"], ["missing.png", "No such file"]),
+        (["-o", "p.png", "--size", "large"], ["--size", "1024x768"]),
+        (["-o", "p.png", "--size", "64x"], ["--size", "1024x768"]),
+        (["-o", "p.png", "--timeout", "inf"], ["--timeout", "86400"]),
+        (["-o", "p.png", "--target", " "], ["--target", "HOST:PORT"]),
+        (["-o", "p.png", "--seed", str(2**63)], ["far outside", str(2**63)]),
+        (["-o", "p.png", "--steps", str(2**31)], ["far outside", str(2**31)]),
+    ],
+)
+def test_misuse_is_told_before_anything_is_asked(
+    klein: Klein, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ring-2.png").mkdir()
+    exit_code, out, err = klein("generate", "a star", *arguments)
+    assert (exit_code, out) == (2, "")
+    assert all(word in err for word in words)
+    assert [path.name for path in tmp_path.iterdir()] == ["ring-2.png"]
+
+
+def test_a_picture_that_is_not_written_leaves_its_seed_and_the_others(
+    klein: Klein, target: str, orchestrator: Orchestrator, tmp_path: Path
+) -> None:
+    # Between the check and the end of the work somebody makes a folder of the first picture's name.
+    orchestrator.before_answer = lambda: (tmp_path / "ring-1.png").mkdir()
+    exit_code, out, err = klein(
+        "generate", "a ring", "--count", 2, "--target", target, "-o", tmp_path / "ring.png"
+    )
+    assert exit_code == 1
+    assert "ring-1.png cannot be written: Is a directory" in err
+    assert (tmp_path / "ring-2.png").read_bytes() == b"picture 1"
+    assert f"{tmp_path / 'ring-2.png'}: 64×96, seeds 41, 42" in out
+
+
+def test_output_that_takes_nothing_is_told(target: str, orchestrator: Orchestrator) -> None:
+    orchestrator.models = api.ListModelsResponse(models=[api.RoutedModel(name="fake")])
+    for command in (["status", "--target", target], ["generate", "a", "--target", target, "-o", "-"]):
+        with Path("/dev/full").open("w") as full:
+            done = subprocess.run(
+                [sys.executable, "-m", "klein_services.cli.main", *command],
+                env=inherited_environment(),
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+        assert done.returncode == 1
+        assert "No space left on device" in done.stderr
+        assert not any(word in done.stderr for word in ("fault in klein", "Traceback", "ignored"))
+
+
+def test_nothing_running_is_one_sentence_and_a_hint(klein: Klein, tmp_path: Path) -> None:
+    target = f"127.0.0.1:{free_ports(1)[0]}"
+    for arguments in (["generate", "a star", "-o", str(tmp_path / "p.png")], ["status"]):
+        exit_code, out, err = klein(*arguments, "--target", target)
+        assert (exit_code, out) == (1, "")
+        assert err.splitlines() == [
+            f"Error: Nothing answers at {target}.",
+            "Hint: Start the suite with `klein up`, or name another server with --target.",
+        ]
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code", "words"),
+    [
+        (
+            InvalidInput([Violation("width_px", "is 70; no"), Violation("references[1]", "is no image")]),
+            2,
+            ["2 values", "--size (width_px) is 70; no\n", "--reference[1] (references[1]) is no image"],
+        ),
+        (
+            InvalidInput(size_violations(1024, 1024, replace(DEFAULT_LIMITS, pixel_count=65536))),
+            2,
+            ["Error: --size is 1024 × 1024 = 1048576 pixels; "],
+        ),
+        (UnknownModel("model", "nono", ["pico"]), 2, ["There is no model 'nono'", "pico", "klein status"]),
+        (
+            UnknownAdapter("adapters[0].name", "nono", ["ink", "oil"]),
+            2,
+            ["There is no adapter 'nono'", "ink, oil", "klein adapters"],
+        ),
+        (UnusableAdapter("adapters[0].name", "ink", "it is truncated"), 1, ["it is truncated", "operator"]),
+        (InvalidInput([Violation("adapters[0].scale", "is 99; no")]), 2, ["--adapter[0].scale", "is 99; no"]),
+        (QueueFull(3, 4.0), 1, ["full", "4 s"]),
+        (StageUnavailable("the denoiser is loading"), 1, ["The denoiser is loading.", "klein status"]),
+        (ZeroDivisionError("secret"), 1, ["INTERNAL", "log"]),
+    ],
+)
+def test_a_refusal_says_what_to_do(
+    klein: Klein,
+    target: str,
+    orchestrator: Orchestrator,
+    tmp_path: Path,
+    error: Exception,
+    exit_code: int,
+    words: list[str],
+) -> None:
+    orchestrator.error = error
+    got, out, err = klein("generate", "a star", "--target", target, "-o", tmp_path / "p.png")
+    assert (got, out) == (exit_code, "")
+    assert all(word in err for word in words), err
+    assert "Traceback" not in err
+    assert "secret" not in err
+    assert not (tmp_path / "p.png").exists()
+
+
+def test_the_timeout_ends_the_call(
+    klein: Klein, target: str, orchestrator: Orchestrator, tmp_path: Path
+) -> None:
+    orchestrator.blocks = True
+    exit_code, _, err = klein(
+        "generate", "a star", "--timeout", 0.3, "--target", target, "-o", tmp_path / "p.png"
+    )
+    assert exit_code == 1
+    assert "--timeout" in err
+    assert orchestrator.cancelled.wait(5)
+
+
+def test_control_c_cancels_the_call(target: str, orchestrator: Orchestrator, tmp_path: Path) -> None:
+    orchestrator.blocks = True
+    command = [
+        sys.executable,
+        "-m",
+        "klein_services.cli.main",
+        "generate",
+        "a star",
+        "--target",
+        target,
+        "-o",
+        "p.png",
+    ]
+    with subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=inherited_environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        # Background jobs of a shell ignore it, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        assert orchestrator.called.wait(20)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=10)
+    assert orchestrator.cancelled.wait(5)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "Cancelled."
+    assert "Traceback" not in err
+
+
+def test_control_c_while_the_command_is_imported_is_no_traceback() -> None:
+    script = (
+        "import sys\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name == 'klein_services.cli.app': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+        "from klein_services.cli.main import main\n"
+        "sys.exit(main(['--version']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=inherited_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (130, "Cancelled.\n")
+
+
+def stage(name: str, *, serving: bool = True, problem: str = "", described: bool = True) -> api.RoutedStage:
+    description = stage_api.DescribeStageResponse(
+        stage=name, model="fake", serving=serving, device="cpu", dtype="bf16"
+    )
+    description.load.queued_count, description.load.queue_limit = 3, 64
+    return api.RoutedStage(
+        target=f"{name}:1", problem=problem, description=description if described else None
+    )
+
+
+@pytest.mark.parametrize(
+    ("denoiser", "exit_code", "word"),
+    [
+        (stage("denoiser"), 0, "serving"),
+        (stage("denoiser", serving=False, problem="it loads"), 1, "loading"),
+        (stage("denoiser", problem="it serves another model"), 1, "wrong"),
+        (stage("denoiser", described=False, problem="connection refused"), 1, "unreachable"),
+    ],
+)
+def test_status_is_good_only_when_all_stages_serve(
+    klein: Klein,
+    target: str,
+    orchestrator: Orchestrator,
+    monkeypatch: pytest.MonkeyPatch,
+    denoiser: api.RoutedStage,
+    exit_code: int,
+    word: str,
+) -> None:
+    stages = [stage("text-encoder"), denoiser, stage("vae-decoder")]
+    model = api.RoutedModel(name="fake", serving=exit_code == 0, stages=stages)
+    orchestrator.models = api.ListModelsResponse(models=[model], default_model="fake")
+    got, out, _ = klein("status", "--target", target)
+    assert got == exit_code
+    row = next(line for line in out.splitlines() if "denoiser" in line)
+    assert word in row
+    assert denoiser.problem in out
+    assert "3/64" in out
+
+
+@pytest.mark.parametrize("problem", ["", "ink.safetensors: for layers that this model does not have: up"])
+def test_adapters_are_listed_with_what_is_wrong_with_them(
+    klein: Klein, target: str, orchestrator: Orchestrator, problem: str
+) -> None:
+    listed = [
+        stage_api.AdapterDescription(name="oil", kind="LoRA", rank=16, layer_count=80, size_bytes=5 << 20),
+        stage_api.AdapterDescription(name="ink", kind="LoKr", layer_count=3, size_bytes=700, problem=problem),
+    ]
+    models = [api.RoutedModel(name="fake", adapters=listed), api.RoutedModel(name="bare")]
+    orchestrator.models = api.ListModelsResponse(models=models, default_model="fake")
+    got, out, _ = klein("adapters", "--target", target)
+    assert got == (1 if problem else 0)
+    oil, ink = (next(line for line in out.splitlines() if line.startswith(name)) for name in ("oil", "ink"))
+    assert oil.split() == ["oil", "LoRA", "16", "80", "5.24", "MB"]
+    assert ("unusable" in ink) == bool(problem)
+    assert problem in out
+    assert "bare offers no adapters" in out
+
+
+def test_a_scale_that_is_no_number_is_misuse(klein: Klein, tmp_path: Path) -> None:
+    got, _, err = klein("generate", "a star", "--adapter", "ink:strong", "-o", tmp_path / "p.png")
+    assert got == 2
+    assert "'ink:strong' has no number" in err
+
+
+def test_status_without_models_is_not_good(klein: Klein, target: str) -> None:
+    assert klein("status", "--target", target)[0] == 1
+
+
+def test_the_client_side_imports_no_model_library() -> None:
+    script = (
+        "import sys, pkgutil, importlib, klein_services.cli as c;"
+        "[importlib.import_module(f'klein_services.cli.{m.name}') for m in pkgutil.iter_modules(c.__path__)];"
+        "print({'torch','transformers','numpy','PIL','safetensors'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=inherited_environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "set()"

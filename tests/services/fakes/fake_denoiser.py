@@ -1,0 +1,133 @@
+"""A denoiser that computes nothing, obeys tests, and answers with bytes of all that it was sent."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from klein_api.v1 import denoiser_service_pb2 as denoiser_pb2
+from klein_api.v1 import denoiser_service_pb2_grpc
+from klein_core.errors import InvalidInput
+from klein_services.runtime.errors import StageUnavailable
+from klein_services.runtime.frames import FrameReader
+from tests.services.fakes.fake_stages import FakeStage
+from tests.services.fakes.fake_tensors import LATENT_CHANNELS, TEXT_CHANNELS, frames, image_latents
+
+
+@dataclass
+class FakeDenoiser(FakeStage, denoiser_service_pb2_grpc.DenoiserServiceServicer):
+    stage: str = "denoiser"
+    service_names: tuple[str, ...] = ("klein_api.v1.DenoiserService",)
+    distilled: bool = True
+    channels: int = TEXT_CHANNELS
+    latent_channels: int = LATENT_CHANNELS
+    step_seconds: float = 0.0
+    specs: list[denoiser_pb2.DenoiseSpec] = field(default_factory=list)
+    first_frame: asyncio.Event = field(default_factory=asyncio.Event)
+    reading_gate: asyncio.Event | None = None
+    """Holds back the reading of everything after the spec until it is set."""
+    step_gate: asyncio.Event | None = None
+    """Holds back every step until it is set."""
+    images_made: int | None = None
+    """Sends the latents of so many images only."""
+    large_latents: bytes = b""
+    """Sent instead of every image's latents; a whole number of 256 vectors."""
+    frames_sent: int = 0
+    """Of latents."""
+    image_gates: dict[int, asyncio.Event] = field(default_factory=dict)
+    steps_done: int = 0
+    lost_calls: int = 0
+    """So many calls end with UNAVAILABLE after their steps."""
+
+    def add_service(self, server) -> None:
+        denoiser_service_pb2_grpc.add_DenoiserServiceServicer_to_server(self, server)
+
+    def describe_facts(self, description) -> None:
+        facts = description.denoiser
+        facts.distilled = self.distilled
+        facts.default_step_count = 4 if self.distilled else 50
+        facts.default_guidance_scale = 1.0 if self.distilled else 4.0
+        facts.embedding_channels = self.channels
+        facts.latent_channels = self.latent_channels
+
+    async def DenoiseLatents(self, requests, context):
+        messages = requests.__aiter__()
+        spec = (await anext(messages)).spec
+        self.specs.append(spec)
+        async with self.handling(context, spec.model):
+            tensors = await self._received(spec, messages)
+            queued = denoiser_pb2.DenoiseQueued(position=2)
+            queued.estimated_wait.FromMilliseconds(1500)
+            yield denoiser_pb2.DenoiseLatentsResponse(queued=queued)
+            yield denoiser_pb2.DenoiseLatentsResponse(started=denoiser_pb2.DenoiseStarted())
+            async for step in self._steps(spec, tensors):
+                yield step
+            if self.lost_calls:
+                self.lost_calls -= 1
+                raise StageUnavailable("lost")
+            for index in range(len(spec.seeds) if self.images_made is None else self.images_made):
+                if index in self.image_gates:
+                    await self.image_gates[index].wait()
+                for message in self._latents(spec, index, tensors, "latents"):
+                    yield message
+                    self.frames_sent += 1
+            summary = denoiser_pb2.DenoiseSummary(step_count=spec.step_count)
+            summary.compute_duration.FromMilliseconds(7)
+            yield denoiser_pb2.DenoiseLatentsResponse(summary=summary)
+
+    async def _received(self, spec, messages) -> dict[str, bytes]:
+        if self.reading_gate is not None:
+            await self.reading_gate.wait()
+        readers: dict[str, FrameReader] = {}
+        async for message in messages:
+            self.first_frame.set()
+            part = message.WhichOneof("part")
+            value = getattr(message, part)
+            name, frame = (
+                (part, value) if part.endswith("embedding") else (f"{part}[{value.index}]", value.frame)
+            )
+            reader = readers.setdefault(name, FrameReader(name, limit_bytes=64 << 20))
+            reader.add(frame)
+        expected = {"prompt_embedding", *(f"reference_latents[{i}]" for i in range(spec.reference_count))}
+        if not self.distilled and spec.guidance_scale > 1:
+            expected.add("negative_prompt_embedding")
+        if expected != readers.keys():
+            raise InvalidInput.of("spec", f"expected {expected}, got {readers.keys()}")
+        for reader in readers.values():
+            reader.require_finished()
+        return {name: bytes(reader.data) for name, reader in readers.items()}
+
+    async def _steps(self, spec, tensors) -> AsyncIterator[denoiser_pb2.DenoiseLatentsResponse]:
+        for step in range(1, spec.step_count + 1):
+            if self.step_gate is not None:
+                await self.step_gate.wait()
+            await asyncio.sleep(self.step_seconds)
+            self.steps_done += 1
+            yield denoiser_pb2.DenoiseLatentsResponse(
+                step=denoiser_pb2.DenoiseStep(step=step, step_count=spec.step_count)
+            )
+            if spec.preview_interval_steps and step % spec.preview_interval_steps == 0:
+                for index in range(len(spec.seeds)):
+                    for message in self._latents(spec, index, tensors, "preview"):
+                        yield message
+
+    def _latents(self, spec, index, tensors, arm) -> list[denoiser_pb2.DenoiseLatentsResponse]:
+        references = [tensors[f"reference_latents[{i}]"] for i in range(spec.reference_count)]
+        data = self.large_latents or image_latents(
+            spec.width_px,
+            spec.height_px,
+            spec.seeds[index],
+            tensors["prompt_embedding"],
+            tensors.get("negative_prompt_embedding", b""),
+            references,
+        )
+        shape = (spec.height_px // 16, spec.width_px // 16, LATENT_CHANNELS)
+        if self.large_latents:
+            shape = (len(data) // (256 * LATENT_CHANNELS * 4), 256, LATENT_CHANNELS)
+        return [
+            denoiser_pb2.DenoiseLatentsResponse(
+                **{arm: denoiser_pb2.IndexedTensorFrame(index=index, frame=frame)}
+            )
+            for frame in frames(data, *shape)
+        ]

@@ -1,0 +1,140 @@
+"""What the orchestrator does about stages that load, are lost or change, and how often it asks them."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack
+
+import grpc
+import pytest
+
+from klein_api.v1.image_service_pb2 import GenerateImageRequest, ImageSpec
+from klein_api.v1.image_service_pb2_grpc import ImageServiceStub
+from klein_core.errors import DeviceFault
+from klein_services.orchestrator import stage_directory
+from klein_services.orchestrator.servicer import Orchestrator
+from klein_services.orchestrator.settings import OrchestratorSettings
+from klein_services.runtime.channels import open_channel
+from klein_services.runtime.errors import StageUnavailable
+from klein_services.runtime.server import Server, running_server
+from klein_services.runtime.settings import ServerSettings
+from klein_services.runtime.status import explain
+from tests.services.fakes.fake_denoiser import FakeDenoiser
+from tests.services.fakes.fake_stages import MODEL
+from tests.services.fakes.orchestrator_suite import FakeSuite, generate, refusal
+from tests.services.fakes.runtime_toy import failure, until
+
+LOADING = ServerSettings(host="127.0.0.1", drain_delay_seconds=0, grace_seconds=1, metrics_port=0)
+ATTEMPTS = 4 * 2
+"""Of gRPC's retry policy, each of the orchestrator's two."""
+
+
+class LoadingDenoiser(FakeDenoiser):
+    """Never gets to the end of its loading."""
+
+    async def load(self) -> None:
+        await asyncio.Event().wait()
+
+
+async def test_a_pool_that_grows_serves_all_the_time():
+    async with AsyncExitStack() as stack:
+        suite = await stack.enter_async_context(FakeSuite().running())
+        targets = [suite.targets["denoiser"].removeprefix("localhost:")]
+        for _ in range(4):
+            server = Server(LOADING, LoadingDenoiser(serving=False))
+            await server.start()
+            stack.push_async_callback(server.abandon)
+            targets.append(f"127.0.0.1:{server.port}")
+        settings = OrchestratorSettings(
+            model_name=MODEL,
+            text_encoder_target=suite.targets["text-encoder"],
+            denoiser_target="ipv4:" + ",".join(targets),
+            vae_decoder_target=suite.targets["vae-decoder"],
+            default_size_px=64,
+            describe_ttl_seconds=0.0,
+            port=0,
+            metrics_port=0,
+            drain_delay_seconds=0.0,
+        )
+        address = await stack.enter_async_context(
+            running_server(Orchestrator(settings, settings.table()), settings)
+        )
+        channel = await stack.enter_async_context(grpc.aio.insecure_channel(address))
+        suite.images = ImageServiceStub(channel)
+        for seed in range(12):
+            assert (await generate(suite, seed=seed)).images[0].data == suite.expected_image("", seed)
+
+
+@pytest.fixture
+async def suite():
+    async with FakeSuite().running() as running:
+        yield running
+
+
+async def test_a_request_that_breaks_devices_breaks_two_at_most(suite):
+    suite.denoiser.error = DeviceFault("an illegal address was accessed")
+    async with open_channel(suite.address) as channel:
+        request = GenerateImageRequest(spec=ImageSpec(prompt="fox"))
+        details = explain(await failure(ImageServiceStub(channel).GenerateImage(request)))
+    assert details.code is grpc.StatusCode.UNAVAILABLE
+    assert suite.denoiser.calls == 2
+
+
+async def test_a_callers_retries_do_not_multiply_the_orchestrators(suite):
+    suite.denoiser.error = StageUnavailable("restarting")
+    async with open_channel(suite.address) as channel:
+        request = GenerateImageRequest(spec=ImageSpec(prompt="fox"))
+        details = explain(await failure(ImageServiceStub(channel).GenerateImage(request)))
+    assert (details.code, details.reason) == (grpc.StatusCode.UNAVAILABLE, "STAGE_UNAVAILABLE")
+    assert 1 < suite.denoiser.calls <= ATTEMPTS
+
+
+async def lost_after_its_steps(suite: FakeSuite) -> asyncio.Task:
+    """Begins a request whose denoiser will be lost once the step gate opens."""
+    suite.denoiser.lost_calls = 1
+    suite.denoiser.step_gate = asyncio.Event()
+    request = asyncio.create_task(generate(suite, prompt="fox", seed=1))
+    await until(suite.denoiser.first_frame.is_set)
+    await until(lambda: suite.text_encoder.finished == 1)
+    return request
+
+
+async def test_the_second_attempt_takes_nothing_that_other_weights_made(suite):
+    request = await lost_after_its_steps(suite)
+    suite.text_encoder.weights_digest = "second"
+    suite.denoiser.step_gate.set()
+    assert (await request).images[0].data == suite.expected_image("fox", 1)
+    assert suite.text_encoder.prompts == ["fox", "fox"]
+
+
+async def test_no_second_attempt_is_made_with_a_model_of_another_kind(suite):
+    request = await lost_after_its_steps(suite)
+    suite.denoiser.distilled = False
+    suite.denoiser.step_gate.set()
+    details = explain(await failure(request))
+    assert details.code is grpc.StatusCode.UNAVAILABLE
+    assert "another model took the place" in details.message
+    assert suite.denoiser.calls == 1
+    # Whoever asks again gets the new model's defaults.
+    suite.denoiser.lost_calls = 0
+    await generate(suite, prompt="fox", seed=1)
+    assert suite.denoiser.specs[-1].step_count == 50
+
+
+@pytest.mark.parametrize("which", ["text_encoder", "denoiser", "vae_decoder"])
+async def test_a_stage_that_keeps_silent_is_named_soon(suite, monkeypatch, which):
+    monkeypatch.setattr(stage_directory, "_DESCRIBE_TIMEOUT_SECONDS", 0.3)
+    stage = getattr(suite, which)
+    stage.describe_gate = asyncio.Event()
+    details = await refusal(suite, within_seconds=30)
+    assert (details.code, details.reason) == (grpc.StatusCode.UNAVAILABLE, "STAGE_UNAVAILABLE")
+    assert f"{stage.stage} at {suite.targets[stage.stage]} does not answer" in details.message
+
+
+@pytest.mark.parametrize("which", ["text_encoder", "denoiser", "vae_decoder"])
+async def test_a_stage_that_loads_is_named(suite, which):
+    stage = getattr(suite, which)
+    stage.serving = False
+    details = await refusal(suite)
+    assert (details.code, details.reason) == (grpc.StatusCode.UNAVAILABLE, "STAGE_UNAVAILABLE")
+    assert f"{stage.stage} at {suite.targets[stage.stage]} is loading or draining" in details.message

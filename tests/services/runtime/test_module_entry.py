@@ -1,0 +1,61 @@
+"""`python -m services.STAGE`: its arguments, and an installation without torch."""
+
+import subprocess
+import sys
+
+import pytest
+
+from klein_services.cli.process import PROCESSES, inherited_environment
+
+MODULES = [f"klein_services.{stage.replace('-', '_')}" for stage in PROCESSES]
+WITHOUT_TORCH = """
+import runpy, sys
+class Absent:
+    def find_spec(self, name, *rest):
+        if name.split(".")[0] in ("torch", "transformers", "safetensors", "numpy", "PIL"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name.split(".")[0])
+sys.meta_path.insert(0, Absent())
+module, *sys.argv[1:] = sys.argv[1:]
+runpy.run_module(module, run_name="__main__", alter_sys=True)
+"""
+
+
+def run(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *arguments],
+        env=inherited_environment() | settings,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_check_config_needs_no_torch_and_starts_nothing(module: str) -> None:
+    shown = run(module, "--check-config", KLEIN_QUEUE_LIMT="3", KLEIN_DRAIN_DELAY_SECONDS="7")
+    assert (shown.returncode, shown.stderr.count("\n")) == (0, 1)
+    assert "KLEIN_QUEUE_LIMIT is one" in shown.stderr
+    assert any("KLEIN_DRAIN_DELAY_SECONDS" in line and " 7 " in line for line in shown.stdout.splitlines())
+
+
+def test_check_config_refuses_what_klein_serve_refuses() -> None:
+    refused = run("klein_services.vae_decoder", "--check-config", KLEIN_MODEL_PATH="nowhere")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr == "KLEIN_MODEL_PATH is 'nowhere'; there is no such folder or file\n"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_other_arguments_are_refused(module: str) -> None:
+    refused = run(module, "--port", "5")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.startswith("--port is not understood")
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if "orchestrator" not in module])
+def test_a_stage_without_torch_is_one_sentence(module: str) -> None:
+    ended = run(module)
+    assert ended.returncode == 1
+    assert "cannot run stages: " in ended.stderr
+    assert "pip install 'klein-suite[stages]'" in ended.stderr
+    assert "Traceback" not in ended.stderr
