@@ -7,6 +7,9 @@ PIP := $(BIN)/python -m pip
 # Another index for torch's wheel, for example one of CPU-only builds; empty means the default index.
 TORCH_INDEX ?=
 STAMP := $(VENV)/.installed
+PICO := training/pico/*.py tests/core/test_pico_world.py
+# Text that people write: no generated code, no data.
+SPELLED := '*.md' '*.proto' '*.py' '*.sh' '*.toml' Makefile $(foreach each,_pb2.py _pb2_grpc.py,':!*$(each)') $(foreach each,$(PICO),':!$(each)')
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -40,11 +43,15 @@ demo: setup  ## Start the four services and make three pictures into out/.
 test: setup  ## Run the whole test suite.
 	@$(BIN)/python -m pytest
 
-lint: setup  ## Check style, types, imports and protos.
+lint: setup  ## Check style, types, imports, spelling, sizes and protos.
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+	@git ls-files $(SPELLED) | xargs $(BIN)/codespell
+	@# Short strings of pico's training are its data, in British and American words.
+	@$(BIN)/codespell --ignore-regex '(?<!")"[^"]+"(?!")' $(PICO)
+	@$(BIN)/python -m tests.contract.house
 	@./protos/check.sh
 
 protos: setup  ## Generate the Python code of protos/ anew.
