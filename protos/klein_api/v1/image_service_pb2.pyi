@@ -41,6 +41,7 @@ class ImageSpec(_message.Message):
     QUALITY_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
+    EMBED_PROMPT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name from ListModels; empty means the default model. Another name is NOT_FOUND."""
     prompt: _builtins.str
@@ -67,6 +68,10 @@ class ImageSpec(_message.Message):
     """Quality of JPEG and WebP [1, 100]; unset means 95. Refused for lossless formats."""
     priority: _image_pb2.Priority.ValueType
     """How urgent it is."""
+    embed_prompt: _builtins.bool
+    """Whether the prompts are stored in the image files: as text chunks `prompt` and `negative_prompt` of a PNG, in the
+    EXIF comment of other formats. Raw images hold none.
+    """
     @_builtins.property
     def references(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """Image files, at most `ModelLimits.reference_count` of `ModelLimits.reference_bytes` each."""
@@ -94,10 +99,11 @@ class ImageSpec(_message.Message):
         quality: _builtins.int | None = ...,
         priority: _image_pb2.Priority.ValueType = ...,
         adapters: _abc.Iterable[_image_pb2.Adapter] | None = ...,
+        embed_prompt: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_image_count", b"_image_count", "_negative_prompt", b"_negative_prompt", "_quality", b"_quality", "_seed", b"_seed", "_step_count", b"_step_count", "_width_px", b"_width_px", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "image_count", b"image_count", "negative_prompt", b"negative_prompt", "quality", b"quality", "seed", b"seed", "step_count", b"step_count", "width_px", b"width_px"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_image_count", b"_image_count", "_negative_prompt", b"_negative_prompt", "_quality", b"_quality", "_seed", b"_seed", "_step_count", b"_step_count", "_width_px", b"_width_px", "adapters", b"adapters", "format", b"format", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "image_count", b"image_count", "model", b"model", "negative_prompt", b"negative_prompt", "priority", b"priority", "prompt", b"prompt", "quality", b"quality", "references", b"references", "seed", b"seed", "step_count", b"step_count", "width_px", b"width_px"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_image_count", b"_image_count", "_negative_prompt", b"_negative_prompt", "_quality", b"_quality", "_seed", b"_seed", "_step_count", b"_step_count", "_width_px", b"_width_px", "adapters", b"adapters", "embed_prompt", b"embed_prompt", "format", b"format", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "image_count", b"image_count", "model", b"model", "negative_prompt", b"negative_prompt", "priority", b"priority", "prompt", b"prompt", "quality", b"quality", "references", b"references", "seed", b"seed", "step_count", b"step_count", "width_px", b"width_px"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015

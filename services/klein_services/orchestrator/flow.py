@@ -300,11 +300,14 @@ class Flow:
             model=self._request.route.vae_decoder.model,
             format=self._request.format,
             quality=self._request.quality,
-            metadata=self._file_metadata(self._params, index) if self._options.image_metadata else {},
+            metadata=self._file_metadata(self._params, index),
         )
 
     def _file_metadata(self, params: GenerationParams, index: int) -> dict[str, str]:
-        metadata = {
+        metadata = dict(self._request.embedded_prompts)
+        if not self._options.image_metadata:
+            return metadata
+        metadata |= {
             "model": self._request.route.name,
             "seed": str(params.seeds[index]),
             "steps": str(params.steps),

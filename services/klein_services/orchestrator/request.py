@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from klein_api.v1.image_pb2 import ImageFormat, Priority
 from klein_api.v1.image_service_pb2 import ImageSpec
 from klein_core.errors import InvalidInput, Violation
-from klein_core.image_format import format_size_violations
+from klein_core.image_format import METADATA_BYTE_LIMIT, format_size_violations, metadata_violations
 from klein_core.params import DEFAULT_LIMITS, AdapterChoice, GenerationParams, Limits
 from klein_services.orchestrator.routing import Route
 from klein_services.orchestrator.stage_directory import RouteInfo
@@ -17,6 +17,8 @@ from klein_services.orchestrator.stage_directory import RouteInfo
 LOSSY_FORMATS = (ImageFormat.IMAGE_FORMAT_JPEG, ImageFormat.IMAGE_FORMAT_WEBP)
 _OTHER_FIELDS_BYTES = 1 << 20
 """Room for everything but the references; prompts take most of it."""
+_OTHER_METADATA_BYTES = 4096
+"""Room in an image file's metadata for what is stored besides the prompts."""
 _RANDOM_SEED_LIMIT = 2**32
 """Random seeds stay below this, so that people can copy them."""
 
@@ -58,6 +60,8 @@ class ImageRequest:
     quality: int | None
     priority: Priority.ValueType
     preview_interval_steps: int
+    embedded_prompts: Mapping[str, str]
+    """Prompts to store in the image files, by metadata key; empty unless the client asks for it."""
     follows_width: bool
     """Whether the width is to be the first reference's."""
     follows_height: bool
@@ -114,6 +118,7 @@ def validated(
         quality=spec.quality if spec.HasField("quality") else None,
         priority=spec.priority,
         preview_interval_steps=preview_interval_steps,
+        embedded_prompts=_embedded_prompts(spec),
         follows_width=bool(spec.references) and not spec.HasField("width_px"),
         follows_height=bool(spec.references) and not spec.HasField("height_px"),
     )
@@ -165,6 +170,11 @@ def _own_violations(
     yield from _quality_violations(spec)
     if spec.priority not in Priority.values():
         yield Violation("priority", f"is {spec.priority}; must be one of {_names(Priority.keys())}")
+    if any(metadata_violations(_embedded_prompts(spec) | {"other": "." * _OTHER_METADATA_BYTES})):
+        yield Violation(
+            "embed_prompt",
+            f"is true; the prompts are longer than the {METADATA_BYTE_LIMIT} bytes that a file holds",
+        )
     if preview_interval_steps < 0:
         yield Violation(
             "preview_interval_steps", f"is {preview_interval_steps}; must be at least 0, which means none"
@@ -189,6 +199,14 @@ def _quality_violations(spec: ImageSpec) -> Iterator[Violation]:
         yield Violation("quality", "is not taken by lossless formats; leave it out or choose JPEG or WebP")
     elif not 1 <= spec.quality <= 100:
         yield Violation("quality", f"is {spec.quality}; must be in [1, 100]")
+
+
+def _embedded_prompts(spec: ImageSpec) -> dict[str, str]:
+    if not spec.embed_prompt:
+        return {}
+    return {"prompt": spec.prompt} | (
+        {"negative_prompt": spec.negative_prompt} if spec.negative_prompt else {}
+    )
 
 
 def _format_name(spec: ImageSpec) -> str:

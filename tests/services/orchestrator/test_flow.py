@@ -112,6 +112,13 @@ async def test_the_file_is_told_its_seed_but_not_the_prompt(suite):
     assert dict(suite.vae_decoder.decode_specs[0].metadata) == {"model": "fake", "seed": "5", "steps": "4"}
 
 
+async def test_the_file_holds_the_prompts_of_a_client_that_asks_for_it(suite):
+    suite.denoiser.distilled = False
+    await generate(suite, prompt="a fox", negative_prompt="blur", seed=5, embed_prompt=True)
+    metadata = dict(suite.vae_decoder.decode_specs[0].metadata)
+    assert (metadata["prompt"], metadata["negative_prompt"], metadata["seed"]) == ("a fox", "blur", "5")
+
+
 async def test_a_base_model_gets_its_defaults_and_a_negative_prompt(suite):
     suite.denoiser.distilled = False
     response = await generate(suite, prompt="fox", negative_prompt="blur", seed=2)

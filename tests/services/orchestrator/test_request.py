@@ -60,6 +60,7 @@ async def suite():
         ({"guidance_scale": float("inf")}, "guidance_scale", "finite"),
         ({"negative_prompt": "blur"}, "negative_prompt", "distilled"),
         ({"prompt": "x" * 32769}, "prompt", "32768"),
+        ({"prompt": "é" * 32768, "embed_prompt": True}, "embed_prompt", "60000"),
         ({"priority": 9}, "priority", "PRIORITY_BATCH"),
     ],
 )
