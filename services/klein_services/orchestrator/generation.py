@@ -39,7 +39,7 @@ class Generation:
     directory: StageDirectory
     cache: TensorCache
     limits: RequestLimits = field(default_factory=RequestLimits)
-    places: ConcurrencyLimit = field(default_factory=lambda: ConcurrencyLimit(256))
+    slots: ConcurrencyLimit = field(default_factory=lambda: ConcurrencyLimit(256))
     """Requests that may be in progress."""
     maximum_seconds: float = 3600.0
     """Longest time that a request may take, also one without a deadline."""

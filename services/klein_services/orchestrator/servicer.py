@@ -109,7 +109,7 @@ class ImageApi(ImageServiceServicer):
         summary = GenerationSummary()
         remaining = context.time_remaining()
         events = self._generation.events(request.spec, remaining_seconds=remaining, tells_progress=False)
-        with self._generation.places.one():
+        with self._generation.slots.slot():
             async with aclosing(events):
                 async for event in events:
                     if isinstance(event, ImageEvent):
@@ -135,7 +135,7 @@ class ImageApi(ImageServiceServicer):
             preview_interval_steps=request.preview_interval_steps,
         )
         seconds = self._generation.maximum_seconds
-        with self._generation.places.one():
+        with self._generation.slots.slot():
             try:
                 async with asyncio.timeout(seconds), aclosing(events):
                     async for event in events:
@@ -173,7 +173,7 @@ class Orchestrator(Application):
             directory=StageDirectory(self._channels, settings.describe_ttl_seconds),
             cache=TensorCache(settings.cache_bytes),
             limits=settings.limits(),
-            places=ConcurrencyLimit(settings.queue_limit),
+            slots=ConcurrencyLimit(settings.queue_limit),
             maximum_seconds=settings.maximum_request_seconds,
             image_metadata=settings.image_metadata,
         )

@@ -1,4 +1,4 @@
-"""A bound on how many requests a server carries at once."""
+"""Bound on the number of requests that a server holds at once."""
 
 from __future__ import annotations
 
@@ -8,41 +8,40 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from klein_services.runtime.errors import QueueFull, ReceiveTimeout
+from klein_services.runtime.grpc_quirks import discard_unread
+
+_Message = TypeVar("_Message")
 
 
 class ConcurrencyLimit:
-    """Refuses a request that finds no place, at once and before memory is taken for it.
+    """A semaphore that never waits: a request that finds no free slot is refused at once.
 
-    A worker's queue bounds only what waits for that worker; requests that are still received, or whose answer
-    a slow caller has not taken, hold memory as well.
+    A worker's queue bounds only what waits for that worker. Requests that are still being received, or whose
+    answer a slow client has not read, hold memory as well, and those are what this bounds.
 
     Args:
-        limit: most requests that hold a place.
+        limit: number of slots.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.taken_count = 0
+        self.in_use = 0
+        """Slots that are taken."""
 
     @contextmanager
-    def one(self) -> Iterator[None]:
-        """Holds a place for as long as the block runs.
+    def slot(self) -> Iterator[None]:
+        """Holds a slot while the block runs.
 
         Raises:
-            QueueFull: all are taken.
+            QueueFull: all slots are taken.
         """
-        if self.taken_count >= self.limit:
+        if self.in_use >= self.limit:
             raise QueueFull(self.limit)
-        self.taken_count += 1
+        self.in_use += 1
         try:
             yield
         finally:
-            self.taken_count -= 1
-
-
-_Message = TypeVar("_Message")
-_DISCARD_SECONDS = 2.0
-_PAUSE_SECONDS = 0.1
+            self.in_use -= 1
 
 
 async def receive(
@@ -64,19 +63,5 @@ async def receive(
     except TimeoutError:
         raise ReceiveTimeout(timeout_seconds) from None
     except Exception:
-        await _discard(iterator)
+        await discard_unread(iterator)
         raise
-
-
-async def _discard(iterator: AsyncIterator[_Message]) -> None:
-    """Takes messages until the caller pauses.
-
-    gRPC's Python client reports INTERNAL in place of a status that arrives while it writes.
-    """
-    try:
-        async with asyncio.timeout(_DISCARD_SECONDS):
-            while True:
-                async with asyncio.timeout(_PAUSE_SECONDS):
-                    await anext(iterator)
-    except (TimeoutError, StopAsyncIteration):
-        return

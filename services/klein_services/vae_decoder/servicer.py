@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -18,9 +16,9 @@ from klein_core.params import SIZE_MULTIPLE_PX, Limits
 from klein_core.vae_decoder.decoder import VaeDecoder, image_tensor
 from klein_core.vae_decoder.image_io import ReferenceLimits, encode_image, prepare_reference
 from klein_core.vae_decoder.tiling import TilingPolicy
-from klein_services.runtime.admission import ConcurrencyLimit, receive
-from klein_services.runtime.errors import StageUnavailable
+from klein_services.runtime.admission import ConcurrencyLimit
 from klein_services.runtime.frames import MAX_FRAME_BYTES
+from klein_services.runtime.request_parts import read_parts
 from klein_services.runtime.stage import Loaded, ModelService, deadline_of, duration
 from klein_services.runtime.tensors import (
     dtype_name,
@@ -32,7 +30,14 @@ from klein_services.runtime.tensors import (
     tensor_frames,
 )
 from klein_services.runtime.worker import Completed, Worker
-from klein_services.vae_decoder.requests import DecodeRequest, Encoding, ReferenceRequest
+from klein_services.vae_decoder.request import (
+    Encoding,
+    image_encoding,
+    latents_tensor,
+    read_file,
+    read_latents,
+    reference_field,
+)
 from klein_services.vae_decoder.settings import VaeDecoderSettings
 
 ENCODE_REFERENCE = "encode-reference"
@@ -41,98 +46,59 @@ READ_REFERENCE = "read-reference"
 WRITE_IMAGE = "write-image"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Workers:
-    """Two threads, so that the device does not wait for the CPU to compress a picture."""
-
-    device: Worker
-    """Runs the autoencoder."""
-    files: Worker
-    """Reads and writes image files."""
-
-
 class VaeDecoderServicer(vae_decoder_service_pb2_grpc.VaeDecoderServiceServicer):
-    """Implements VaeDecoderService.
+    """Implements VaeDecoderService; called only while the stage serves, so its model is loaded."""
 
-    Args:
-        workers: compute.
-        places: bounds the requests that hold memory.
-        settings: model name and limits.
-        decoder: returns the loaded model.
-    """
-
-    def __init__(
-        self,
-        workers: Workers,
-        places: ConcurrencyLimit,
-        settings: VaeDecoderSettings,
-        decoder: Callable[[], VaeDecoder],
-    ) -> None:
-        self._workers = workers
-        self._places = places
-        self._settings = settings
-        self._limits = Limits(pixel_count=settings.maximum_pixel_count)
-        self._decoder = decoder
+    def __init__(self, stage: VaeDecoderApplication) -> None:
+        self._stage = stage
 
     async def EncodeReference(
         self,
         request_iterator: AsyncIterator[pb.EncodeReferenceRequest],
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> AsyncIterator[pb.EncodeReferenceResponse]:
-        with ExitStack() as held:
-            request = ReferenceRequest(
-                self._settings.model_name, self._settings.reference_bytes, self._admission(held)
-            )
-            await self._receive(request_iterator, request)
-            deadline = deadline_of(context)
-            read = await self._workers.files.run(
-                lambda: self._read(request), operation=READ_REFERENCE, deadline=deadline
-            )
-            encoded = await self._workers.device.run(
-                lambda: self._encode(read.value), operation=ENCODE_REFERENCE, deadline=deadline
-            )
-            yield pb.EncodeReferenceResponse(summary=_reference_summary(read, encoded))
-            for frame in tensor_frames(encoded.value):
-                yield pb.EncodeReferenceResponse(reference_latents=frame)
+        stage, settings, deadline = self._stage, self._stage.settings, deadline_of(context)
+        async with read_parts(request_iterator, timeout_seconds=settings.receive_timeout_seconds) as parts:
+            field = reference_field((await parts.spec_part()).spec, settings.model_name)
+            with stage.slots.slot():
+                chunks = await read_file(parts, field, settings.reference_bytes)
+                read = await stage.files.run(
+                    lambda: stage.read_reference(b"".join(chunks), field),
+                    operation=READ_REFERENCE,
+                    deadline=deadline,
+                )
+                encoded = await stage.worker.run(
+                    lambda: host_tensor(stage.decoder.encode(read.value)),
+                    operation=ENCODE_REFERENCE,
+                    deadline=deadline,
+                )
+                yield pb.EncodeReferenceResponse(summary=_reference_summary(read, encoded))
+                for frame in tensor_frames(encoded.value):
+                    yield pb.EncodeReferenceResponse(reference_latents=frame)
 
     async def DecodeLatents(
         self,
         request_iterator: AsyncIterator[pb.DecodeLatentsRequest],
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> AsyncIterator[pb.DecodeLatentsResponse]:
-        channels = self._decoder().config.packed_channels
-        with ExitStack() as held:
-            request = DecodeRequest(self._settings.model_name, channels, self._limits, self._admission(held))
-            await self._receive(request_iterator, request)
-            encoding, deadline = request.encoding, deadline_of(context)
-            decoded = await self._workers.device.run(
-                lambda: self._decoder().decode(request.latents()), operation=DECODE, deadline=deadline
-            )
-            written = await self._workers.files.run(
-                lambda: encode_image(decoded.value, encoding.name, encoding.quality, encoding.metadata),
-                operation=WRITE_IMAGE,
-                deadline=deadline,
-            )
-            yield pb.DecodeLatentsResponse(summary=_decode_summary(decoded, written, encoding))
-            view = memoryview(written.value)
-            for start in range(0, len(view), MAX_FRAME_BYTES):
-                yield pb.DecodeLatentsResponse(image_chunk=bytes(view[start : start + MAX_FRAME_BYTES]))
-
-    def _admission(self, held: ExitStack) -> Callable[[], None]:
-        """Returns what takes a place and leaves it to `held`; called while receiving, which refuses in order."""
-        return lambda: held.enter_context(self._places.one())
-
-    async def _receive(self, messages: AsyncIterator[Any], request: ReferenceRequest | DecodeRequest) -> None:
-        """Receives a whole request within the time that there is for it."""
-        await receive(messages, request.accept, timeout_seconds=self._settings.receive_timeout_seconds)
-        request.require_finished()
-
-    def _read(self, request: ReferenceRequest) -> torch.Tensor:
-        limits = self._decoder().reference_limits
-        return image_tensor(prepare_reference(request.file(), field=request.field, limits=limits))
-
-    def _encode(self, image: torch.Tensor) -> torch.Tensor:
-        return host_tensor(self._decoder().encode(image))
+        stage, settings, deadline = self._stage, self._stage.settings, deadline_of(context)
+        channels = stage.decoder.config.packed_channels
+        async with read_parts(request_iterator, timeout_seconds=settings.receive_timeout_seconds) as parts:
+            encoding = image_encoding((await parts.spec_part()).spec, settings.model_name)
+            with stage.slots.slot():
+                frames = await read_latents(parts, encoding, channels, stage.limits)
+                decoded = await stage.worker.run(
+                    lambda: stage.decoder.decode(latents_tensor(frames)), operation=DECODE, deadline=deadline
+                )
+                written = await stage.files.run(
+                    lambda: encode_image(decoded.value, encoding.name, encoding.quality, encoding.metadata),
+                    operation=WRITE_IMAGE,
+                    deadline=deadline,
+                )
+                yield pb.DecodeLatentsResponse(summary=_decode_summary(decoded, written, encoding))
+                view = memoryview(written.value)
+                for start in range(0, len(view), MAX_FRAME_BYTES):
+                    yield pb.DecodeLatentsResponse(image_chunk=bytes(view[start : start + MAX_FRAME_BYTES]))
 
 
 def _reference_summary(
@@ -170,43 +136,38 @@ class VaeDecoderApplication(ModelService):
 
     def __init__(self, settings: VaeDecoderSettings) -> None:
         super().__init__(settings)
-        self._settings = settings
-        # Requests that are received, computed or answered; each may hold a file or an image.
-        self.places = ConcurrencyLimit(2 * settings.queue_limit)
-        # What has been decoded must not be refused for want of a place, so this queue has one for all of them.
-        self._files = Worker(f"{self.name}-files", self.places.limit)
-        self._decoder: VaeDecoder | None = None
-
-    @property
-    def decoder(self) -> VaeDecoder:
-        """The loaded model.
-
-        Raises:
-            StageUnavailable: it is not loaded yet.
-        """
-        if self._decoder is None:
-            raise StageUnavailable("the model is not loaded")
-        return self._decoder
+        self.settings = settings
+        self.limits = Limits(pixel_count=settings.maximum_pixel_count)
+        self.slots = ConcurrencyLimit(2 * settings.queue_limit)
+        """Requests that are received, computed or answered; each may hold a file or an image."""
+        # Not the device's worker, which must not wait while the CPU compresses an image. One place in the
+        # queue for every slot: an image that has been decoded must not be refused here.
+        self.files = Worker(f"{self.name}-files", self.slots.limit)
+        """Reads and writes image files."""
+        self.decoder: VaeDecoder
+        """The model; set by `load_model`."""
 
     def register(self, server: grpc.aio.Server) -> None:
         super().register(server)
-        workers = Workers(device=self.worker, files=self._files)
-        servicer = VaeDecoderServicer(workers, self.places, self._settings, lambda: self.decoder)
-        vae_decoder_service_pb2_grpc.add_VaeDecoderServiceServicer_to_server(servicer, server)
+        vae_decoder_service_pb2_grpc.add_VaeDecoderServiceServicer_to_server(VaeDecoderServicer(self), server)
+
+    def read_reference(self, data: bytes, field: str) -> torch.Tensor:
+        """Returns the pixels of a reference's file as the autoencoder takes them; `field` names it in errors."""
+        return image_tensor(prepare_reference(data, field=field, limits=self.decoder.reference_limits))
 
     def load_model(self) -> Loaded:
-        set_threads(self._settings.threads)
-        device = resolve_device(self._settings.device)
+        set_threads(self.settings.threads)
+        device = resolve_device(self.settings.device)
         report_memory(self.name, device)
         decoder = VaeDecoder.from_folder(
-            self._settings.model_files(VAE),
+            self.settings.model_files(VAE),
             device,
-            resolve_dtype(self._settings.dtype),
-            ReferenceLimits(byte_count=self._settings.reference_bytes),
-            TilingPolicy(self._settings.tiling, (self._settings.tiling_limit_mib << 20) or None),
+            resolve_dtype(self.settings.dtype),
+            ReferenceLimits(byte_count=self.settings.reference_bytes),
+            TilingPolicy(self.settings.tiling, (self.settings.tiling_limit_mib << 20) or None),
         )
-        _warm_up(decoder, self._settings.warm_up_size_px)
-        self._decoder = decoder
+        _warm_up(decoder, self.settings.warm_up_size_px)
+        self.decoder = decoder
         facts = stage_service_pb2.VaeDecoderFacts(latent_channels=decoder.config.packed_channels)
         return Loaded(
             device=str(device),
@@ -217,7 +178,7 @@ class VaeDecoderApplication(ModelService):
 
     async def close(self) -> None:
         await super().close()
-        self._files.close()
+        self.files.close()
 
 
 def _warm_up(decoder: VaeDecoder, size_px: int) -> None:

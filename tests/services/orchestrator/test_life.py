@@ -146,9 +146,9 @@ async def test_a_caller_that_does_not_read_keeps_its_place_for_so_long_only(monk
     async with FakeSuite(settings=settings).running() as suite:
         spec = ImageSpec(image_count=8)
         call = suite.images.StreamGenerateImage(StreamGenerateImageRequest(spec=spec))
-        places = suite.orchestrator.generation.places
-        await until(lambda: places.taken_count == 1)
-        await until(lambda: places.taken_count == 0)
+        slots = suite.orchestrator.generation.slots
+        await until(lambda: slots.in_use == 1)
+        await until(lambda: slots.in_use == 0)
         await nothing_left_running()
         assert len((await generate(suite)).images) == 1
         assert (await failure(drained(call))).code() is grpc.StatusCode.DEADLINE_EXCEEDED

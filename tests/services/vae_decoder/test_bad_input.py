@@ -14,9 +14,10 @@ from klein_core.errors import InvalidInput
 from klein_core.params import Limits
 from klein_services.runtime.channels import open_channel
 from klein_services.runtime.frames import MAX_FRAME_BYTES
+from klein_services.runtime.request_parts import read_parts
 from klein_services.runtime.server import running_server
 from klein_services.runtime.tensors import tensor_frames
-from klein_services.vae_decoder.requests import DecodeRequest
+from klein_services.vae_decoder.request import image_encoding, read_latents
 from tests.services.fakes.runtime_toy import until
 from tests.services.fakes.vae_decoder_calls import (
     LIMIT_BYTES,
@@ -186,11 +187,15 @@ async def test_bad_latents_name_field_and_limit(stub, case):
 
 async def test_a_side_that_the_format_cannot_have_is_refused_with_the_first_frame():
     webp = image_pb2.IMAGE_FORMAT_WEBP
-    request = DecodeRequest("", 16, Limits(), admit=lambda: None)
-    spec, frame = islice(decode_parts(latents(4, 1024), format=webp), 2)
-    request.accept(spec)
-    with pytest.raises(InvalidInput, match=r"width_px is 16384; webp ends at 16383"):
-        request.accept(frame)
+
+    async def spec_and_first_frame():
+        for part in islice(decode_parts(latents(4, 1024), format=webp), 2):
+            yield part
+
+    async with read_parts(spec_and_first_frame(), timeout_seconds=30) as parts:
+        encoding = image_encoding((await parts.spec_part()).spec, "")
+        with pytest.raises(InvalidInput, match=r"width_px is 16384; webp ends at 16383"):
+            await read_latents(parts, encoding, 16, Limits())
 
 
 @pytest.mark.parametrize("method", ["EncodeReference", "DecodeLatents"])
@@ -239,7 +244,7 @@ async def test_a_stream_that_never_ends_is_given_up(application, stub, never_end
     details = await refusal(call.read())
     assert (details.code, details.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, "RECEIVE_TIMEOUT")
     assert (application.worker.queued_count, application.worker.running_count) == (0, 0)
-    await until(lambda: application.places.taken_count == 0)
+    await until(lambda: application.slots.in_use == 0)
 
 
 def handlers():
@@ -283,10 +288,10 @@ async def test_requests_beyond_the_places_are_refused_before_anything_is_kept(ti
             await asyncio.sleep(60)
 
         calls = [stub.DecodeLatents(stalled()) for _ in range(2)]
-        await until(lambda: application.places.taken_count == 2)
+        await until(lambda: application.slots.in_use == 2)
         details = await refusal(decode(stub, decode_parts(latents())))
         assert (details.code, details.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
         for call in calls:
             call.cancel()
-        await until(lambda: application.places.taken_count == 0)
+        await until(lambda: application.slots.in_use == 0)
         await decode(stub, decode_parts(latents()))

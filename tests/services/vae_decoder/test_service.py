@@ -121,7 +121,7 @@ class Painter:
 
 async def test_an_image_larger_than_a_chunk_comes_in_chunks(application, stub, monkeypatch):
     painter = Painter(application.decoder)
-    monkeypatch.setattr(application, "_decoder", painter)
+    monkeypatch.setattr(application, "decoder", painter)
     summary, data = await decode(stub, decode_parts(latents(), format=image_pb2.IMAGE_FORMAT_RAW_RGB))
     assert data == painter.pixels.numpy().tobytes()
     assert summary.size_bytes == 3 * MAX_FRAME_BYTES
