@@ -1,8 +1,10 @@
-"""The embedded model's trainer: its optimizer, its batches, and that a run can stop and go on."""
+"""The embedded model's trainer: command line, optimizer, batches, resuming. Needs a clone: `training/`."""
 
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +21,19 @@ from training.pico.batches import Batch, Supply
 from training.pico.checkpoints import load_state, save_state
 from training.pico.mixture import FAMILIES, REFERENCE_COUNT
 from training.pico.muon import Muon, orthogonalized
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    ("module", "flag"), [("train", "--flow-minutes"), ("evaluate", "--count"), ("samples", "--output")]
+)
+def test_the_commands_start_from_a_clone(module: str, flag: str) -> None:
+    command = [sys.executable, "-m", f"training.pico.{module}", "--help"]
+    done = subprocess.run(command, cwd=ROOT, env={}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: python -m training.pico.{module}")
+    assert flag in done.stdout
 
 
 @pytest.fixture(autouse=True)
@@ -130,9 +145,9 @@ def test_flow_training_learns_and_goes_on_after_a_stop(
 ) -> None:
     monkeypatch.setattr(flow_training, "_TOKENS_PER_STEP", 240)
     monkeypatch.setattr(flow_training, "_WARM_UP_STEPS", 1)
-    plan = flow_training.Plan(tmp_path / "flow.ckpt", seconds=1000.0)
+    config = flow_training.FlowTrainingConfig(tmp_path / "flow.ckpt", seconds=1000.0)
     batch = small_batch(supply, "text to image")
-    run = flow_training.Training(plan, new_model(), supply)
+    run = flow_training.Training(config, new_model(), supply)
 
     def error() -> float:
         torch.manual_seed(3)
@@ -144,7 +159,7 @@ def test_flow_training_learns_and_goes_on_after_a_stop(
         run._one_step()
     assert error() < before
     run.save()
-    resumed = flow_training.Training(plan, new_model(), supply)
+    resumed = flow_training.Training(config, new_model(), supply)
     assert resumed.step == run.step == 4
     for old, new in zip(run.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(old, new)
@@ -154,11 +169,11 @@ def test_the_autoencoder_learns_and_its_encoder_stays_when_the_decoder_is_refine
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vae_training, "_STATISTICS_PICTURES", 32)
-    plan = vae_training.Plan(tmp_path / "vae.ckpt", seconds=1.5)
-    finished = vae_training.train(plan)
-    again = vae_training.train(plan)
+    config = vae_training.VaeTrainingConfig(tmp_path / "vae.ckpt", seconds=1.5)
+    finished = vae_training.train(config)
+    again = vae_training.train(config)
     assert torch.equal(again.encoder.conv_in.weight, finished.encoder.conv_in.weight)
-    refined = decoder_training.refine_decoder(plan.state, tmp_path / "decoder.ckpt", 1.0)
+    refined = decoder_training.refine_decoder(config.state, tmp_path / "decoder.ckpt", 1.0)
     assert torch.equal(refined.encoder.conv_in.weight, finished.encoder.conv_in.weight)
     assert not torch.equal(refined.decoder.conv_out.weight, finished.decoder.conv_out.weight)
 
@@ -175,9 +190,9 @@ def test_a_stopped_autoencoder_s_training_goes_on_with_other_scenes(
         return torch.zeros(1, 3, 64, 64)
 
     monkeypatch.setattr(vae_training, "_batch_for", batch)
-    plan = vae_training.Plan(tmp_path / "vae.ckpt", seconds=60, report_every=1)
+    config = vae_training.VaeTrainingConfig(tmp_path / "vae.ckpt", seconds=60, report_every=1)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            vae_training.train(plan)
+            vae_training.train(config)
     first, _, resumed = draws
     assert resumed != first

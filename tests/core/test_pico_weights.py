@@ -1,4 +1,7 @@
-"""The embedded checkpoint itself: it loads here and in diffusers, it is small, and its pictures mean something."""
+"""The embedded checkpoint itself: it loads here and in diffusers, it is small, and its images mean something.
+
+Needs a clone: `training/` draws the references.
+"""
 
 from __future__ import annotations
 

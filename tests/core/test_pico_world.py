@@ -1,4 +1,4 @@
-"""The embedded model's world: pictures, captions and the measure that judges them."""
+"""The embedded model's world: images, captions and the measure that judges them. Needs a clone: `training/`."""
 
 from __future__ import annotations
 
@@ -62,18 +62,18 @@ def test_a_picture_of_another_scene_is_judged_wrong(seed: int) -> None:
         assert not judge(render(other, 128, 128), scene).everything
 
 
-@pytest.mark.parametrize("missed", ["background", "colour", "shape", "place", "size"])
+@pytest.mark.parametrize("missed", ["background", "color", "shape", "place", "size"])
 def test_each_property_is_judged_by_itself(missed: str) -> None:
     scene = Scene(Background.plain("white"), (Item("star", "red", "left", "medium"),))
     wrong = {
         "background": Scene(Background.plain("yellow"), scene.items),
-        "colour": Scene(scene.background, (Item("star", "blue", "left", "medium"),)),
+        "color": Scene(scene.background, (Item("star", "blue", "left", "medium"),)),
         "shape": Scene(scene.background, (Item("heart", "red", "left", "medium"),)),
         "place": Scene(scene.background, (Item("star", "red", "top", "medium"),)),
         "size": Scene(scene.background, (Item("star", "red", "left", "large"),)),
     }[missed]
     judgment = judge(render(wrong, 128, 128), scene)
-    judged = {name: getattr(judgment, name) for name in ("background", "colour", "shape", "place", "size")}
+    judged = {name: getattr(judgment, name) for name in ("background", "color", "shape", "place", "size")}
     assert judged == {name: name != missed for name in judged}
 
 
@@ -139,12 +139,12 @@ def test_an_edit_changes_the_picture_and_only_as_its_kind_says(seed: int) -> Non
         assert before != after
         assert (before.background != after.background) == (kind == "background")
         assert len(after.items) - len(before.items) == {"add": 1, "remove": -1}.get(kind, 0)
-        if kind in ("colour", "shape", "move", "size"):
-            changed = {"colour": "colour", "shape": "shape", "move": "place", "size": "size"}[kind]
+        if kind in ("color", "shape", "move", "size"):
+            changed = {"color": "color", "shape": "shape", "move": "place", "size": "size"}[kind]
             differing = [
                 name
                 for old, new in zip(before.items, after.items, strict=True)
-                for name in ("shape", "colour", "place", "size")
+                for name in ("shape", "color", "place", "size")
                 if getattr(old, name) != getattr(new, name)
             ]
             assert differing == [changed]

@@ -1,4 +1,4 @@
-"""Encoded training batches, each used several times with fresh noise because encoding pictures is dear."""
+"""Encoded training batches, each used several times with fresh noise because encoding images is slow."""
 
 from __future__ import annotations
 

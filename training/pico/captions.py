@@ -1,6 +1,6 @@
-"""Says in words what a scene shows, in many ways, for text-to-image.
+"""Captions of scenes for text-to-image, in many wordings.
 
-What is left unsaid has one meaning: a medium size, the center, a white background, two items side by side.
+Defaults of attributes that a caption omits: a medium size, the center, a white background, two items side by side.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _OPENINGS = (
 _ENDINGS = (" please", ", please", " thanks", ", flat style", ", simple shapes", ", minimalist", ", high quality",
             ", vector art", ", clean edges", ", nothing else", ", flat colors")  # fmt: skip
 FREE_SHARE = 0.35
-"""How often a caption is in free words instead of a template's."""
+"""Share of captions in free words instead of a template's."""
 _ADJECTIVES = ("nice", "simple", "flat", "single", "beautiful", "pretty", "lovely", "solid", "perfect", "clean", "bold",
                "shiny", "neat", "lone", "cute", "geometric")  # fmt: skip
 
@@ -59,7 +59,7 @@ def finished(text: str, rng: random.Random) -> str:
 
 
 def with_stray_word(text: str, rng: random.Random) -> str:
-    """Puts one word that means nothing here somewhere before another word."""
+    """Inserts one word from outside the vocabulary before a random word."""
     words = text.split(" ")
     draw = rng.random()
     if draw < 0.8:

@@ -1,4 +1,4 @@
-"""Training state on disk, written whole or not at all, and the lines that tell how training goes."""
+"""Training state on disk, written whole or not at all, and the progress lines of training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Writes a training state beside its place and moves it there in one step."""
+    """Writes a training state to a temporary file in the same folder, then renames it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
     torch.save(state, unfinished)
@@ -27,6 +27,6 @@ def load_state(path: Path) -> dict[str, Any] | None:
 
 
 def report(line: str) -> None:
-    """Prints one line of progress at once, also into a file."""
+    """Prints one line of progress and flushes it, also when stdout is a file."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Sharpens the decoder while the encoder, and with it the meaning of every latent, stays as it is."""
+"""Training of the decoder alone: the encoder, and so the meaning of every latent, stays fixed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def refine_decoder(source: Path, state: Path, seconds: float) -> Autoencoder:
     both = _optimizers(autoencoder)
     step, elapsed = 0, 0.0
     if saved:
-        for optimizer, old in zip(both, saved["optimisers"], strict=True):
+        for optimizer, old in zip(both, saved["optimizers"], strict=True):
             optimizer.load_state_dict(old)
         step, elapsed = int(saved["step"]), float(saved["elapsed"])
     rng = random.Random(6 + step)
@@ -123,7 +123,7 @@ def _save(
         path,
         {
             "autoencoder": autoencoder.state_dict(),
-            "optimisers": [optimizer.state_dict() for optimizer in both],
+            "optimizers": [optimizer.state_dict() for optimizer in both],
             "step": step,
             "elapsed": elapsed,
         },

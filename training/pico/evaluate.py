@@ -1,6 +1,6 @@
-"""Measures how often pico does what it is asked: `python -m training.pico.evaluate`.
+"""Evaluation of pico on prompts with known right images: `python -m training.pico.evaluate`.
 
-Scenes, prompts and noise come from fixed seeds that training does not use. See `measure` for what "right" means.
+Scenes, prompts and noise come from fixed seeds that training does not use. `measure` defines "right".
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 from klein_core.pico import WEIGHTS
 from training.pico.measure import Judgment, judge
-from training.pico.painter import Order, Painter
+from training.pico.painter import Painter, PaintRequest
 from training.pico.scenes import any_background, any_item, any_scene, double_scene
 from training.pico.tasks import (
     EDIT_KINDS,
@@ -34,12 +34,12 @@ from training.pico.world import Background, Item, Scene, is_held_out, render
 _HERE = Path(__file__).resolve().parent
 PARAPHRASES = _HERE / "paraphrases.json"
 BLIND_PARAPHRASES = _HERE / "blind_paraphrases.json"
-"""Written from a description of the world alone, by someone who had seen neither templates nor other prompts."""
+"""Written from a description of the world alone, by an author who had seen neither templates nor other prompts."""
 USUAL: tuple[int, int] = (128, 128)
 SIZES = ((64, 64), (96, 96), (160, 160), (192, 192), (256, 256), (64, 128), (128, 64), (192, 128), (128, 256),
          (256, 96), (112, 208), (240, 176))  # fmt: skip
 OTHER_REFERENCES = ((64, 64), (128, 192), (192, 192), (96, 96), (256, 128))
-COLUMNS = ("background", "colour", "shape", "place", "size", "everything", "overlap")
+COLUMNS = ("background", "color", "shape", "place", "size", "everything", "overlap")
 PARTS = ("all", "words", "references", "rest")
 _SEED = 20_260_000
 
@@ -100,8 +100,8 @@ class Evaluation:
         """Paints `count` tasks at one size; references have the same size unless another is given."""
         rng = _random(name)
         drawn = [make(rng) for _ in range(count)]
-        orders = [
-            Order(
+        requests = [
+            PaintRequest(
                 task.prompt,
                 *size,
                 seed=_SEED + index,
@@ -110,7 +110,7 @@ class Evaluation:
             )
             for index, task in enumerate(drawn)
         ]
-        pictures = self._painter.paint(orders)
+        pictures = self._painter.paint(requests)
         return [judge(picture, task.target) for picture, task in zip(pictures, drawn, strict=True)]
 
     def text_to_image(self, count: int) -> None:
@@ -152,12 +152,12 @@ class Evaluation:
         """Paints every hand-written prompt of a file with several seeds, about `count` pictures in all."""
         written = [paraphrase(entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
         drawn = [task for task in written for _ in range(max(1, count // len(written)))]
-        orders = [
-            Order(task.prompt, *USUAL, seed=_SEED + index, references=task.references,
+        requests = [
+            PaintRequest(task.prompt, *USUAL, seed=_SEED + index, references=task.references,
                   reference_sizes=(USUAL,) * len(task.references))
             for index, task in enumerate(drawn)
         ]  # fmt: skip
-        judged = [judge(p, task.target) for p, task in zip(self._painter.paint(orders), drawn, strict=True)]
+        judged = [judge(p, task.target) for p, task in zip(self._painter.paint(requests), drawn, strict=True)]
         self.add(f"{title} ({len(written)} hand-written)", judged)
 
     def controls(self, count: int) -> None:
@@ -211,7 +211,9 @@ def _print_row(row: Row) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.pico.evaluate", description=__doc__)
     parser.add_argument("--count", type=int, default=500, help="pictures of each group")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16"), default="fp32", help="precision of weights and activations"
+    )
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="checkpoint folder")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument(

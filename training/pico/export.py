@@ -1,4 +1,4 @@
-"""Writes what was trained as a checkpoint in the diffusers folder layout."""
+"""Export of the trained parts as a checkpoint in the diffusers folder layout."""
 
 from __future__ import annotations
 

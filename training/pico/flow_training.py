@@ -1,4 +1,4 @@
-"""Trains pico's flow transformer together with its text encoder.
+"""Joint training of pico's flow transformer and text encoder.
 
 The world is deterministic, so the velocity is a function of prompt and references even at full noise, and four
 steps are enough. Most of the practice is therefore at the noise levels of the four-step schedule.
@@ -52,7 +52,7 @@ _WARM_UP_STEPS = 30
 
 
 class Model(nn.Module):
-    """What is trained: transformer, text encoder, and the read-outs that keep the encoder legible."""
+    """The trained parts: transformer, text encoder, and the read-outs that keep the encoder legible."""
 
     def __init__(self, encoder: Qwen3Model, read_outs: ReadOuts) -> None:
         super().__init__()
@@ -159,8 +159,8 @@ class Average:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How long to train, where the state is, and which of how many processes this is."""
+class FlowTrainingConfig:
+    """Training time, path of the state, and the rank of this process."""
 
     state: Path
     seconds: float
@@ -179,32 +179,32 @@ def learning_rate(progress: float, step: int) -> float:
 class Training:
     """A run that can stop and go on at any step."""
 
-    def __init__(self, plan: Plan, model: Model, supply: Supply) -> None:
-        self.plan, self.model, self.supply = plan, model, supply
-        self.optimizers = optimizers(model, (plan.rank, plan.processes))
+    def __init__(self, config: FlowTrainingConfig, model: Model, supply: Supply) -> None:
+        self.config, self.model, self.supply = config, model, supply
+        self.optimizers = optimizers(model, (config.rank, config.processes))
         self.average = Average(model)
         self.step, self.elapsed = 0, 0.0
         self._sums: dict[str, list[float]] = {}
         self._resume()
-        self._rng = random.Random(1000 * plan.rank + self.step)
-        torch.manual_seed(1000 * plan.rank + self.step)
+        self._rng = random.Random(1000 * config.rank + self.step)
+        torch.manual_seed(1000 * config.rank + self.step)
 
     @property
     def progress(self) -> float:
-        return self.elapsed / self.plan.seconds
+        return self.elapsed / self.config.seconds
 
     def run(self) -> None:
-        """Trains until the planned time is over."""
+        """Trains until the configured time is over."""
         started = saved = time.monotonic() - self.elapsed
         while self.progress < 1:
             self._one_step()
             self.elapsed = self._agreed(time.monotonic() - started)
-            if self.plan.rank == 0 and self.step % self.plan.report_every == 0:
+            if self.config.rank == 0 and self.step % self.config.report_every == 0:
                 self._report()
-            if self.plan.rank == 0 and time.monotonic() - saved > self.plan.save_every_seconds:
+            if self.config.rank == 0 and time.monotonic() - saved > self.config.save_every_seconds:
                 self.save()
                 saved = time.monotonic()
-        if self.plan.rank == 0:
+        if self.config.rank == 0:
             self.save()
 
     def _one_step(self) -> None:
@@ -234,18 +234,18 @@ class Training:
         self.step += 1
 
     def _share_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        if self.plan.processes == 1:
+        if self.config.processes == 1:
             return
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         distributed.all_reduce(flat)
-        flat /= self.plan.processes
+        flat /= self.config.processes
         pieces = torch.split(flat, [gradient.numel() for gradient in gradients])
         for gradient, piece in zip(gradients, pieces, strict=True):
             gradient.copy_(piece.view_as(gradient))
 
     def _agreed(self, seconds: float) -> float:
-        if self.plan.processes == 1:
+        if self.config.processes == 1:
             return seconds
         clock = torch.tensor([seconds], dtype=torch.float64)
         distributed.broadcast(clock, 0)
@@ -260,7 +260,7 @@ class Training:
         means = "  ".join(
             f"{name} {total / count:.4f}" for name, (total, count) in sorted(self._sums.items())
         )
-        report(f"flow step {self.step}  {self.elapsed:.0f}/{self.plan.seconds:.0f} s  {means}")
+        report(f"flow step {self.step}  {self.elapsed:.0f}/{self.config.seconds:.0f} s  {means}")
         self._sums.clear()
 
     def save(self) -> None:
@@ -269,20 +269,20 @@ class Training:
             "model": self.model.state_dict(),
             "average": self.average.model.state_dict(),
             "average_steps": self.average.steps,
-            "optimisers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
             "elapsed": self.elapsed,
         }
-        save_state(self.plan.state, state)
+        save_state(self.config.state, state)
 
     def _resume(self) -> None:
-        state = load_state(self.plan.state)
+        state = load_state(self.config.state)
         if state is None:
             return
         self.model.load_state_dict(state["model"])
         self.average.model.load_state_dict(state["average"])
         self.average.steps = int(state["average_steps"])
-        for optimizer, saved in zip(self.optimizers, state["optimisers"], strict=True):
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.step, self.elapsed = int(state["step"]), float(state["elapsed"])
 

@@ -1,4 +1,4 @@
-"""Says what a scene shows as people do who have read no template: clauses in any order, in any punctuation.
+"""Captions of scenes in free words: clauses in any order, with any punctuation.
 
 The rules for what is left unsaid are those of `captions`.
 """
@@ -119,7 +119,7 @@ def _one(item: Item, rng: random.Random) -> str:
 
 
 def _in_sentences(item: Item, rng: random.Random) -> str:
-    """Says one thing at a time, in any order but for the shape."""
+    """Returns one sentence for each attribute, in any order; the shape comes first."""
     said = [f"{color_word(item.color, rng)}"]
     if item.place != "center" or rng.random() < 0.5:
         said.append(place_phrase(item.place, rng))

@@ -1,4 +1,4 @@
-"""Says in words how a picture shall be changed, or how two pictures shall become one."""
+"""Prompts of edits of one image and of compositions of two."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ENDINGS = (" please", ", please", ", keep the rest", ", keep everything else th
             ", thanks", " in the picture", " in the image", ", the rest stays", ", nothing else changes",
             " for me", " now", " if you can")  # fmt: skip
 _VAGUE = ("it", "it", "the shape", "the object", "the figure")
-"""How the only item of a picture may be called."""
+"""Words for the only item of an image."""
 
 
 def _polished(text: str, rng: random.Random) -> str:
@@ -40,7 +40,7 @@ def _polished(text: str, rng: random.Random) -> str:
 
 @dataclass(frozen=True)
 class Name:
-    """How an item is referred to, and which of its attributes that says."""
+    """A reference to an item, and the attributes that it names."""
 
     text: str
     said: frozenset[str] = frozenset()
@@ -50,7 +50,7 @@ def name_of(item: Item, scene: Scene, rng: random.Random) -> Name:
     """Refers to one item of a scene so that no other item can be meant."""
     shape = Name(f"the {shape_word(item.shape, rng)}", frozenset({"shape"}))
     full = Name(
-        f"the {color_word(item.color, rng)} {shape_word(item.shape, rng)}", frozenset({"shape", "colour"})
+        f"the {color_word(item.color, rng)} {shape_word(item.shape, rng)}", frozenset({"shape", "color"})
     )
     others = [other for other in scene.items if other != item]
     if not others:
@@ -64,7 +64,7 @@ def name_of(item: Item, scene: Scene, rng: random.Random) -> Name:
     if item.shape != others[0].shape:
         options += [shape, shape]
     if item.color != others[0].color:
-        options.append(Name(f"the {color_word(item.color, rng)} {general}", frozenset({"colour"})))
+        options.append(Name(f"the {color_word(item.color, rng)} {general}", frozenset({"color"})))
     return rng.choice(options)
 
 

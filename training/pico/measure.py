@@ -1,4 +1,4 @@
-"""Judges whether a picture shows a scene, from its pixels alone."""
+"""Judgment of an image against the scene it should show, from pixels alone."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ BACKGROUND_TOLERANCE = 16.0
 LEAST_OVERLAP = 0.6
 """Below this intersection over union with its best template, a shape is no shape."""
 EMPTY_SHARE = 0.003
-"""Share of pixels that may differ from the background where nothing shall be seen."""
+"""Share of pixels that may differ from the background where nothing should be drawn."""
 _CONTRAST = 40.0
 _PALETTE = np.array(list(COLORS.values()), np.float32)
 
 
 @dataclass(frozen=True)
 class Judgment:
-    """What is right about a picture; with two items, each property is right when it is for both."""
+    """The right properties of an image; with two items, each property is right when it is for both."""
 
     background: bool
     color: bool

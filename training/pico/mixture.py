@@ -1,4 +1,4 @@
-"""What flow training practices: which tasks, at which sizes, in which proportion, and when."""
+"""Mixture of tasks and sizes in flow training, by the progress of training."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Pixels = tuple[int, int]
 FAMILIES = ("text to image", "edit", "two references")
 REFERENCE_COUNT = {"text to image": 0, "edit": 1, "two references": 2}
 _EDIT_WEIGHTS = {
-    "colour": 1.4, "shape": 3.4, "background": 0.4, "move": 0.6, "size": 2.2, "add": 0.4, "remove": 2.8
+    "color": 1.4, "shape": 3.4, "background": 0.4, "move": 0.6, "size": 2.2, "add": 0.4, "remove": 2.8
 }  # fmt: skip
-_TWO_WEIGHTS = {"onto background": 1.0, "colour from second": 1.0, "side by side": 1.6, "stacked": 1.2}
+_TWO_WEIGHTS = {"onto background": 1.0, "color from second": 1.0, "side by side": 1.6, "stacked": 1.2}
 _SIDES_PX = tuple(range(64, 257, TOKEN_PX))
 _POPULAR: tuple[Pixels, ...] = (
     (256, 256), (256, 256), (192, 192), (192, 192), (160, 160), (96, 96), (192, 128), (128, 192), (256, 128), (128, 256)

@@ -63,7 +63,7 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Applies one update from the gradients at hand; parameters without a gradient stay."""
+        """Applies one update from the current gradients; parameters without a gradient stay."""
         targets: list[tuple[Tensor, float]] = []
         directions: list[Tensor] = []
         for group in self.param_groups:

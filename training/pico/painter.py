@@ -1,4 +1,4 @@
-"""Runs a checkpoint on many tasks at once, for evaluation and sample sheets."""
+"""Batched sampling with a checkpoint, for evaluation and sample sheets."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Picture = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class Order:
-    """One picture to paint."""
+class PaintRequest:
+    """Prompt, size, seed and references of one image."""
 
     prompt: str
     width_px: int
@@ -48,50 +48,50 @@ class Painter:
         self._transformer = FlowTransformer.from_folder(folder, dtype=dtype)
         self._vae = VaeDecoder.from_folder(folder, dtype=dtype)
 
-    def paint(self, orders: Sequence[Order], step_count: int = STEP_COUNT) -> list[Picture]:
-        """Paints in batches of equal lengths; returns RGB pictures (H, W, 3) in the order asked."""
-        by_shape = sorted(range(len(orders)), key=lambda i: (_shape(orders[i]), i))
+    def paint(self, requests: Sequence[PaintRequest], step_count: int = STEP_COUNT) -> list[Picture]:
+        """Paints in batches of equal lengths; returns RGB pictures (H, W, 3) in the order of `requests`."""
+        by_shape = sorted(range(len(requests)), key=lambda i: (_shape(requests[i]), i))
         painted: dict[int, Picture] = {}
         for first in range(0, len(by_shape), _AT_ONCE):
             chosen = by_shape[first : first + _AT_ONCE]
-            pictures = self._paint([orders[i] for i in chosen], step_count)
+            pictures = self._paint([requests[i] for i in chosen], step_count)
             painted.update(zip(chosen, pictures, strict=True))
-        return [painted[i] for i in range(len(orders))]
+        return [painted[i] for i in range(len(requests))]
 
     def round_trip(self, picture: Picture) -> Picture:
         """Encodes and decodes one picture (H, W, 3)."""
         return self._decode(self._vae.encode(_image(picture)))
 
-    def _paint(self, orders: Sequence[Order], step_count: int) -> list[Picture]:
-        prompts = self._text_encoder.encode([order.prompt for order in orders])
+    def _paint(self, requests: Sequence[PaintRequest], step_count: int) -> list[Picture]:
+        prompts = self._text_encoder.encode([request.prompt for request in requests])
         trajectories = [
             Trajectory.from_noise(
-                seed=order.seed,
-                rows=order.height_px // TOKEN_PX,
-                columns=order.width_px // TOKEN_PX,
+                seed=request.seed,
+                rows=request.height_px // TOKEN_PX,
+                columns=request.width_px // TOKEN_PX,
                 channels=self._transformer.config.in_channels,
                 step_count=step_count,
                 prompt_embedding=prompt.embedding,
-                references=self._references(order),
+                references=self._references(request),
             )
-            for order, prompt in zip(orders, prompts, strict=True)
+            for request, prompt in zip(requests, prompts, strict=True)
         ]
         for _ in range(step_count):
             packed_step(self._transformer, trajectories)
         return [self._decode(trajectory.latents) for trajectory in trajectories]
 
-    def _references(self, order: Order) -> tuple[Tensor, ...]:
+    def _references(self, request: PaintRequest) -> tuple[Tensor, ...]:
         return tuple(
             self._vae.encode(_image(render(scene, *size)))
-            for scene, size in zip(order.references, order.reference_sizes, strict=True)
+            for scene, size in zip(request.references, request.reference_sizes, strict=True)
         )
 
     def _decode(self, latents: Tensor) -> Picture:
         return np.asarray(self._vae.decode(latents).numpy(), np.uint8)
 
 
-def _shape(order: Order) -> tuple[int, int, tuple[tuple[int, int], ...]]:
-    return order.width_px, order.height_px, order.reference_sizes
+def _shape(request: PaintRequest) -> tuple[int, int, tuple[tuple[int, int], ...]]:
+    return request.width_px, request.height_px, request.reference_sizes
 
 
 def _image(picture: Picture) -> Tensor:

@@ -1,7 +1,7 @@
-"""Teaches pico's text encoder to read, before it ever sees a picture.
+"""Pre-training of pico's text encoder: linear read-outs predict what a prompt describes.
 
-Linear read-outs ask the last tokens of the chat template, which stand after every prompt, what the prompt says.
-The flow transformer then finds the answers there. The read-outs themselves are not part of the model.
+The read-outs see the last tokens of the chat template, which follow every prompt. The flow transformer then finds
+the answers there. The read-outs themselves are not part of the model.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def build_encoder() -> Qwen3Model:
 
 
 class ReadOuts(nn.Module):
-    """One linear classifier for each question at each place where it is asked."""
+    """One linear classifier for each question and each template token that answers it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ def answers(tasks: Sequence[Task]) -> dict[str, Tensor]:
 def examined(
     read_outs: ReadOuts, embedding: Tensor, lengths: Tensor, tasks: Sequence[Task]
 ) -> tuple[Tensor, float]:
-    """Asks the read-outs what prompts (B, S, C) of `lengths` (B,) real tokens say.
+    """Runs the read-outs on embeddings (B, S, C) of prompts with `lengths` (B,) real tokens.
 
     Returns:
         The loss, and the share of prompts whose every answer at `</think>` is right.
@@ -150,7 +150,7 @@ def examined(
 def buckets(
     rng: random.Random, tokenizer: PromptTokenizer, count: int
 ) -> Iterator[list[tuple[Task, TokenizedPrompt]]]:
-    """Yields batches of tasks for ever; prompts of one batch are about equally long, which saves padding."""
+    """Yields batches of tasks without end; prompts of one batch are about equally long, which saves padding."""
     while True:
         tasks = [any_task(rng) for _ in range(4 * count)]
         pairs = [(task, tokenizer.tokenize(task.prompt)) for task in tasks]
@@ -172,8 +172,8 @@ def read(
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How long to train, and where tokenizer and state are."""
+class ReadingConfig:
+    """Training time, and the paths of tokenizer and state."""
 
     tokenizer: Path
     state: Path
@@ -181,25 +181,25 @@ class Plan:
     report_every: int = 50
 
 
-def train(plan: Plan) -> Qwen3Model:
-    """Trains for the planned time, going on from the saved state; returns the encoder."""
+def train(config: ReadingConfig) -> Qwen3Model:
+    """Trains for the configured time, resuming from the saved state; returns the encoder."""
     torch.manual_seed(2)
     rng = random.Random(2)
-    tokenizer = PromptTokenizer.from_folder(plan.tokenizer, SEQUENCE_LENGTH)
+    tokenizer = PromptTokenizer.from_folder(config.tokenizer, SEQUENCE_LENGTH)
     model, read_outs = build_encoder(), ReadOuts()
     both = optimizers(model, read_outs)
     step, elapsed = 0, 0.0
-    if state := load_state(plan.state):
+    if state := load_state(config.state):
         model.load_state_dict(state["encoder"])
         read_outs.load_state_dict(state["read_outs"])
-        for optimizer, saved in zip(both, state["optimisers"], strict=True):
+        for optimizer, saved in zip(both, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         step, elapsed = int(state["step"]), float(state["elapsed"])
     rng.seed(2 + step)
     batches = buckets(rng, tokenizer, _BATCH)
     started, hits = time.monotonic() - elapsed, 0.0
-    while elapsed < plan.seconds:
-        remaining = 1 - elapsed / plan.seconds
+    while elapsed < config.seconds:
+        remaining = 1 - elapsed / config.seconds
         for optimizer in both:
             for group in optimizer.param_groups:
                 group["lr"] = _LEARNING_RATE * min(1, (step + 1) / 50, 0.02 + 1.4 * remaining)
@@ -211,14 +211,14 @@ def train(plan: Plan) -> Qwen3Model:
         for optimizer in both:
             optimizer.step()
         step, elapsed, hits = step + 1, time.monotonic() - started, hits + share
-        if step % plan.report_every == 0:
+        if step % config.report_every == 0:
             report(
-                f"reading step {step}  {elapsed:.0f}/{plan.seconds:.0f} s  loss {loss:.3f}  "
-                f"all right {hits / plan.report_every:.3f}",
+                f"reading step {step}  {elapsed:.0f}/{config.seconds:.0f} s  loss {loss:.3f}  "
+                f"all right {hits / config.report_every:.3f}",
             )
             hits = 0.0
-            _save(plan.state, model, read_outs, both, step, elapsed)
-    _save(plan.state, model, read_outs, both, step, elapsed)
+            _save(config.state, model, read_outs, both, step, elapsed)
+    _save(config.state, model, read_outs, both, step, elapsed)
     return model
 
 
@@ -246,7 +246,7 @@ def _save(
         {
             "encoder": model.state_dict(),
             "read_outs": read_outs.state_dict(),
-            "optimisers": [optimizer.state_dict() for optimizer in both],
+            "optimizers": [optimizer.state_dict() for optimizer in both],
             "step": step,
             "elapsed": elapsed,
         },

@@ -1,4 +1,4 @@
-"""Paints the sheet of samples: `python -m training.pico.samples`. First seeds, nothing picked."""
+"""Sheet of samples, all with seed 0: `python -m training.pico.samples`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from klein_core.pico import WEIGHTS
-from training.pico.painter import Order, Painter, Picture
+from training.pico.painter import Painter, PaintRequest, Picture
 from training.pico.world import Background, Item, Scene, render
 
 SHEET = WEIGHTS.parent / "samples.png"
@@ -57,8 +57,8 @@ class _Cell:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.pico.samples", description=__doc__)
-    parser.add_argument("--weights", type=Path, default=WEIGHTS)
-    parser.add_argument("--output", type=Path, default=SHEET)
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="checkpoint folder")
+    parser.add_argument("--output", type=Path, default=SHEET, help="PNG file to write")
     arguments = parser.parse_args()
     torch.set_num_threads(min(2, torch.get_num_threads()))
     paint_sheet(Painter(arguments.weights)).save(arguments.output, optimize=True)
@@ -66,13 +66,13 @@ def main() -> None:
 
 def paint_sheet(painter: Painter) -> Image.Image:
     """Paints every sample with seed 0 and lays them out, references to the left of their result."""
-    orders = [
-        Order(prompt, _SIDE, _SIDE, 0, references, ((_SIDE, _SIDE),) * len(references))
+    requests = [
+        PaintRequest(prompt, _SIDE, _SIDE, 0, references, ((_SIDE, _SIDE),) * len(references))
         for prompt, references in PROMPTS
     ]
     cells = [
         _Cell((*(render(scene, _SIDE, _SIDE) for scene in references), picture), prompt)
-        for (prompt, references), picture in zip(PROMPTS, painter.paint(orders), strict=True)
+        for (prompt, references), picture in zip(PROMPTS, painter.paint(requests), strict=True)
     ]
     return _laid_out(_rows(cells))
 

@@ -1,4 +1,4 @@
-"""What pico is asked to do: a prompt, no to two reference scenes, and the scene that is right."""
+"""Training tasks: a prompt, zero to two reference scenes, and the right target scene."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from training.pico.world import (
     is_in_training,
 )
 
-EDIT_KINDS = ("colour", "shape", "background", "move", "size", "add", "remove")
-TWO_REFERENCE_KINDS = ("onto background", "colour from second", "side by side", "stacked")
+EDIT_KINDS = ("color", "shape", "background", "move", "size", "add", "remove")
+TWO_REFERENCE_KINDS = ("onto background", "color from second", "side by side", "stacked")
 
 READING: dict[str, tuple[str, ...]] = {
-    "kind": ("text to image", *EDIT_KINDS, "onto background", "colour from second", "left right", "right left",
+    "kind": ("text to image", *EDIT_KINDS, "onto background", "color from second", "left right", "right left",
              "top bottom", "bottom top"),
     "top": ("", *COLORS),
     "bottom": ("", *COLORS),
     **{f"{which} {attribute}": values
        for which in ("first", "second")
-       for attribute, values in (("shape", ("", *SHAPES)), ("colour", ("", *COLORS)), ("place", ("", *PLACES)),
+       for attribute, values in (("shape", ("", *SHAPES)), ("color", ("", *COLORS)), ("place", ("", *PLACES)),
                                  ("size", ("", *SIZES, "bigger", "smaller")))},
 }  # fmt: skip
 """The questions that a prompt answers, each with its possible answers; the first is "not said"."""
@@ -54,11 +54,11 @@ class Task:
     target: Scene
     references: tuple[Scene, ...] = ()
     reading: dict[str, str] = field(default_factory=dict)
-    """What the prompt says, as answers to `READING`; what is missing is not said."""
+    """Answers of the prompt to the questions of `READING`; a missing one is "not said"."""
 
 
 class _Impossible(Exception):
-    """The scene at hand does not allow this change; another must be drawn."""
+    """The drawn scene does not allow this change; draw another."""
 
 
 def _retried(make: Callable[[random.Random], Task], rng: random.Random) -> Task:
@@ -70,18 +70,18 @@ def _retried(make: Callable[[random.Random], Task], rng: random.Random) -> Task:
 
 
 def _describe(which: str, item: Item) -> dict[str, str]:
-    return {f"{which} shape": item.shape, f"{which} colour": item.color, f"{which} place": item.place,
+    return {f"{which} shape": item.shape, f"{which} color": item.color, f"{which} place": item.place,
             f"{which} size": item.size}  # fmt: skip
 
 
 def _named(item: Item, scene: Scene, rng: random.Random) -> tuple[str, dict[str, str]]:
-    """Refers to an item; returns the words and what they say of it."""
+    """Returns words that refer to an item, and the attributes that they name."""
     name = instructions.name_of(item, scene, rng)
     return name.text, {f"first {attribute}": getattr(item, attribute) for attribute in sorted(name.said)}
 
 
 def text_to_image(rng: random.Random, scene: Scene | None = None, free_share: float = FREE_SHARE) -> Task:
-    """Describes a scene, a random one unless it is given; in free words as often as `free_share` says."""
+    """Describes `scene`, or a random one; `free_share` is the share of captions in free words."""
     scene = scene or any_scene(rng)
     reading = {"kind": "text to image", "top": scene.background.top, "bottom": scene.background.bottom}
     for which, item in zip(("first", "second"), scene.items, strict=False):
@@ -100,7 +100,7 @@ def two_references(kind: str, rng: random.Random) -> Task:
 
 
 def is_trainable(task: Task) -> bool:
-    """Tells whether no held-out combination occurs in the target or in a reference."""
+    """Returns whether no held-out combination occurs in the target or in a reference."""
     return all(is_in_training(scene) for scene in (task.target, *task.references))
 
 
@@ -129,7 +129,7 @@ def _edit_color(rng: random.Random) -> Task:
     target = _with_item(scene, item, replace(item, color=color))
     name, described = _named(item, scene, rng)
     prompt = instructions.recolor(name, color, rng)
-    return Task("colour", prompt, target, (scene,), described | {"kind": "colour", "second colour": color})
+    return Task("color", prompt, target, (scene,), described | {"kind": "color", "second color": color})
 
 
 def _edit_shape(rng: random.Random) -> Task:
@@ -201,7 +201,7 @@ def _edit_remove(rng: random.Random) -> Task:
 
 
 _EDITS: dict[str, Callable[[random.Random], Task]] = {
-    "colour": _edit_color, "shape": _edit_shape, "background": _edit_background, "move": _edit_move,
+    "color": _edit_color, "shape": _edit_shape, "background": _edit_background, "move": _edit_move,
     "size": _edit_size, "add": _edit_add, "remove": _edit_remove,
 }  # fmt: skip
 
@@ -222,7 +222,7 @@ def _compose_color(rng: random.Random) -> Task:
     if color == item.color or color not in visible_colors(scene.background):
         raise _Impossible
     target = _with_item(scene, item, replace(item, color=color))
-    kind = "colour from second"
+    kind = "color from second"
     return Task(kind, instructions.color_from_second(rng), target, (scene, second), {"kind": kind})
 
 
@@ -257,6 +257,6 @@ def _compose_stacked(rng: random.Random) -> Task:
 
 
 _COMPOSITIONS: dict[str, Callable[[random.Random], Task]] = {
-    "onto background": _compose_background, "colour from second": _compose_color,
+    "onto background": _compose_background, "color from second": _compose_color,
     "side by side": _compose_side_by_side, "stacked": _compose_stacked,
 }  # fmt: skip

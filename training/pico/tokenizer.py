@@ -1,4 +1,4 @@
-"""Makes pico's tokenizer: Qwen2's kind of byte-level pairs, learned from pico's own prompts and plain English.
+"""Training of pico's tokenizer: byte-level BPE as in Qwen2, learned from pico's own prompts and plain English.
 
 The chat template gives the same text as klein's for one user message with thinking off.
 """

@@ -1,7 +1,7 @@
-"""Makes pico from nothing: `python -m training.pico.train`.
+"""Training of pico from scratch: `python -m training.pico.train`.
 
-Stages: tokenizer, autoencoder, reading, flow, decoder, export. Each stage's state lies in the state folder; a run
-that was stopped goes on where it was, and a stage that is finished is not repeated.
+Stages: tokenizer, autoencoder, reading, flow, decoder, export. The state folder holds each stage's state: a run
+resumes where it stopped, and a finished stage is not repeated.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ def main() -> None:
     if not tokenizer_folder.exists():
         tokenizer: Tokenizer = train_tokenizer()
         save_tokenizer(tokenizer, tokenizer_folder)
-    vae_training.train(vae_training.Plan(folder / "vae.ckpt", 60 * arguments.vae_minutes))
-    reading.train(reading.Plan(tokenizer_folder, folder / "reading.ckpt", 60 * arguments.reading_minutes))
+    vae_training.train(vae_training.VaeTrainingConfig(folder / "vae.ckpt", 60 * arguments.vae_minutes))
+    reading.train(
+        reading.ReadingConfig(tokenizer_folder, folder / "reading.ckpt", 60 * arguments.reading_minutes)
+    )
     _train_flow(folder, 60 * arguments.flow_minutes, arguments.processes)
     refine_decoder(folder / "vae.ckpt", folder / "decoder.ckpt", 60 * arguments.decoder_minutes)
     export_state(folder, arguments.output)
@@ -73,10 +75,10 @@ def load_autoencoder(state: Path) -> Autoencoder:
 
 
 def build_model(folder: Path) -> flow_training.Model:
-    """Puts a new flow transformer behind the text encoder that has learned to read."""
+    """Returns a new flow transformer with the pre-trained text encoder."""
     state = load_state(folder / "reading.ckpt")
     if state is None:
-        raise FileNotFoundError("the text encoder has not learnt to read yet")
+        raise FileNotFoundError(f"{folder / 'reading.ckpt'} is missing: the text encoder was not trained yet")
     torch.manual_seed(4)
     encoder, read_outs = reading.build_encoder(), reading.ReadOuts()
     encoder.load_state_dict(state["encoder"])
@@ -103,11 +105,11 @@ def _flow_worker(rank: int, folder: Path, seconds: float, processes: int, meetin
         )
     model = build_model(folder)
     tokenizer = PromptTokenizer.from_folder(folder / "tokenizer", reading.SEQUENCE_LENGTH)
-    plan = flow_training.Plan(folder / "flow.ckpt", seconds, rank, processes)
-    training_state = load_state(plan.state)
+    config = flow_training.FlowTrainingConfig(folder / "flow.ckpt", seconds, rank, processes)
+    training_state = load_state(config.state)
     seed = 17 * rank + (int(training_state["step"]) if training_state else 0)
     supply = Supply(load_autoencoder(folder / "vae.ckpt"), tokenizer, random.Random(seed))
-    flow_training.Training(plan, model, supply).run()
+    flow_training.Training(config, model, supply).run()
 
 
 def export_state(folder: Path, output: Path) -> None:
@@ -115,7 +117,9 @@ def export_state(folder: Path, output: Path) -> None:
     model = build_model(folder)
     state = load_state(folder / "flow.ckpt")
     if state is None:
-        raise FileNotFoundError("the flow transformer was not trained yet")
+        raise FileNotFoundError(
+            f"{folder / 'flow.ckpt'} is missing: the flow transformer was not trained yet"
+        )
     model.load_state_dict(state["average"])
     decoder = folder / "decoder.ckpt"
     autoencoder = load_autoencoder(decoder if decoder.exists() else folder / "vae.ckpt")

@@ -1,4 +1,4 @@
-"""Trains pico's autoencoder on the world's pictures.
+"""Training of pico's autoencoder on images of the world.
 
 Latents are normalized in the loop and disturbed with noise before decoding: the decoder learns to forgive
 the flow transformer's errors, and the code is spread over all channels.
@@ -38,8 +38,8 @@ _NEUTRAL_LOG_VARIANCE = -12.0
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How long to train and where the state is kept."""
+class VaeTrainingConfig:
+    """Training time, and the path of the state."""
 
     state: Path
     seconds: float
@@ -132,22 +132,22 @@ def _batch_for(step: int, rng: random.Random) -> Tensor:
     return detail_batch(rng, 12)
 
 
-def train(plan: Plan) -> Autoencoder:
-    """Trains for the planned time, going on from the saved state; returns the finished autoencoder."""
+def train(config: VaeTrainingConfig) -> Autoencoder:
+    """Trains for the configured time, resuming from the saved state; returns the finished autoencoder."""
     rng = random.Random(1)
     torch.manual_seed(1)
     autoencoder = Autoencoder(CONFIG)
     initialize(autoencoder, rng)
     both = optimizers(autoencoder)
-    step, elapsed, is_finished = _resume(plan.state, autoencoder, both)
+    step, elapsed, is_finished = _resume(config.state, autoencoder, both)
     if is_finished:
         return autoencoder.eval()
     if step:
         # A run that was stopped goes on with scenes of its own, not with those of its first steps again.
         rng = random.Random(1 + step)
     started = time.monotonic() - elapsed
-    while elapsed < plan.seconds:
-        share = elapsed / plan.seconds
+    while elapsed < config.seconds:
+        share = elapsed / config.seconds
         _set_learning_rate(
             both, _LEARNING_RATE * min(1, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * share))
         )
@@ -158,13 +158,13 @@ def train(plan: Plan) -> Autoencoder:
         for optimizer in both:
             optimizer.step()
         step, elapsed = step + 1, time.monotonic() - started
-        if step % plan.report_every == 0:
+        if step % config.report_every == 0:
             report(
-                f"vae step {step}  {elapsed:.0f}/{plan.seconds:.0f} s  loss {loss:.4f}  error {error:.4f}",
+                f"vae step {step}  {elapsed:.0f}/{config.seconds:.0f} s  loss {loss:.4f}  error {error:.4f}",
             )
-            _save(plan.state, autoencoder, both, step, elapsed)
+            _save(config.state, autoencoder, both, step, elapsed)
     finish(autoencoder, rng)
-    _save(plan.state, autoencoder, both, step, elapsed, is_finished=True)
+    _save(config.state, autoencoder, both, step, elapsed, is_finished=True)
     return autoencoder
 
 
@@ -181,7 +181,7 @@ def _resume(
     if state is None:
         return 0, 0.0, False
     autoencoder.load_state_dict(state["autoencoder"])
-    for optimizer, saved in zip(both, state["optimisers"], strict=True):
+    for optimizer, saved in zip(both, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
     return int(state["step"]), float(state["elapsed"]), bool(state.get("is_finished"))
 
@@ -199,7 +199,7 @@ def _save(
         path,
         {
             "autoencoder": autoencoder.state_dict(),
-            "optimisers": [optimizer.state_dict() for optimizer in both],
+            "optimizers": [optimizer.state_dict() for optimizer in both],
             "step": step,
             "elapsed": elapsed,
             "is_finished": is_finished,

@@ -1,4 +1,4 @@
-"""The words that pico knows for the things of its world, and the phrases that say where they are."""
+"""Vocabulary of pico: words for shapes, colors and sizes, and phrases for places and backgrounds."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def shape_word(shape: str, rng: random.Random) -> str:
 
 
 def color_word(color: str, rng: random.Random) -> str:
-    """Says a color; four times in five by its plain name."""
+    """Returns a word for a color; its plain name four times in five."""
     draw = rng.random()
     if draw < 0.03 and color not in ("black", "white"):
         return f"{rng.choice(('dark', 'strong', 'vivid', 'rich', 'bold'))} {color}"
@@ -60,7 +60,7 @@ def size_word(size: str, rng: random.Random) -> str:
 
 
 def color_pair(background: Background, rng: random.Random) -> tuple[str, str]:
-    """Says both colors of a gradient, the top one first."""
+    """Returns words for both colors of a gradient, the top one first."""
     return color_word(background.top, rng), color_word(background.bottom, rng)
 
 
@@ -84,7 +84,7 @@ def noun(item: Item, rng: random.Random, *, say_medium: float = 0.12) -> str:
 
 
 def place_phrase(place: str, rng: random.Random) -> str:
-    """Says where something is, as in "in the top left corner"."""
+    """Returns a phrase for a place, as in "in the top left corner"."""
     if place == "center":
         return rng.choice(_CENTER)
     if place in ("left", "right"):
@@ -116,7 +116,7 @@ def _corner_phrase(place: str, rng: random.Random) -> str:
 
 
 def destination_phrase(place: str, rng: random.Random) -> str:
-    """Says where something shall go, as in "to the top left corner"."""
+    """Returns a phrase for the destination of a move, as in "to the top left corner"."""
     if rng.random() < 0.25:
         return place_phrase(place, rng)
     if place == "center":
@@ -139,7 +139,7 @@ PLAIN_SIDES = ("left", "right", "top", "bottom")
 
 
 def background_phrase(background: Background, rng: random.Random) -> str:
-    """Says what is behind, as in "on a blue background"."""
+    """Returns a phrase for a background, as in "on a blue background"."""
     if background.is_plain:
         color = color_word(background.top, rng)
         return rng.choice((

@@ -42,7 +42,7 @@ PLACES: dict[str, tuple[str, str]] = {
     "bottom left": ("near", "far"),
     "bottom right": ("far", "far"),
 }
-"""Where the center of an item stands, as (column, row)."""
+"""Center of an item in each place, as (column, row)."""
 LAYOUTS = (("left", "right"), ("top", "bottom"))
 """The two ways in which two items stand in one picture."""
 
@@ -79,7 +79,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: a background and none, one or two items."""
+    """A background and zero, one or two items."""
 
     background: Background
     items: tuple[Item, ...] = ()
@@ -199,14 +199,14 @@ def render(scene: Scene, width_px: int, height_px: int) -> NDArray[np.uint8]:
 
 @lru_cache(maxsize=4096)
 def stands_out(color: str, background: Background) -> bool:
-    """Tells whether an item of this color can be seen everywhere on this background."""
+    """Returns whether an item of this color can be seen everywhere on this background."""
     rows = background_rows(background, 32)
     distance = np.linalg.norm(rows - np.array(COLORS[color], np.float32), axis=1)
     return bool(distance.min() > _CLASH_DISTANCE)
 
 
 def is_held_out(item: Item) -> bool:
-    """Tells whether this combination of shape, color and place is kept out of all training.
+    """Returns whether this combination of shape, color and place is kept out of all training.
 
     One in seventeen is, spread so that each shape, color and place is seen in many other combinations.
     """
@@ -215,5 +215,5 @@ def is_held_out(item: Item) -> bool:
 
 
 def is_in_training(scene: Scene) -> bool:
-    """Tells whether no item of the scene is a held-out combination."""
+    """Returns whether no item of the scene is a held-out combination."""
     return not any(is_held_out(item) for item in scene.items)
