@@ -32,7 +32,7 @@ from klein_services.orchestrator.stage_directory import StageDirectory, misfit
 from klein_services.runtime.admission import ConcurrencyLimit
 from klein_services.runtime.channels import IMAGE_MESSAGE_BYTES
 from klein_services.runtime.errors import DeadlinePassed
-from klein_services.runtime.interceptors import write_response
+from klein_services.runtime.grpc_quirks import write_response
 from klein_services.runtime.stage import Application
 
 

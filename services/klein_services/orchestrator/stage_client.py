@@ -16,6 +16,7 @@ from klein_core.errors import InvalidInput, Violation
 from klein_services.orchestrator.routing import DENOISER, TEXT_ENCODER, VAE_DECODER, StageAddress
 from klein_services.runtime.channels import open_channel
 from klein_services.runtime.errors import StagesLost
+from klein_services.runtime.grpc_quirks import PeerStatus, is_cancelled_by_peer
 from klein_services.runtime.status import UNKNOWN_ADAPTER, PeerFailure, explain
 
 
@@ -99,56 +100,6 @@ def _invalid_input(
     return StageDisagreement(f"{address.stage} at {address.target} refused its input: {error.details()}")
 
 
-_LOCAL = "Internal error from Core"
-_LATEST_SECONDS = 1.0
-
-
-class PeerStatus:
-    """Keeps the status of a call as its peer sent it.
-
-    When a peer ends a call while a message is being written to it, grpc.aio reports INTERNAL, "Internal error
-    from Core", for the failed write: in place of the peer's status for a moment, or over it for good, as the
-    two happen to arrive. Callers need the peer's: a full queue is to be retried, a fault of ours is not.
-    """
-
-    def __init__(self, call: grpc.aio.Call) -> None:
-        self._call = call
-        self._known = asyncio.Event()
-        self._error: grpc.aio.AioRpcError | None = None
-        call.add_done_callback(lambda _: self._note())
-
-    async def sent(self) -> grpc.aio.AioRpcError:
-        """Returns how the call ended; it must have, or be about to."""
-        try:
-            await asyncio.wait_for(self._known.wait(), _LATEST_SECONDS)
-        except TimeoutError:
-            return await self._current()
-        return self._error or await self._current()
-
-    def _note(self) -> None:
-        """Takes the status whenever grpc.aio sets one, before it can set another."""
-        status = self._current()
-        try:
-            status.send(None)
-        except StopIteration as finished:
-            if finished.value.details() != _LOCAL:
-                self._error = self._error or finished.value
-                self._known.set()
-        else:
-            # Behind interceptors a status cannot be had at once, and is asked for when it is needed.
-            status.close()
-            self._known.set()
-
-    async def _current(self) -> grpc.aio.AioRpcError:
-        call = self._call
-        return grpc.aio.AioRpcError(
-            await call.code(),
-            await call.initial_metadata(),
-            await call.trailing_metadata(),
-            await call.details(),
-        )
-
-
 ENCODE_PROMPT: Final = "/klein_api.v1.TextEncoderService/EncodePrompt"
 ENCODE_REFERENCE: Final = "/klein_api.v1.VaeDecoderService/EncodeReference"
 DECODE_LATENTS: Final = "/klein_api.v1.VaeDecoderService/DecodeLatents"
@@ -224,7 +175,8 @@ class ServerStream:
         except grpc.aio.AioRpcError:
             raise await self._failure() from None
         except asyncio.CancelledError:
-            await self._raise_if_the_stage_cancelled()
+            if is_cancelled_by_peer(self._answering):
+                raise await self._failure() from None
             raise
 
     async def _failure(self) -> Exception:
@@ -234,13 +186,6 @@ class ServerStream:
             place = f"{self.address.stage} at {self.address.target}"
             return StageDisagreement(f"{place} ended a call before its input did")
         return failure_of(self.address, error, self._fields)
-
-    async def _raise_if_the_stage_cancelled(self) -> None:
-        # grpc.aio raises CancelledError for a CANCELLED status too, which a drain can cause; only our own
-        # cancellation may look like one.
-        task = asyncio.current_task()
-        if task is not None and not task.cancelling() and self._answering.done():
-            raise await self._failure() from None
 
 
 class BidiStream(ServerStream):
@@ -259,7 +204,8 @@ class BidiStream(ServerStream):
             except (asyncio.InvalidStateError, grpc.aio.AioRpcError):
                 raise await self._failure() from None
             except asyncio.CancelledError:
-                await self._raise_if_the_stage_cancelled()
+                if is_cancelled_by_peer(self._call):
+                    raise await self._failure() from None
                 raise
 
     async def done_writing(self) -> None:

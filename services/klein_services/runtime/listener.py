@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha.reflection import enable_server_reflection
 from klein_core.errors import DeviceFault
 from klein_services.runtime.channels import HTTP2_FRAME_BYTES, host_for_url
 from klein_services.runtime.health import Readiness
-from klein_services.runtime.interceptors import interceptors
+from klein_services.runtime.interceptors import CallInterceptor, call_contexts
 from klein_services.runtime.orca import LoadReport
 from klein_services.runtime.settings import ServerSettings
 from klein_services.runtime.stage import Application
@@ -55,7 +55,9 @@ class Listener:
         self._settings = settings
         self._metrics: tuple[WSGIServer, threading.Thread] | None = None
         self._server = grpc.aio.server(
-            interceptors=interceptors(readiness, _load_report(application), on_device_fault),
+            interceptors=[
+                CallInterceptor(call_contexts(readiness, _load_report(application), on_device_fault))
+            ],
             options=_options(settings, application),
         )
         application.register(self._server)
