@@ -131,7 +131,17 @@ def test_up_serves_until_control_c(checkpoint: Path, tmp_path: Path) -> None:
         assert (tmp_path / "edit-2.webp").read_bytes().startswith(b"RIFF")
 
         refused = klein(
-            "generate", "", "--size", "70x64", "--steps", "0", "--target", up.target, "-o", str(picture)
+            "generate",
+            "",
+            "--size",
+            "70x64",
+            "--steps",
+            "0",
+            "--target",
+            up.target,
+            "--force",
+            "-o",
+            str(picture),
         )
         assert refused.returncode == 2
         assert "--size" in refused.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -15,19 +16,24 @@ from klein_services.cli.ports import DEFAULT_PORT, LOOPBACK
 DEFAULT_TARGET = f"{LOOPBACK}:{DEFAULT_PORT}"
 
 LONGEST_TIMEOUT_SECONDS = 24 * 3600.0
-"""What an orchestrator may take for a request at most; gRPC cannot count to just any number."""
+"""Longest duration that an orchestrator's settings allow a request; gRPC's own timers have a limit, too."""
 
 
-def _named_target(target: str) -> str:
+def _checked_target(target: str) -> str:
     if not target.strip():
         raise typer.BadParameter("it is empty; name an orchestrator as HOST:PORT")
+    url = re.match(r"(https?|grpcs?)://([^/]*)", target, re.IGNORECASE)
+    if url:
+        raise typer.BadParameter(
+            f"{target} is a URL, but gRPC takes HOST:PORT; leave out {url[1]}:// as in {url[2]}"
+        )
     return target
 
 
 Target = Annotated[
     str,
     typer.Option(
-        metavar="HOST:PORT", envvar="KLEIN_TARGET", help="The orchestrator to call.", callback=_named_target
+        metavar="HOST:PORT", envvar="KLEIN_TARGET", help="The orchestrator to call.", callback=_checked_target
     ),
 ]
 Timeout = Annotated[
@@ -55,16 +61,28 @@ class FormatName(StrEnum):
     '[bold]klein generate "a ring" --size 128x192 --seed 7 --count 4 -o ring.png[/]: ring-1.png … ring-4.png'
 )
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to make, or what to change in the references.")],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output", "-o", metavar="FILE", help="Where to write; replaced if there; - is standard output."
-        ),
+    prompt: Annotated[
+        str,
+        typer.Argument(help="What to make, or what to change in the references; - reads standard input."),
     ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="File to write; - is standard output; by default klein-1.png, klein-2.png … in this folder.",
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
     reference: Annotated[
         list[Path] | None,
-        typer.Option("--reference", "-r", metavar="FILE", help="An image to start from; may be repeated."),
+        typer.Option(
+            "--reference",
+            "-r",
+            metavar="FILE",
+            help="An image to start from; may be repeated; - reads standard input.",
+        ),
     ] = None,
     negative: Annotated[
         str | None, typer.Option("--negative-prompt", help="What it should not be; base models only.")
@@ -82,7 +100,8 @@ def generate(
         int | None, typer.Option(help="Images to make: FILE-1, FILE-2 … with following seeds.")
     ] = None,
     image_format: Annotated[
-        FormatName | None, typer.Option("--format", help="Encoding; else what FILE's suffix says.")
+        FormatName | None,
+        typer.Option("--format", help="Encoding; by default that of FILE's suffix, else PNG."),
     ] = None,
     quality: Annotated[int | None, typer.Option(help="Quality of JPEG and WebP, 1 to 100.")] = None,
     model: Annotated[str, typer.Option(help="A model that the server routes; else its default.")] = "",
@@ -95,6 +114,13 @@ def generate(
             help="A LoRA of the server's, -10 to 10, by default 1; may be repeated.",
         ),
     ] = None,
+    embed_prompt: Annotated[
+        bool, typer.Option("--embed-prompt", help="Store the prompts in the files' metadata.")
+    ] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print one JSON object: files, seeds, model, timings, warnings."),
+    ] = False,
     target: Target = DEFAULT_TARGET,
     timeout: Annotated[
         float,
@@ -120,12 +146,15 @@ def generate(
         quality=quality,
         model=model,
         adapters=tuple(adapter or ()),
+        embed_prompt=embed_prompt,
+        force=force,
+        as_json=as_json,
     )
     run_generate(options, target, timeout, messages())
 
 
 @commands.command(
-    epilog="Names are what [bold]klein generate --adapter NAME:0.8[/] takes. Exits with 0 only when all can be used."
+    epilog="[bold]klein generate --adapter NAME:0.8[/] takes these names. Exits with 0 only when all can be used."
 )
 def adapters(
     target: Target = DEFAULT_TARGET,

@@ -1,4 +1,4 @@
-"""Calls of the public API, shared by the commands, the demo and the benchmarks."""
+"""Client of the public API, shared by the commands, the demo and the benchmarks."""
 
 from __future__ import annotations
 
@@ -15,9 +15,13 @@ if TYPE_CHECKING:
     from klein_api.v1.image_service_pb2_grpc import ImageServiceAsyncStub
 
 
+OPERATIONS = ("encode-prompt", "encode-reference", "denoise", "decode")
+"""Operations of a request, in the order in which it passes them."""
+
+
 @dataclass(frozen=True)
 class Generation:
-    """A finished request."""
+    """Result of a finished request."""
 
     images: tuple[api.GeneratedImage, ...]
     summary: api.GenerationSummary
@@ -25,7 +29,7 @@ class Generation:
 
 @asynccontextmanager
 async def connect(target: str) -> AsyncIterator[ImageServiceAsyncStub]:
-    """Opens a channel to an orchestrator for as long as the block runs."""
+    """Opens a channel to an orchestrator for the duration of the block."""
     async with open_channel(target, message_bytes=IMAGE_MESSAGE_BYTES) as channel:
         yield ImageServiceStub(channel)
 
@@ -37,7 +41,7 @@ async def generate(
     timeout_seconds: float | None = None,
     on_event: Callable[[api.StreamGenerateImageResponse], None] = lambda event: None,
 ) -> Generation:
-    """Makes the images of `spec`, telling `on_event` everything as it comes.
+    """Makes the images of `spec` and passes each event to `on_event`.
 
     Raises:
         grpc.aio.AioRpcError: the call failed.
@@ -53,3 +57,9 @@ async def generate(
             case "summary":
                 summary = event.summary
     return Generation(tuple(images), summary)
+
+
+def timings_in_order(summary: api.GenerationSummary) -> list[api.StageTiming]:
+    """Returns the timings in the order of `OPERATIONS`, unknown operations last."""
+    position = {operation: index for index, operation in enumerate(OPERATIONS)}
+    return sorted(summary.stage_timings, key=lambda timing: position.get(timing.operation, len(position)))

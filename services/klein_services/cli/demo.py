@@ -18,7 +18,7 @@ from rich.text import Text
 
 from klein_api.v1 import image_pb2
 from klein_api.v1 import image_service_pb2 as api
-from klein_services.cli.client import Generation, connect, generate
+from klein_services.cli.client import OPERATIONS, Generation, connect, generate
 from klein_services.cli.errors import CliError, call_error
 from klein_services.cli.exit_codes import FAILED, INTERRUPTED
 from klein_services.cli.output import GenerationProgress
@@ -29,7 +29,6 @@ from klein_services.cli.suite import Suite, SuiteOptions
 FOLDER = Path("out")
 SHEET = "contact-sheet.png"
 TIMEOUT_SECONDS = 120.0
-OPERATIONS = ("encode-prompt", "encode-reference", "denoise", "decode")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
-"""What the command line says when something goes wrong: one sentence, a hint, an exit code."""
+"""Errors of the command line: one sentence, a hint, an exit code."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -26,9 +28,11 @@ _FLAGS = {
     "quality": "--quality",
     "model": "--model",
     "adapters": "--adapter",
+    "embed_prompt": "--embed-prompt",
 }
+_REFERENCE = re.compile(r"references\[(\d{1,3})\]")
 _AREA = "times height_px "
-"""How a server tells, of `width_px`, that both are too large together; here they are one flag."""
+"""Begin of a description of `width_px` that is about the area; on the command line both sides are one flag."""
 
 
 @dataclass
@@ -48,14 +52,20 @@ class CliError(Exception):
             console.print(Text.assemble(("Hint: ", "bold"), self.hint), soft_wrap=True)
 
 
-def call_error(error: grpc.aio.AioRpcError, target: str) -> CliError:
-    """Turns a failed call's status into what a person can act on."""
+def call_error(error: grpc.aio.AioRpcError, target: str, reference_names: Sequence[str] = ()) -> CliError:
+    """Returns a failed call's status as a sentence with a hint about what to do.
+
+    Args:
+        error: the failed call.
+        target: the orchestrator that was called.
+        reference_names: files of the request's references, to be named in place of their index.
+    """
     details = explain(error)
     match details.code:
         case grpc.StatusCode.UNAVAILABLE:
             return _unavailable(details, target)
         case grpc.StatusCode.INVALID_ARGUMENT:
-            return CliError(_violation_sentence(details), exit_code=MISUSED)
+            return CliError(_violation_sentence(details, reference_names), exit_code=MISUSED)
         case grpc.StatusCode.NOT_FOUND:
             return _not_found(details, target)
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
@@ -105,8 +115,8 @@ def _exhausted(details: StatusDetails) -> CliError:
     return CliError(_sentence(details), "Try again later, or allow more time with --timeout.")
 
 
-def _violation_sentence(details: StatusDetails) -> str:
-    violations = [_named(violation) for violation in details.violations]
+def _violation_sentence(details: StatusDetails, reference_names: Sequence[str]) -> str:
+    violations = [_named(violation, reference_names) for violation in details.violations]
     match violations:
         case []:
             return _sentence(details)
@@ -116,14 +126,18 @@ def _violation_sentence(details: StatusDetails) -> str:
             return f"{len(violations)} values cannot be used:\n  " + "\n  ".join(violations)
 
 
-def _named(violation: Violation) -> str:
+def _named(violation: Violation, reference_names: Sequence[str]) -> str:
+    """Returns a violation with the flag of its field, and the file if it is about a reference."""
     field = violation.field.removeprefix("spec.")
     if violation.description.startswith(_AREA):
         return "--size " + violation.description.removeprefix(_AREA)
+    reference = _REFERENCE.fullmatch(field)
+    if reference and int(reference[1]) < len(reference_names):
+        return f"--reference {reference_names[int(reference[1])]} ({field}) {violation.description}"
     name, bracket, index = field.partition("[")
     flag = _FLAGS.get(name, name)
-    told = "" if flag.lower().lstrip("-").replace("-", "_") == name else f" ({field})"
-    return f"{flag}{bracket}{index}{told} {violation.description}"
+    field_note = "" if flag.lower().lstrip("-").replace("-", "_") == name else f" ({field})"
+    return f"{flag}{bracket}{index}{field_note} {violation.description}"
 
 
 def _sentence(details: StatusDetails) -> str:

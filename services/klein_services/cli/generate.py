@@ -1,42 +1,45 @@
-"""`klein generate`: one request, from the command line's words to files."""
+"""`klein generate`: one request, from the command line's options to image files."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryFile
 
 import grpc
 from rich.console import Console
+from rich.text import Text
 
 from klein_api.v1 import image_pb2
 from klein_api.v1 import image_service_pb2 as api
-from klein_services.cli.client import Generation, connect, generate
+from klein_services.cli.client import Generation, connect, generate, timings_in_order
 from klein_services.cli.errors import CliError, call_error
 from klein_services.cli.exit_codes import MISUSED
+from klein_services.cli.image_files import STANDARD_STREAM, ImageFiles
 from klein_services.cli.output import GenerationProgress
+from klein_services.cli.status import list_models
 
-STANDARD_OUTPUT = Path("-")
-_MOST_IMAGES = 64
-"""Of one request, whatever a server's settings."""
 _FORMATS = {
     "png": image_pb2.IMAGE_FORMAT_PNG,
     "jpeg": image_pb2.IMAGE_FORMAT_JPEG,
     "webp": image_pb2.IMAGE_FORMAT_WEBP,
 }
-_SUFFIXES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+_DESCRIPTION_SECONDS = 5.0
+_TRUNCATED = "The prompt was too long: its end was cut off."
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
-    """What the command line said; `None` leaves a choice to the server."""
+    """Options of the command line; `None` leaves a choice to the server."""
 
     prompt: str
-    output: Path
+    """The prompt; `-` reads it from standard input."""
+    output: Path | None = None
     references: tuple[Path, ...] = ()
+    """Image files; `-` reads one from standard input."""
     negative_prompt: str | None = None
     size: str | None = None
     steps: int | None = None
@@ -48,19 +51,30 @@ class GenerateOptions:
     model: str = ""
     adapters: tuple[str, ...] = ()
     """NAME or NAME:SCALE each."""
+    embed_prompt: bool = False
+    force: bool = False
+    as_json: bool = False
 
-    def image_spec(self) -> api.ImageSpec:
-        """The request. Limits are the server's to check, as only it knows them.
+    @property
+    def reference_names(self) -> tuple[str, ...]:
+        """Names of the references for messages."""
+        return tuple("standard input" if path == STANDARD_STREAM else str(path) for path in self.references)
+
+    def image_spec(self, format_name: str) -> api.ImageSpec:
+        """Returns the request. Only the server knows its limits, so it checks them.
 
         Raises:
-            CliError: a reference cannot be read, a size or an adapter cannot be understood, a number or a text fits no
+            CliError: a reference cannot be read, a size or an adapter cannot be parsed, a number or a text fits no
                 request.
         """
+        inputs = [*self.references, Path(self.prompt)]
+        if inputs.count(STANDARD_STREAM) > 1:
+            raise CliError("Standard input can be read only once.", "Give `-` only once.", MISUSED)
         width_px, height_px = parse_size(self.size) if self.size else (None, None)
         try:
             return api.ImageSpec(
                 model=self.model,
-                prompt=self.prompt,
+                prompt=_standard_input_text() if self.prompt == "-" else self.prompt,
                 negative_prompt=self.negative_prompt,
                 references=[_read(path) for path in self.references],
                 width_px=width_px,
@@ -69,108 +83,153 @@ class GenerateOptions:
                 guidance_scale=self.guidance,
                 seed=self.seed,
                 image_count=self.count,
-                format=_FORMATS[self.format_name()],
+                format=_FORMATS[format_name],
                 quality=self.quality,
                 priority=image_pb2.PRIORITY_INTERACTIVE,
                 adapters=[parse_adapter(text) for text in self.adapters],
+                embed_prompt=self.embed_prompt,
             )
         except UnicodeEncodeError as error:
-            raise CliError("The words given are not valid UTF-8.", exit_code=MISUSED) from error
+            raise CliError("The prompt or a name is not valid UTF-8.", exit_code=MISUSED) from error
         except ValueError as error:
             raise CliError(f"A number is far outside its limits: {error}.", exit_code=MISUSED) from error
 
-    def format_name(self) -> str:
-        """The format asked for, else the one that the file's suffix names."""
-        if self.image_format:
-            return self.image_format
-        if self.output == STANDARD_OUTPUT:
-            return "png"
-        try:
-            return _SUFFIXES[self.output.suffix.lower()]
-        except KeyError:
-            raise CliError(
-                f"{self.output} does not tell the format.",
-                f"End it in {', '.join(_SUFFIXES)}, or give --format.",
-                MISUSED,
-            ) from None
-
-    def check_output(self) -> None:
-        """Raises CliError when what will be made could not be written, before work is spent on it."""
-        if self.output == STANDARD_OUTPUT:
-            if (self.count or 1) > 1:
-                raise CliError("Only one image fits on standard output.", "Name a file with -o.", MISUSED)
-            return
-        # A count beyond what any server allows is the server's to refuse.
-        for index in range(min(self.count or 1, _MOST_IMAGES)):
-            _check_writable(self.file_of(index))
-
-    def file_of(self, index: int) -> Path:
-        """Where image `index` goes: FILE, or FILE-1, FILE-2 … when there are several."""
-        if (self.count or 1) == 1:
-            return self.output
-        return self.output.with_name(f"{self.output.stem}-{index + 1}{self.output.suffix}")
-
 
 def run_generate(options: GenerateOptions, target: str, timeout_seconds: float, console: Console) -> None:
-    """Makes the images, shows how it goes, writes the files, prints a line about them.
+    """Requests the images, shows progress, writes the files, prints a line or a JSON object about them.
 
     Raises:
-        CliError: with what to do about it.
+        CliError: an option cannot be used, the call failed, or a file could not be written.
     """
-    options.check_output()
-    spec = options.image_spec()
-    generation = asyncio.run(_generate(spec, target, timeout_seconds, console))
-    files, failures = _write_all(options, generation)
-    out = console if options.output == STANDARD_OUTPUT else Console()
+    files = ImageFiles(options.output, options.image_format, options.count or 1, force=options.force)
+    if options.as_json and files.is_standard_output:
+        raise CliError("--json and -o - both need standard output.", "Name a file with -o.", MISUSED)
+    spec = options.image_spec(files.format_name)
+    generation = asyncio.run(_generate(spec, options.reference_names, target, timeout_seconds, console))
+    written, failures = _write_all(files, generation)
     # Also after a failure: its seeds make the same images again.
-    out.print(summary_line(generation, files), highlight=False, soft_wrap=True, markup=False)
-    if generation.summary.prompt_truncated:
-        console.print("The prompt was too long: its end was cut off.", style="yellow")
+    if options.as_json:
+        sys.stdout.write(json.dumps(as_json(generation, written), ensure_ascii=False) + "\n")
+    else:
+        out = console if files.is_standard_output else Console()
+        out.print(summary_line(generation, written), highlight=False, soft_wrap=True, markup=False)
+    for warning in warnings_of(generation.summary):
+        console.print(Text(f"Warning: {warning}", "yellow"), soft_wrap=True)
+    if generation.summary.warnings:
+        description = _description(target, generation.summary.model)
+        if description:
+            console.print(Text(f"About {generation.summary.model}: {description}"), soft_wrap=True)
     if failures:
         raise failures[0]
 
 
-async def _generate(spec: api.ImageSpec, target: str, timeout_seconds: float, console: Console) -> Generation:
+async def _generate(
+    spec: api.ImageSpec,
+    reference_names: tuple[str, ...],
+    target: str,
+    timeout_seconds: float,
+    console: Console,
+) -> Generation:
     with GenerationProgress(console) as progress:
         try:
             async with connect(target) as stub:
                 return await generate(stub, spec, timeout_seconds=timeout_seconds, on_event=progress.handle)
         except grpc.aio.AioRpcError as error:
-            raise call_error(error, target) from error
+            raise call_error(error, target, reference_names) from error
 
 
-def summary_line(generation: Generation, files: list[str]) -> str:
-    """Files, seeds, size, and how long each stage took."""
+def _write_all(files: ImageFiles, generation: Generation) -> tuple[list[str | None], list[CliError]]:
+    """Writes each image; returns the files' names, `None` for those that failed, and the failures."""
+    names: list[str | None] = []
+    failures: list[CliError] = []
+    for image in generation.images:
+        try:
+            names.append(files.write(image.index, image.data))
+        except CliError as error:
+            names.append(None)
+            failures.append(error)
+    return names, failures
+
+
+def _description(target: str, model: str) -> str:
+    """Returns what a model knows, to help with a prompt that it did not understand; empty when unknown."""
+    try:
+        answer = asyncio.run(list_models(target, _DESCRIPTION_SECONDS))
+    except CliError:
+        # The images are made and written; a missing explanation is no failure.
+        return ""
+    return next((each.description for each in answer.models if each.name == model), "")
+
+
+def warnings_of(summary: api.GenerationSummary) -> list[str]:
+    """Returns the server's warnings about a request that succeeded."""
+    return [*summary.warnings, *([_TRUNCATED] if summary.prompt_truncated else [])]
+
+
+def summary_line(generation: Generation, names: list[str | None]) -> str:
+    """Returns files, size, seeds, model, and the milliseconds of each operation in a request's order."""
     images, summary = generation.images, generation.summary
     seeds = ", ".join(str(image.seed) for image in images)
     size = " ".join(dict.fromkeys(f"{image.width_px}×{image.height_px}" for image in images))
     timings = " · ".join(
-        f"{timing.operation} {timing.call_duration.ToMilliseconds()} ms" for timing in summary.stage_timings
+        f"{timing.operation} {timing.call_duration.ToMilliseconds()} ms"
+        for timing in timings_in_order(summary)
     )
     total_seconds = summary.total_duration.ToMilliseconds() / 1000
     word = "seed" if len(images) == 1 else "seeds"
-    where = ", ".join(files) or "No file"
+    where = ", ".join(name for name in names if name is not None) or "No file"
     return f"{where}: {size}, {word} {seeds}, {summary.model}, {total_seconds:.2f} s ({timings})"
 
 
+def as_json(generation: Generation, names: list[str | None]) -> dict[str, object]:
+    """Returns the object that `--json` prints; files and seeds are in the images' order."""
+    images, summary = generation.images, generation.summary
+    return {
+        "files": names,
+        "seeds": [image.seed for image in images],
+        "sizes_px": [[image.width_px, image.height_px] for image in images],
+        "model": summary.model,
+        "flow": summary.flow,
+        "request_id": summary.request_id,
+        "step_count": summary.step_count,
+        "guidance_scale": summary.guidance_scale,
+        "prompt_token_count": summary.prompt_token_count,
+        "timings": [
+            {
+                "stage": timing.stage,
+                "operation": timing.operation,
+                "call_count": timing.call_count,
+                "queue_ms": timing.queue_duration.ToMilliseconds(),
+                "compute_ms": timing.compute_duration.ToMilliseconds(),
+                "call_ms": timing.call_duration.ToMilliseconds(),
+            }
+            for timing in timings_in_order(summary)
+        ],
+        "total_ms": summary.total_duration.ToMilliseconds(),
+        "warnings": warnings_of(summary),
+    }
+
+
 def parse_size(text: str) -> tuple[int, int]:
-    """Reads `1024x768`, or `1024` for a square.
+    """Parses `1024x768`, or `1024` for a square, into width and height.
 
     Raises:
-        CliError: it is neither.
+        CliError: the text is neither.
     """
     match = re.fullmatch(r"(\d{1,9})(?:[xX×](\d{1,9}))?", text.strip())
     if match is None:
-        raise CliError(f"--size {text!r} is no size.", "Write WIDTHxHEIGHT, for example 1024x768.", MISUSED)
+        raise CliError(
+            f"--size {text!r} is not a size.", "Write WIDTHxHEIGHT, for example 1024x768.", MISUSED
+        )
     width_px = int(match[1])
     return width_px, int(match[2]) if match[2] else width_px
 
 
 def parse_adapter(text: str) -> image_pb2.Adapter:
-    """Reads `NAME` or `NAME:SCALE`.
+    """Parses `NAME` or `NAME:SCALE`.
 
     Raises:
-        CliError: the scale is no number.
+        CliError: the scale is not a number.
     """
     name, colon, scale = text.partition(":")
     try:
@@ -183,49 +242,14 @@ def parse_adapter(text: str) -> image_pb2.Adapter:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return sys.stdin.buffer.read() if path == STANDARD_STREAM else path.read_bytes()
     except OSError as error:
-        raise CliError(
-            f"The reference {path} cannot be read: {error.strerror}.", exit_code=MISUSED
-        ) from error
+        raise CliError(f"--reference {path} cannot be read: {error.strerror}.", exit_code=MISUSED) from error
 
 
-def _check_writable(path: Path) -> None:
-    """Tries to write without leaving a trace.
-
-    Raises:
-        CliError: it cannot be done.
-    """
-    if path.is_dir():
-        raise CliError(f"{path} is a folder.", "Name a file with -o.", MISUSED)
-    if not path.parent.is_dir():
-        raise CliError(f"The folder {path.parent} does not exist.", "Make it first.", MISUSED)
+def _standard_input_text() -> str:
+    """Returns the text on standard input without the line break at its end; raises CliError for other bytes."""
     try:
-        if path.is_file():
-            path.open("ab").close()
-        elif not path.exists():
-            TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise CliError(f"{path} cannot be written: {error.strerror}.", exit_code=MISUSED) from error
-
-
-def _write_all(options: GenerateOptions, generation: Generation) -> tuple[list[str], list[CliError]]:
-    """Writes what can be written; returns the files' names and what went wrong with others."""
-    files: list[str] = []
-    failures: list[CliError] = []
-    for image in generation.images:
-        path = options.file_of(image.index)
-        try:
-            _write(path, image.data)
-            files.append(str(path))
-        except OSError as error:
-            failures.append(CliError(f"{path} cannot be written: {error.strerror}."))
-    return files, failures
-
-
-def _write(path: Path, data: bytes) -> None:
-    if path == STANDARD_OUTPUT:
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
-    else:
-        path.write_bytes(data)
+        return sys.stdin.buffer.read().decode().rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise CliError("The prompt on standard input is not valid UTF-8.", exit_code=MISUSED) from error

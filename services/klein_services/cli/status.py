@@ -25,6 +25,9 @@ def run_status(target: str, timeout_seconds: float, console: Console) -> int:
     """
     answer = asyncio.run(list_models(target, timeout_seconds))
     console.print(status_table(answer))
+    for model in answer.models:
+        if model.description:
+            console.print(Text(f"{model.name}: {model.description}"), soft_wrap=True)
     for line in problems(answer):
         console.print(Text(line, "red"), soft_wrap=True)
     all_serve = bool(answer.models) and all(model.serving for model in answer.models)
@@ -82,7 +85,9 @@ def _stage_cells(position: int, stage: api.RoutedStage) -> list[str | Text]:
 
 def _health(stage: api.RoutedStage) -> Text:
     if not stage.description.serving:
-        return Text("loading", "yellow")
+        # Facts are set once the model is loaded, so a stage that has them and does not serve is on its way out.
+        is_loaded = stage.description.WhichOneof("facts") is not None
+        return Text("draining" if is_loaded else "loading", "yellow")
     return Text("wrong", "red") if stage.problem else Text("serving", "green")
 
 

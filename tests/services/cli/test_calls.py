@@ -1,5 +1,7 @@
 """`klein generate` and `klein status` against a real gRPC server with a servicer that only answers."""
 
+import json
+import os
 import signal
 import subprocess
 import sys
@@ -125,10 +127,15 @@ def test_a_dash_writes_the_picture_alone_to_standard_output(klein: Klein, target
     ("arguments", "words"),
     [
         (["-o", "picture.bmp"], ["picture.bmp", ".webp", "--format"]),
+        (["-o", "q.png", "--format", "jpeg"], ["q.png ends in .png", "--format is jpeg"]),
+        (["-o", "p.png", "-r", "-", "-r", "-"], ["Standard input", "only once"]),
+        (["-o", "-", "--json"], ["--json", "-o -"]),
+        (["-o", "p.png", "--target", "http://localhost:50050/"], ["--target", "is a URL", "localhost:50050"]),
         (["-o", "nowhere/picture.png"], ["nowhere", "does not exist"]),
         (["-o", "."], ["folder"]),
         (["-o", "/proc/picture.png"], ["/proc/picture.png cannot be written"]),
         (["-o", "ring.png", "--count", "2"], ["ring-2.png is a folder"]),
+        (["-o", "there.png"], ["there.png exists already", "--force"]),
         (["-o", "-", "--count", "2"], ["standard output"]),
         (["-o", "p.png", "--reference", "missing.png"], ["missing.png", "No such file"]),
         (["-o", "p.png", "--size", "large"], ["--size", "1024x768"]),
@@ -144,10 +151,12 @@ def test_misuse_is_told_before_anything_is_asked(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ring-2.png").mkdir()
+    (tmp_path / "there.png").write_bytes(b"mine")
     exit_code, out, err = klein("generate", "a star", *arguments)
     assert (exit_code, out) == (2, "")
-    assert all(word in err for word in words)
-    assert [path.name for path in tmp_path.iterdir()] == ["ring-2.png"]
+    assert all(word in " ".join(err.split()) for word in words), err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ring-2.png", "there.png"]
+    assert (tmp_path / "there.png").read_bytes() == b"mine"
 
 
 def test_a_picture_that_is_not_written_leaves_its_seed_and_the_others(
@@ -159,9 +168,106 @@ def test_a_picture_that_is_not_written_leaves_its_seed_and_the_others(
         "generate", "a ring", "--count", 2, "--target", target, "-o", tmp_path / "ring.png"
     )
     assert exit_code == 1
-    assert "ring-1.png cannot be written: Is a directory" in err
+    assert "ring-1.png cannot be written: File exists" in err
     assert (tmp_path / "ring-2.png").read_bytes() == b"picture 1"
     assert f"{tmp_path / 'ring-2.png'}: 64×96, seeds 41, 42" in out
+
+
+def test_without_a_name_files_are_numbered_after_those_that_exist(
+    klein: Klein, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("klein-2.png").write_bytes(b"mine")
+    assert klein("generate", "a star", "--target", target)[0] == 0
+    _, out, _ = klein("generate", "a star", "--count", 2, "--target", target)
+    assert out.startswith("klein-3.png, klein-4.png: ")
+    assert Path("klein-1.png").read_bytes() == Path("klein-3.png").read_bytes() == b"picture 0"
+    assert Path("klein-2.png").read_bytes() == b"mine"
+
+
+def test_force_replaces_a_file(klein: Klein, target: str, tmp_path: Path) -> None:
+    (tmp_path / "p.png").write_bytes(b"mine")
+    assert klein("generate", "a star", "--force", "--target", target, "-o", tmp_path / "p.png")[0] == 0
+    assert (tmp_path / "p.png").read_bytes() == b"picture 0"
+
+
+def test_a_prompt_or_a_reference_comes_from_standard_input(
+    target: str, orchestrator: Orchestrator, tmp_path: Path
+) -> None:
+    for arguments in (["-", "-o", "a.png"], ["a star", "-r", "-", "-o", "b.png"]):
+        subprocess.run(
+            [sys.executable, "-m", "klein_services.cli.main", "generate", *arguments, "--target", target],
+            cwd=tmp_path,
+            env=inherited_environment(),
+            input="ein schöner Stern\n".encode(),
+            timeout=60,
+            check=True,
+        )
+    prompt, reference = orchestrator.specs
+    assert (prompt.prompt, list(prompt.references)) == ("ein schöner Stern", [])
+    assert list(reference.references) == ["ein schöner Stern\n".encode()]
+
+
+def test_no_image_goes_to_a_terminal(target: str, orchestrator: Orchestrator) -> None:
+    master, terminal = os.openpty()
+    done = subprocess.run(
+        [sys.executable, "-m", "klein_services.cli.main", "generate", "a", "-o", "-", "--target", target],
+        env=inherited_environment(),
+        stdout=terminal,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    os.close(terminal)
+    os.close(master)
+    assert done.returncode == 2
+    assert "is a terminal" in done.stderr
+    assert orchestrator.specs == []
+
+
+def test_json_is_one_object_on_standard_output(
+    klein: Klein, target: str, orchestrator: Orchestrator, tmp_path: Path
+) -> None:
+    orchestrator.warnings = ["It knows no cat."]
+    described = api.RoutedModel(name="fake", description="It knows hearts and stars.")
+    orchestrator.models = api.ListModelsResponse(models=[described])
+    file = tmp_path / "p.png"
+    exit_code, out, err = klein(
+        *("generate", "long", "--count", 2, "--json", "--embed-prompt", "--target", target, "-o", file)
+    )
+    assert exit_code == 0
+    answer = json.loads(out)
+    assert answer["files"] == [str(tmp_path / "p-1.png"), str(tmp_path / "p-2.png")]
+    assert (answer["seeds"], answer["model"], answer["total_ms"]) == ([41, 42], "fake", 1500)
+    assert [(each["operation"], each["call_ms"]) for each in answer["timings"]] == [
+        ("encode-prompt", 7),
+        ("denoise", 123),
+    ]
+    assert answer["warnings"][0] == "It knows no cat."
+    assert "cut off" in answer["warnings"][1]
+    assert "Warning: It knows no cat." in err
+    assert "It knows hearts and stars." in err
+    assert orchestrator.specs[0].embed_prompt
+
+
+def test_timings_follow_a_request_s_life(klein: Klein, target: str, tmp_path: Path) -> None:
+    _, out, _ = klein("generate", "a star", "--target", target, "-o", tmp_path / "p.png")
+    assert "(encode-prompt 7 ms · denoise 123 ms)" in out
+
+
+def test_a_refused_reference_is_named_by_its_file(
+    klein: Klein, target: str, orchestrator: Orchestrator, tmp_path: Path
+) -> None:
+    files = [tmp_path / "one.png", tmp_path / "two.png"]
+    for file in files:
+        file.write_bytes(b"x")
+    orchestrator.error = InvalidInput([Violation("references[1]", "is not an image")])
+    exit_code, _, err = klein(
+        *("generate", "a", "-r", files[0], "-r", files[1], "--target", target, "-o", tmp_path / "p.png")
+    )
+    assert exit_code == 2
+    assert f"--reference {files[1]} (references[1]) is not an image" in err
 
 
 def test_output_that_takes_nothing_is_told(target: str, orchestrator: Orchestrator) -> None:
@@ -300,10 +406,14 @@ def test_control_c_while_the_command_is_imported_is_no_traceback() -> None:
     assert (done.returncode, done.stderr) == (130, "Cancelled.\n")
 
 
-def stage(name: str, *, serving: bool = True, problem: str = "", described: bool = True) -> api.RoutedStage:
+def stage(
+    name: str, *, serving: bool = True, loaded: bool = False, problem: str = "", described: bool = True
+) -> api.RoutedStage:
     description = stage_api.DescribeStageResponse(
         stage=name, model="fake", serving=serving, device="cpu", dtype="bf16"
     )
+    if serving or loaded:
+        description.denoiser.default_step_count = 4
     description.load.queued_count, description.load.queue_limit = 3, 64
     return api.RoutedStage(
         target=f"{name}:1", problem=problem, description=description if described else None
@@ -315,6 +425,7 @@ def stage(name: str, *, serving: bool = True, problem: str = "", described: bool
     [
         (stage("denoiser"), 0, "serving"),
         (stage("denoiser", serving=False, problem="it loads"), 1, "loading"),
+        (stage("denoiser", serving=False, loaded=True, problem="it stops"), 1, "draining"),
         (stage("denoiser", problem="it serves another model"), 1, "wrong"),
         (stage("denoiser", described=False, problem="connection refused"), 1, "unreachable"),
     ],
@@ -329,7 +440,9 @@ def test_status_is_good_only_when_all_stages_serve(
     word: str,
 ) -> None:
     stages = [stage("text-encoder"), denoiser, stage("vae-decoder")]
-    model = api.RoutedModel(name="fake", serving=exit_code == 0, stages=stages)
+    model = api.RoutedModel(
+        name="fake", serving=exit_code == 0, stages=stages, description="It knows hearts."
+    )
     orchestrator.models = api.ListModelsResponse(models=[model], default_model="fake")
     got, out, _ = klein("status", "--target", target)
     assert got == exit_code
@@ -337,6 +450,7 @@ def test_status_is_good_only_when_all_stages_serve(
     assert word in row
     assert denoiser.problem in out
     assert "3/64" in out
+    assert "fake: It knows hearts." in out
 
 
 @pytest.mark.parametrize("problem", ["", "ink.safetensors: for layers that this model does not have: up"])

@@ -22,6 +22,7 @@ class Orchestrator(ImageServiceServicer):
         self.before_answer: Callable[[], object] = lambda: None
         self.called = threading.Event()
         self.cancelled = threading.Event()
+        self.warnings: list[str] = []
         self.models = api.ListModelsResponse()
 
     def GenerateImage(self, request, context):
@@ -47,8 +48,11 @@ class Orchestrator(ImageServiceServicer):
             )
             yield api.StreamGenerateImageResponse(image=image)
         summary = api.GenerationSummary(model="fake", prompt_truncated=request.spec.prompt == "long")
+        summary.warnings.extend(self.warnings)
         timing = summary.stage_timings.add(stage="denoiser", operation="denoise", call_count=1)
         timing.call_duration.FromMilliseconds(123)
+        timing = summary.stage_timings.add(stage="text-encoder", operation="encode-prompt", call_count=1)
+        timing.call_duration.FromMilliseconds(7)
         summary.total_duration.FromMilliseconds(1500)
         yield api.StreamGenerateImageResponse(summary=summary)
 
