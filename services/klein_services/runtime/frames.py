@@ -4,31 +4,40 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import xxhash
 
 from klein_api.v1 import denoiser_service_pb2, tensor_pb2
 from klein_core.errors import InvalidInput
-from klein_services.runtime.protowire import WireFrame
+from klein_services.runtime.protowire import VARINT, WireFrame, encode_header, encode_key, encode_varint
 
 MAX_FRAME_BYTES = 1 << 20
 """Most bytes of a frame's `data`."""
 SMALL_FRAME_BYTES = 64 << 10
 MAX_EXTENTS = 8
-ELEMENT_BYTES: dict[int, int] = {
-    tensor_pb2.DATA_TYPE_BF16: 2,
-    tensor_pb2.DATA_TYPE_F16: 2,
-    tensor_pb2.DATA_TYPE_F32: 4,
+
+
+@dataclass(frozen=True)
+class ElementType:
+    """Type of a tensor's elements on the wire."""
+
+    name: str
+    """Name in settings and messages."""
+    byte_count: int
+
+
+ELEMENT_TYPES: Mapping[int, ElementType] = {
+    tensor_pb2.DATA_TYPE_BF16: ElementType("bf16", 2),
+    tensor_pb2.DATA_TYPE_F16: ElementType("f16", 2),
+    tensor_pb2.DATA_TYPE_F32: ElementType("f32", 4),
 }
-"""Bytes of one element by `DataType`."""
+"""By `DataType`; tensors of other types are not sent."""
 
 _DATA_FIELD = tensor_pb2.TensorFrame.DATA_FIELD_NUMBER
 _INDEX_FIELD = denoiser_service_pb2.IndexedTensorFrame.INDEX_FIELD_NUMBER
 _FRAME_FIELD = denoiser_service_pb2.IndexedTensorFrame.FRAME_FIELD_NUMBER
-_VARINT = 0
-_LENGTH_DELIMITED = 2
 
 if sys.byteorder != "little":
     raise ImportError("frames are little-endian and this machine is not; a byte swap would be needed here")
@@ -44,7 +53,7 @@ class TensorSpec:
 
     @property
     def byte_count(self) -> int:
-        return math.prod(self.shape) * ELEMENT_BYTES[self.data_type]
+        return math.prod(self.shape) * ELEMENT_TYPES[self.data_type].byte_count
 
 
 @dataclass(frozen=True)
@@ -59,11 +68,10 @@ class FrameEnvelope:
     def header(self, frame_bytes: int) -> bytes:
         """Returns what precedes a serialized frame of so many bytes in its serialized message."""
         if self.index is None:
-            return _length_delimited(self.field_number, frame_bytes)
-        inner = (
-            _tag(_INDEX_FIELD, _VARINT) + _varint(self.index) + _length_delimited(_FRAME_FIELD, frame_bytes)
-        )
-        return _length_delimited(self.field_number, len(inner) + frame_bytes) + inner
+            return encode_header(self.field_number, frame_bytes)
+        index = encode_key(_INDEX_FIELD, VARINT) + encode_varint(self.index)
+        inner = index + encode_header(_FRAME_FIELD, frame_bytes)
+        return encode_header(self.field_number, len(inner) + frame_bytes) + inner
 
 
 def serialized_frames(data: memoryview, spec: TensorSpec, envelope: FrameEnvelope) -> Iterator[bytes]:
@@ -73,7 +81,7 @@ def serialized_frames(data: memoryview, spec: TensorSpec, envelope: FrameEnvelop
     Arguments and errors are those of `split_frames`.
     """
     for chunk, head, tail in _cut(data, spec):
-        before = head + _length_delimited(_DATA_FIELD, len(chunk))
+        before = head + encode_header(_DATA_FIELD, len(chunk))
         frame_bytes = len(before) + len(chunk) + len(tail)
         yield b"".join((envelope.header(frame_bytes), before, chunk, tail))
 
@@ -90,7 +98,7 @@ def split_frames(data: memoryview, spec: TensorSpec) -> Iterator[tensor_pb2.Tens
     """
     for chunk, head, tail in _cut(data, spec):
         yield tensor_pb2.TensorFrame.FromString(
-            b"".join((head, _length_delimited(_DATA_FIELD, len(chunk)), chunk, tail))
+            b"".join((head, encode_header(_DATA_FIELD, len(chunk)), chunk, tail))
         )
 
 
@@ -201,7 +209,7 @@ class FrameReader:
         if frame.spec is None or not frame.HasField("spec"):
             raise self._refusal("has no spec on its first frame")
         data_type, shape = frame.spec.data_type, tuple(frame.spec.shape[: MAX_EXTENTS + 1])
-        if data_type not in ELEMENT_BYTES:
+        if data_type not in ELEMENT_TYPES:
             raise self._refusal(f"has data type {int(data_type)}; must be BF16, F16 or F32")
         if not 1 <= len(shape) <= MAX_EXTENTS or min(shape) < 1:
             raise self._refusal(
@@ -249,20 +257,3 @@ def shown_shape(shape: Sequence[int]) -> str:
     """Returns a shape as text, cut off where no tensor would go on."""
     extents = [str(extent) for extent in shape[:MAX_EXTENTS]] + ["…"] * (len(shape) > MAX_EXTENTS)
     return f"[{', '.join(extents)}]"
-
-
-def _tag(field_number: int, wire_type: int) -> bytes:
-    return _varint(field_number << 3 | wire_type)
-
-
-def _length_delimited(field_number: int, length: int) -> bytes:
-    return _tag(field_number, _LENGTH_DELIMITED) + _varint(length)
-
-
-def _varint(value: int) -> bytes:
-    groups = bytearray()
-    while value > 0x7F:
-        groups.append(value & 0x7F | 0x80)
-        value >>= 7
-    groups.append(value)
-    return bytes(groups)

@@ -12,6 +12,7 @@ from klein_api.v1 import tensor_pb2
 from klein_core.errors import InvalidInput
 from klein_services.runtime import metrics
 from klein_services.runtime.frames import (
+    ELEMENT_TYPES,
     FrameEnvelope,
     FrameReader,
     TensorSpec,
@@ -20,7 +21,9 @@ from klein_services.runtime.frames import (
 )
 from klein_services.runtime.settings import SettingsError
 
-_SETTING_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "checkpoint": None}
+_DTYPES_BY_NAME = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+_DTYPES = {number: _DTYPES_BY_NAME[element.name] for number, element in ELEMENT_TYPES.items()}
+_DATA_TYPES = {dtype: number for number, dtype in _DTYPES.items()}
 
 
 def resolve_device(name: str) -> torch.device:
@@ -44,7 +47,7 @@ def resolve_device(name: str) -> torch.device:
 
 def resolve_dtype(name: str) -> torch.dtype | None:
     """Returns the dtype of a `dtype` setting; `None` keeps the checkpoint's own."""
-    return _SETTING_DTYPES[name]
+    return None if name == "checkpoint" else _DTYPES_BY_NAME[name]
 
 
 def set_threads(count: int) -> None:
@@ -68,29 +71,20 @@ def _best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-_DATA_TYPES: dict[torch.dtype, int] = {
-    torch.bfloat16: tensor_pb2.DATA_TYPE_BF16,
-    torch.float16: tensor_pb2.DATA_TYPE_F16,
-    torch.float32: tensor_pb2.DATA_TYPE_F32,
-}
-_DTYPES = {number: dtype for dtype, number in _DATA_TYPES.items()}
-_NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
-
-
 def data_type_of(dtype: torch.dtype) -> int:
     """Returns the wire's `DataType` of a torch dtype.
 
     Raises:
-        ValueError: the wire has none for it.
+        ValueError: tensors of this type are not sent.
     """
     if dtype not in _DATA_TYPES:
-        raise ValueError(f"tensors of {dtype} do not travel; only bf16, f16 and f32 do")
+        raise ValueError(f"tensors of {dtype} are not sent; only bf16, f16 and f32 are")
     return _DATA_TYPES[dtype]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Returns the short name of a dtype that travels: bf16, f16 or f32."""
-    return _NAMES[dtype]
+    """Returns the short name of a dtype that is sent: bf16, f16 or f32."""
+    return ELEMENT_TYPES[_DATA_TYPES[dtype]].name
 
 
 def host_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -169,8 +163,8 @@ def check_spec(
         raise InvalidInput.of(reader.field, f"has shape {list(actual)}; must be [{expected}]")
     actual_dtype = _DTYPES[reader.spec.data_type]
     if dtypes is not None and actual_dtype not in dtypes:
-        wanted = ", ".join(sorted(_NAMES[dtype] for dtype in dtypes))
-        raise InvalidInput.of(reader.field, f"has element type {_NAMES[actual_dtype]}; must be {wanted}")
+        wanted = ", ".join(sorted(dtype_name(dtype) for dtype in dtypes))
+        raise InvalidInput.of(reader.field, f"has element type {dtype_name(actual_dtype)}; must be {wanted}")
 
 
 def _differ(actual: int, expected: int | None) -> bool:
