@@ -27,8 +27,7 @@ from klein_core.linear import Linear, needs_fp32_fallback
 from klein_core.memory import autoencoder, text_encoder, transformer
 from klein_core.memory.precision import PRECISIONS
 from klein_core.quantization.fp8 import Float8Weight
-from klein_core.quantization.quantized_weight import place as place_weight
-from klein_core.quantization.quantized_weight import share_buffer
+from klein_core.quantization.quantized_weight import set_weight, share_buffer
 from klein_core.vae_decoder.autoencoder import Autoencoder
 from klein_core.variants import TransformerConfig, VaeConfig
 
@@ -205,7 +204,7 @@ def _through(
 def _quantize(network: nn.Module) -> None:
     for name, layer in list(network.named_modules()):
         if isinstance(layer, Linear) and "transformer_blocks" in name:
-            place_weight(network, f"{name}.weight", Float8Weight.of(layer.weight.detach()))
+            set_weight(network, f"{name}.weight", Float8Weight.of(layer.weight.detach()))
     share_buffer(network)
 
 

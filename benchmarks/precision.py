@@ -26,7 +26,7 @@ from klein_core.quantization.quantized_weight import (
     capability_of,
     multiplies_float4,
     multiplies_float8,
-    place,
+    set_weight,
     share_buffer,
 )
 
@@ -94,7 +94,7 @@ def quantized(plain: FlowTransformer, quantize: Callable[[Tensor], QuantizedWeig
         made = FlowTransformer(plain.config)
     weights = plain.state_dict()
     for name in [name for name in weights if is_block_product(name)]:
-        place(made, name, quantize(weights.pop(name)))
+        set_weight(made, name, quantize(weights.pop(name)))
     made.load_state_dict(weights, strict=False, assign=True)
     share_buffer(made)
     return made.eval().requires_grad_(False)

@@ -51,11 +51,11 @@ class DeviceFault(KleinError):
     """The device failed in a way that later work would inherit."""
 
 
-def raise_if_problems(place: Path, problems: Iterable[tuple[str, Iterable[str]]]) -> None:
+def raise_if_problems(path: Path, problems: Iterable[tuple[str, Iterable[str]]]) -> None:
     """Raises CheckpointError with every non-empty list of names; each comes with what is wrong with them."""
     found = [f"{what} {listed(names)}" for what, names in problems if names]
     if found:
-        raise CheckpointError(f"{place}: {'; '.join(found)}")
+        raise CheckpointError(f"{path}: {'; '.join(found)}")
 
 
 def listed(names: Iterable[str]) -> str:

@@ -51,7 +51,7 @@ class ConfigFile:
         """
         return cls(path, read_json(path))
 
-    def raise_if_problems(self, key: str, value: object, needed: str) -> CheckpointError:
+    def error(self, key: str, value: object, needed: str) -> CheckpointError:
         """Returns the error for a value; `needed` goes after a semicolon."""
         shown = repr(value)[:_SHOWN_CHARACTERS]
         return CheckpointError(f"{self.path}: {key} is {shown}; {needed}")
@@ -60,7 +60,7 @@ class ConfigFile:
         """Refuses keys that are present with another value than the one that is supported."""
         for key, value in supported.items():
             if key in self.values and self.values[key] != value:
-                raise self.raise_if_problems(key, self.values[key], f"only {value!r} is supported")
+                raise self.error(key, self.values[key], f"only {value!r} is supported")
 
     def require_class(self, supported: Collection[str], key: str = "_class_name") -> None:
         """Refuses the name of a class that is not supported; no name is as good as a right one."""
@@ -74,32 +74,28 @@ class ConfigFile:
         """Returns whole numbers in 1 … `LARGEST_INTEGER`, at least one and a bounded number of them."""
         value = self.values.get(key, default)
         if not isinstance(value, list | tuple) or not 1 <= len(value) <= LARGEST_LAYER_COUNT:
-            raise self.raise_if_problems(
-                key, value, f"it must be a list of 1 to {LARGEST_LAYER_COUNT} whole numbers"
-            )
+            raise self.error(key, value, f"it must be a list of 1 to {LARGEST_LAYER_COUNT} whole numbers")
         return tuple(self._integer(key, item, LARGEST_INTEGER) for item in value)
 
     def number(self, key: str, default: float) -> float:
         """Returns a number above 0 and up to `LARGEST_NUMBER`."""
         value = self.values.get(key, default)
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= LARGEST_NUMBER:
-            raise self.raise_if_problems(
-                key, value, f"it must be a number above 0 and up to {LARGEST_NUMBER:g}"
-            )
+            raise self.error(key, value, f"it must be a number above 0 and up to {LARGEST_NUMBER:g}")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
         """Returns true or false."""
         value = self.values.get(key, default)
         if not isinstance(value, bool):
-            raise self.raise_if_problems(key, value, "it must be true or false")
+            raise self.error(key, value, "it must be true or false")
         return value
 
     def _integer(self, key: str, value: object, largest: int) -> int:
         if value is None:
             raise CheckpointError(f"{self.path}: {key} is missing")
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
-            raise self.raise_if_problems(key, value, f"it must be a whole number in 1 … {largest}")
+            raise self.error(key, value, f"it must be a whole number in 1 … {largest}")
         return value
 
 
@@ -190,7 +186,7 @@ def read_sampling(files: ModelFiles | Path | str) -> PipelineIndex:
     files = ModelFiles.of(files)
     if not files.variant and files.index_path is not None:
         return read_pipeline_index(files.index_path.parent)
-    place, transformer = files.place(TRANSFORMER), read_transformer_config(files)
+    path, transformer = files.path(TRANSFORMER), read_transformer_config(files)
     try:
         if files.variant and not variants_of_shape(transformer):
             # A pruned or grown one of them is sampled as they are.
@@ -198,7 +194,7 @@ def read_sampling(files: ModelFiles | Path | str) -> PipelineIndex:
         else:
             row = variant_of_bare_file(transformer, files.variant or None)
     except CheckpointError as error:
-        raise CheckpointError(f"{place}: {error} (setting: variant)") from None
+        raise CheckpointError(f"{path}: {error} (setting: variant)") from None
     return PipelineIndex(row.is_distilled, row.uses_reference_cache)
 
 
@@ -258,7 +254,7 @@ def _read_text_encoder_file(path: Path) -> TextEncoderConfig:
     length = config.integer("max_sequence_length", TextEncoderConfig.sequence_length)
     if max(taps) >= layer_count:
         needed = f"each must be below num_hidden_layers ({layer_count}), whose output is normed"
-        raise config.raise_if_problems("text_encoder_out_layers", list(taps), needed)
+        raise config.error("text_encoder_out_layers", list(taps), needed)
     return TextEncoderConfig(qwen3=dict(config.values), tapped_layers=taps, sequence_length=length)
 
 
@@ -299,16 +295,14 @@ def _check_products(config: ConfigFile, read: TransformerConfig) -> None:
     axes = read.axes_dims_rope
     if sum(axes) != read.attention_head_dim or len(axes) != 4 or any(axis % 2 for axis in axes):
         needed = f"it must be four even numbers that add up to attention_head_dim ({read.attention_head_dim})"
-        raise config.raise_if_problems("axes_dims_rope", list(axes), needed)
+        raise config.error("axes_dims_rope", list(axes), needed)
     if read.timestep_guidance_channels % 2:
-        raise config.raise_if_problems(
-            "timestep_guidance_channels", read.timestep_guidance_channels, "it must be even"
-        )
+        raise config.error("timestep_guidance_channels", read.timestep_guidance_channels, "it must be even")
     inner_size = int(read.hidden_size * read.mlp_ratio)
     for key, width in (("num_attention_heads", read.hidden_size), ("mlp_ratio", inner_size)):
         if not 1 <= width <= LARGEST_INTEGER:
             needed = f"the width that it makes, {width}, must be in 1 … {LARGEST_INTEGER}"
-            raise config.raise_if_problems(key, getattr(read, key), needed)
+            raise config.error(key, getattr(read, key), needed)
 
 
 def read_vae_config(files: ModelFiles | Path | str) -> VaeConfig:
@@ -317,7 +311,7 @@ def read_vae_config(files: ModelFiles | Path | str) -> VaeConfig:
     path = files.config_path(VAE)
     if path is None:
         read = infer_config.vae_config(files.open(VAE))
-        _check_widths(files.place(VAE), read)
+        _check_widths(files.path(VAE), read)
         return read
     config = ConfigFile.read(path)
     config.require_class(_CLASSES[VAE_FOLDER])
@@ -341,7 +335,7 @@ def read_vae_config(files: ModelFiles | Path | str) -> VaeConfig:
     _check_widths(path, read)
     if read.sample_size % _TILE_MULTIPLE_PX or read.sample_size < 2 * _TILE_MULTIPLE_PX:
         needed = f"it must be a multiple of {_TILE_MULTIPLE_PX} from {2 * _TILE_MULTIPLE_PX} on"
-        raise config.raise_if_problems("sample_size", read.sample_size, needed)
+        raise config.error("sample_size", read.sample_size, needed)
     return read
 
 
@@ -384,17 +378,17 @@ def _check_size(files: ModelFiles, config: TextEncoderConfig) -> None:
     needed = published_model(files.variant).text_encoder.hidden_size
     if config.hidden_size in published - {needed}:
         raise CheckpointError(
-            f"{files.place(TEXT_ENCODER)} is the text encoder of another size: its hidden size is "
+            f"{files.path(TEXT_ENCODER)} is the text encoder of another size: its hidden size is "
             f"{config.hidden_size}, {files.variant} needs {needed}"
         )
 
 
 def _check_fit(files: ModelFiles, variant: Variant) -> None:
-    transformer, text_encoder = files.place(TRANSFORMER), files.place(TEXT_ENCODER)
+    transformer, text_encoder = files.path(TRANSFORMER), files.path(TEXT_ENCODER)
     if variant.transformer.in_channels != variant.vae.packed_channels:
         raise CheckpointError(
             f"{transformer} takes {variant.transformer.in_channels} latent channels "
-            f"but the VAE {files.place(VAE)} makes {variant.vae.packed_channels}"
+            f"but the VAE {files.path(VAE)} makes {variant.vae.packed_channels}"
         )
     if variant.transformer.joint_attention_dim != variant.text_encoder.embedding_channels:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Which safetensors files make up one component, and which tensor lies in which. Torch-free.
+"""Files of a model: the safetensors files of each component, and the tensors in each of them. Torch-free.
 
 A component is one file, or a folder with one `*.safetensors` or with shards and their
 `*.safetensors.index.json`. Pickle is not a format of this library.
@@ -6,7 +6,7 @@ A component is one file, or a folder with one `*.safetensors` or with shards and
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,16 @@ from klein_core.variants import read_json
 
 _INDEX_SUFFIX = ".safetensors.index.json"
 _DEFAULT_STEMS = ("diffusion_pytorch_model", "model")
+TOKENIZER = "tokenizer"
+"""Folder of the tokenizer in a model's folder."""
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where each tensor of one component lies. Headers of shards are read when a tensor of theirs is asked for."""
+    """The tensors of one component, in one file or several. A shard's header is read on first use."""
 
-    place: Path
+    path: Path
     """The folder or the file, for messages."""
     files: Mapping[str, Path]
     """Tensor name → the safetensors file that holds it."""
@@ -38,61 +40,64 @@ class Checkpoint:
         """
         if path not in self._headers:
             header = read_header(path)
-            told = {name for name, file in self.files.items() if file == path}
+            indexed = {name for name, file in self.files.items() if file == path}
             problem = f"{path.name} and the index disagree on"
-            raise_if_problems(self.place, [(problem, told ^ header.tensors.keys())])
+            raise_if_problems(self.path, [(problem, indexed ^ header.tensors.keys())])
             self._headers[path] = header
         return self._headers[path]
 
     def entry(self, name: str) -> StoredTensor:
-        """Returns dtype, shape and place of a tensor; raises as `header`."""
+        """Returns a tensor's dtype, shape and position in its file; raises as `header`."""
         return self.header(self.files[name]).tensors[name]
 
     def content(self, name: str) -> bytes:
-        """Reads a small tensor's bytes; raises as `header`, and when the file was cut since."""
+        """Reads a small tensor's bytes; raises as `header`, and when the file was truncated since."""
         entry, path = self.entry(name), self.files[name]
         with open_regular(path) as file:
             file.seek(entry.start)
             content = file.read(entry.byte_count)
         if len(content) < entry.byte_count:
-            raise CheckpointError(f"{path}: {name} cannot be read: the file was cut since it was opened")
+            raise CheckpointError(
+                f"{path}: {name} cannot be read: the file was truncated since it was opened"
+            )
         return content
 
     def metadata(self) -> dict[str, str]:
-        """Returns what the writers of all the files said; raises as `header`."""
+        """Returns the metadata of all the headers, merged; raises as `header`."""
         merged: dict[str, str] = {}
         for path in sorted(set(self.files.values())):
             merged |= self.header(path).metadata
         return merged
 
 
-def open_checkpoint(place: Path | str, root: Path | None = None) -> Checkpoint:
+def open_checkpoint(path: Path | str, root: Path | None = None) -> Checkpoint:
     """Finds a component's tensors without reading any.
 
     Args:
-        place: one file, or a folder with one set of weights.
-        root: the folder that symbolic links in `place` may not leave; `place` itself when unset. A file that is
-            named outright may be a link to anywhere: who named it chose it.
+        path: one file, or a folder with one set of weights.
+        root: the folder that symbolic links below `path` may not leave; `path` itself when unset. A file that the
+            user names directly may be a link to anywhere.
 
     Raises:
         CheckpointError: no safetensors, two sets of them, only pickle files, a corrupt header or index, or a link
             that leaves the folder.
     """
-    place = Path(place)
-    if not place.is_dir():
-        header = read_header(place)
-        return Checkpoint(place, dict.fromkeys(header.tensors, place), {place: header})
-    source = _weight_source(place)
+    path = Path(path)
+    if not path.is_dir():
+        header = read_header(path)
+        return Checkpoint(path, dict.fromkeys(header.tensors, path), {path: header})
+    source, root = _weight_source(path), root or path
     files = _read_index(source) if source.name.endswith(_INDEX_SUFFIX) else {}
-    _check_links(place, root or place, {source, *files.values()})
+    outside = {file.name for file in (source, *files.values()) if not is_inside(file, root)}
+    raise_if_problems(path, [(f"links that leave {root}; name such a file itself instead:", outside)])
     if files:
-        return Checkpoint(place, files)
+        return Checkpoint(path, files)
     header = read_header(source)
-    return Checkpoint(place, dict.fromkeys(header.tensors, source), {source: header})
+    return Checkpoint(path, dict.fromkeys(header.tensors, source), {source: header})
 
 
 def is_inside(path: Path, root: Path) -> bool:
-    """Whether a file, its links followed, lies in a folder, or is what a folder of the hub's cache links to."""
+    """Whether a file lies in a folder once links are resolved. The hub's cache links into its own `blobs` folder."""
     target, root = path.resolve(), root.resolve()
     return target.is_relative_to(root) or any(
         target.is_relative_to(parent.parent / "blobs")
@@ -101,13 +106,8 @@ def is_inside(path: Path, root: Path) -> bool:
     )
 
 
-def _check_links(place: Path, root: Path, paths: Iterable[Path]) -> None:
-    outside = {path.name for path in paths if not is_inside(path, root)}
-    raise_if_problems(place, [(f"links that leave {root}; name such a file itself instead:", outside)])
-
-
 def _weight_source(folder: Path) -> Path:
-    """Picks the folder's index or its only file."""
+    """Returns the folder's index or its only weights file."""
     indexes = sorted(folder.glob("*" + _INDEX_SUFFIX))
     stems = {path.name.removesuffix(_INDEX_SUFFIX) for path in indexes}
     shards = {name for stem in stems for name in folder.glob(f"{stem}-*-of-*.safetensors")}
@@ -137,37 +137,36 @@ def _read_index(path: Path) -> dict[str, Path]:
     return {tensor: path.parent / name for tensor, name in weight_map.items()}
 
 
-TOKENIZER = "tokenizer"
-
-
 @dataclass(frozen=True, kw_only=True)
 class ModelFiles:
-    """What the person who starts a pipeline or a stage named. A part of its own wins over the model's."""
+    """The files that a user names for a pipeline or a stage. A component's own path wins over the model's."""
 
     model: Path | None = None
-    """A folder in diffusers' layout, or one safetensors file from which every part not named below is taken."""
+    """A folder in diffusers' layout, or one safetensors file that holds every component not named below."""
     transformer: Path | None = None
+    """A safetensors file, or a folder with one set of weights and optionally a config.json."""
     vae: Path | None = None
+    """A file or folder, like `transformer`."""
     text_encoder: Path | None = None
-    """Like the two before: a safetensors file, or a folder with one set of weights and perhaps a config.json."""
+    """A file or folder, like `transformer`."""
     tokenizer: Path | None = None
-    """A folder; needed beside a text encoder that is a bare file."""
+    """A folder; required with a text encoder that is a bare file."""
     variant: str = ""
-    """Which published model it is, where no model_index.json tells."""
+    """Name of the published model, for files without a model_index.json."""
 
     @classmethod
     def of(cls, files: ModelFiles | Path | str) -> ModelFiles:
-        """Takes a model's folder or file for the whole model."""
+        """Returns `files` itself, or the files of a whole model that is one folder or file."""
         return files if isinstance(files, ModelFiles) else cls(model=Path(files))
 
     @classmethod
-    def alone(cls, component: str, place: Path) -> ModelFiles:
-        """Takes a file or folder for one component, and nothing for the others."""
-        named: dict[str, Any] = {component: place}
+    def alone(cls, component: str, path: Path) -> ModelFiles:
+        """Returns the files of a model of which only one component is named."""
+        named: dict[str, Any] = {component: path}
         return cls(**named)
 
-    def place(self, component: str) -> Path:
-        """Returns the file or folder of `transformer`, `vae` or `text_encoder`; it need not be there.
+    def path(self, component: str) -> Path:
+        """Returns the file or folder of `transformer`, `vae` or `text_encoder`; it may not exist.
 
         Raises:
             CheckpointError: neither the component nor a whole model is named.
@@ -176,35 +175,35 @@ class ModelFiles:
         if own is not None:
             return own / component if (own / component).is_dir() else own
         if self.model is None:
-            raise CheckpointError(f"the model has no {component}: name a file or folder of its own for it")
+            raise CheckpointError(f"the model has no {component}: name a file or folder for it")
         if not self.model.is_dir() or self._is_flat(component):
             return self.model
         return self.model / component
 
     def open(self, component: str) -> Checkpoint:
         """Finds a component's tensors without reading any; raises CheckpointError as `open_checkpoint`."""
-        place = self.place(component)
-        return open_checkpoint(place, self._root(place))
+        path = self.path(component)
+        return open_checkpoint(path, self._root(path))
 
     def config_path(self, component: str) -> Path | None:
-        """Returns a component's config.json; `None` when it has none and its tensors must tell.
+        """Returns a component's config.json; `None` when its configuration must be inferred from its tensors.
 
         Raises:
             CheckpointError: the component is not named, or the file is a link that leaves the folder.
         """
-        place = self.place(component)
-        path = place / "config.json"
-        if not place.is_dir() and (place.exists() or place.suffix == ".safetensors"):
+        path = self.path(component)
+        config = path / "config.json"
+        if not path.is_dir() and (path.exists() or path.suffix == ".safetensors"):
             return None
-        if not path.is_file() and any(place.glob("*.safetensors")):
+        if not config.is_file() and any(path.glob("*.safetensors")):
             return None
-        if not is_inside(path, self._root(place)):
-            raise CheckpointError(f"{path} is a link that leaves {self._root(place)}")
-        return path
+        if not is_inside(config, self._root(path)):
+            raise CheckpointError(f"{config} is a link that leaves {self._root(path)}")
+        return config
 
     @property
     def index_path(self) -> Path | None:
-        """The model's model_index.json; `None` where there cannot be one."""
+        """The model's model_index.json; `None` for bare files, which have none."""
         if self.model is None or not self.model.is_dir():
             return None
         path = self.model / "model_index.json"
@@ -216,7 +215,7 @@ class ModelFiles:
         """The tokenizer's folder.
 
         Raises:
-            CheckpointError: none is named, and a bare file has none.
+            CheckpointError: no tokenizer is named, and the model is a bare file.
         """
         if self.tokenizer is not None:
             return self.tokenizer
@@ -227,7 +226,7 @@ class ModelFiles:
         return self.model / TOKENIZER
 
     def _is_flat(self, component: str) -> bool:
-        """Whether the model's folder has weights itself and none in a folder of the component."""
+        """Whether weights lie in the model's folder itself and not in a folder of the component."""
         folder = self.model
         return (
             folder is not None
@@ -236,7 +235,6 @@ class ModelFiles:
             and any(folder.glob("*.safetensors"))
         )
 
-    def _root(self, place: Path) -> Path:
-        """Returns the folder that was named: links inside may not leave it."""
-        inside = self.model is not None and place.is_relative_to(self.model)
-        return self.model if inside and self.model is not None else place
+    def _root(self, path: Path) -> Path:
+        """Returns the folder that the user named, which links inside it may not leave."""
+        return self.model if self.model is not None and path.is_relative_to(self.model) else path

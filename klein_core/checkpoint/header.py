@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from io import FileIO
 from math import prod
 from pathlib import Path
-from typing import Any, NoReturn
+from types import MappingProxyType
+from typing import Any, NamedTuple, NoReturn
 
 from klein_core.errors import CheckpointError, listed, raise_if_problems
 
@@ -28,17 +29,44 @@ _MAXIMUM_AXES = 16
 _LENGTH_BYTES = 8
 _METADATA = "__metadata__"
 
-ELEMENT_BITS: Mapping[str, int] = {
-    "BOOL": 8,
-    "F4": 4,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-    **dict.fromkeys(("U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
-    **dict.fromkeys(("U32", "I32", "F32"), 32),
-    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
-}
-"""Bits of one element of each dtype that the format knows."""
+
+class Dtype(NamedTuple):
+    """An element type of the format."""
+
+    bits: int
+    torch_name: str = ""
+    """Its name in torch; empty for those that no checkpoint of this model has."""
+
+
+DTYPES: Mapping[str, Dtype] = MappingProxyType(
+    {
+        "F64": Dtype(64, "float64"),
+        "F32": Dtype(32, "float32"),
+        "F16": Dtype(16, "float16"),
+        "BF16": Dtype(16, "bfloat16"),
+        "F8_E4M3": Dtype(8, "float8_e4m3fn"),
+        "F8_E5M2": Dtype(8, "float8_e5m2"),
+        "F8_E8M0": Dtype(8),
+        "F8_E4M3FNUZ": Dtype(8),
+        "F8_E5M2FNUZ": Dtype(8),
+        "F6_E2M3": Dtype(6),
+        "F6_E3M2": Dtype(6),
+        "F4": Dtype(4),
+        "I64": Dtype(64, "int64"),
+        "I32": Dtype(32, "int32"),
+        "I16": Dtype(16),
+        "I8": Dtype(8, "int8"),
+        "U64": Dtype(64),
+        "U32": Dtype(32),
+        "U16": Dtype(16),
+        "U8": Dtype(8, "uint8"),
+        "BOOL": Dtype(8, "bool"),
+        "C64": Dtype(64),
+    }
+)
+"""Every element type of the format, by its name there."""
+PLAIN_DTYPES = ("F32", "F16", "BF16")
+"""Element types of weights that are not quantized."""
 _OTHER_FORMATS = {
     b"PK\x03\x04": "a zip, as torch.save makes it with a pickle inside, which is never read",
     b"GGUF": "a GGUF file",
@@ -51,7 +79,7 @@ class StoredTensor:
     """One tensor as a file has it."""
 
     dtype: str
-    """A key of `ELEMENT_BITS`."""
+    """A key of `DTYPES`."""
     shape: tuple[int, ...]
     start: int
     """Its first byte, counted from the file's first."""
@@ -188,13 +216,13 @@ def _tensor(name: str, entry: object, data_start: int) -> StoredTensor | str:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         return "entries that are not dtype, shape and data_offsets:"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in ELEMENT_BITS:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         return "of a dtype that the format does not know:"
     if not _are_sizes(shape) or len(shape) > _MAXIMUM_AXES:
         return "of a shape that is none:"
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         return "with data_offsets that are no byte range:"
-    bits = prod(shape) * ELEMENT_BITS[dtype]
+    bits = prod(shape) * DTYPES[dtype].bits
     if bits != 8 * (offsets[1] - offsets[0]):
         return "with another number of bytes than dtype and shape say:"
     return StoredTensor(dtype, tuple(shape), data_start + offsets[0], offsets[1] - offsets[0])

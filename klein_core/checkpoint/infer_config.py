@@ -35,7 +35,7 @@ def transformer_config(checkpoint: Checkpoint) -> TransformerConfig:
     fused_rows = shapes.rows(f"{_SINGLE_BLOCK}.attn.to_qkv_mlp_proj.weight")
     if hidden_size % head_dim or head_dim % 8 or fused_rows <= 3 * hidden_size:
         raise CheckpointError(
-            f"{checkpoint.place}: hidden size {hidden_size}, head size {head_dim} and {fused_rows} rows of a "
+            f"{checkpoint.path}: hidden size {hidden_size}, head size {head_dim} and {fused_rows} rows of a "
             "single-stream projection are not klein's"
         )
     return TransformerConfig(
@@ -108,7 +108,7 @@ def _proportioned(checkpoint: Checkpoint, told: Mapping[str, Any], layer_count: 
     """Returns an unknown Qwen3's configuration: Qwen3-4B's where shapes do not tell, tapped at its quarters."""
     if layer_count % 4:
         raise CheckpointError(
-            f"{checkpoint.place}: no published text encoder has these shapes, and {layer_count} layers cannot be "
+            f"{checkpoint.path}: no published text encoder has these shapes, and {layer_count} layers cannot be "
             "tapped at each quarter; give a folder with config.json"
         )
     model = next(iter(PUBLISHED_MODELS.values())).text_encoder
@@ -146,18 +146,18 @@ class _Shapes:
         missing = set(range(len(found))) - found
         if missing or not found:
             raise CheckpointError(
-                f"{self._checkpoint.place}: missing: {before}.{min(missing, default=0)}.{after}"
+                f"{self._checkpoint.path}: missing: {before}.{min(missing, default=0)}.{after}"
             )
         return len(found)
 
     def _axis(self, parameter: str, axis: int) -> int:
         name = self._piece(parameter).name
         if name not in self._checkpoint.files:
-            raise CheckpointError(f"{self._checkpoint.place}: missing: {name}, which tells the model's shape")
+            raise CheckpointError(f"{self._checkpoint.path}: missing: {name}, which tells the model's shape")
         shape = self._checkpoint.entry(name).shape
         if len(shape) <= axis or not shape[axis]:
             raise CheckpointError(
-                f"{self._checkpoint.place}: {name} has shape {shape}, which is no klein model's"
+                f"{self._checkpoint.path}: {name} has shape {shape}, which is no klein model's"
             )
         return shape[axis]
 

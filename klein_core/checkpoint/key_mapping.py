@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
 from klein_core.checkpoint.files import Checkpoint
-from klein_core.errors import CheckpointError, listed, raise_if_problems
+from klein_core.errors import CheckpointError, listed
 
 TEXT_ENCODER = "text_encoder"
 TRANSFORMER = "transformer"
@@ -92,7 +91,7 @@ def find_layout(component: str, checkpoint: Checkpoint) -> Layout:
         return layout
     others = components_among(checkpoint.files)
     found = f"it holds a {' and a '.join(others)}" if others else f"it holds {listed(checkpoint.files)}"
-    raise CheckpointError(f"{checkpoint.place} has no tensor of a klein {component}: {found}")
+    raise CheckpointError(f"{checkpoint.path} has no tensor of a klein {component}: {found}")
 
 
 def layout_among(component: str, names: Iterable[str]) -> Layout | None:
@@ -131,94 +130,13 @@ class TensorSlice(NamedTuple):
         """Returns its rows of a tensor that has `row_count` of them."""
         return range(row_count)[self.start : self.stop]
 
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the shape of these rows of a tensor of shape `stored`, as the parameter needs them."""
+        if self.is_pointwise and len(stored) == 4 and stored[2:] == (1, 1):
+            stored = stored[:2]
+        is_whole = self.start == 0 and self.stop is None
+        return stored if is_whole or not stored else (len(self.row_range(stored[0])), *stored[1:])
+
 
 KeyMap = Mapping[str, tuple[TensorSlice, ...]]
 """Parameter name → the pieces that make it, in order; each parameter is on its own."""
-
-NO_SOURCES: KeyMap = MappingProxyType({})
-
-COMPANION_SUFFIXES = (
-    ".weight_scale",
-    ".weight_scale_2",
-    ".input_scale",
-    ".pre_quant_scale",
-    ".comfy_quant",
-)
-"""What quantized files store beside `X.weight`: `X` and one of these. They describe it and are no parameters."""
-
-
-def companions_of(name: str) -> dict[str, str]:
-    """Returns suffix → the name that a quantized tensor `X.weight` would have a companion under."""
-    base = name.removesuffix(".weight")
-    return {suffix: base + suffix for suffix in COMPANION_SUFFIXES}
-
-
-def is_companion(name: str) -> bool:
-    """Whether a stored tensor only describes another one."""
-    return name.endswith(COMPANION_SUFFIXES)
-
-
-@dataclass(frozen=True)
-class Match:
-    """Which tensors make which parameters, and what does not fit; names as the checkpoint has them."""
-
-    plan: Mapping[str, tuple[TensorSlice, ...]]
-    """Parameter → the pieces that make it."""
-    missing: tuple[str, ...]
-    half: tuple[str, ...]
-    """Parameters of which only some pieces are there, each with both lists."""
-    extra: tuple[str, ...]
-    """Tensors that no parameter needs and nothing explains."""
-
-    def raise_if_problems(self, place: Path) -> None:
-        """Raises CheckpointError with every name that does not fit."""
-        problems = [
-            ("missing:", self.missing),
-            ("half of a fused group:", self.half),
-            ("not part of this model:", self.extra),
-        ]
-        raise_if_problems(place, problems)
-
-
-def match_tensors(
-    targets: Iterable[str],
-    checkpoint: Checkpoint,
-    sources: KeyMap,
-    layout: Layout | None = None,
-    ignorable: Callable[[str], bool] = lambda name: False,
-    is_companion: Callable[[str], bool] = lambda name: False,
-) -> Match:
-    """Finds the pieces of each parameter.
-
-    Args:
-        targets: all parameters and needed buffers of the network.
-        sources: for parameters whose name in the checkpoint differs or that several pieces make; a checkpoint that
-            has the whole under the parameter's own name does as well.
-        layout: how the checkpoint prefixes its names, if it does.
-        ignorable: tells names that are not needed, in the checkpoint or in the network.
-        is_companion: tells tensors that only describe others.
-    """
-    prefix = layout.prefix if layout else ""
-    stored = {name for name in checkpoint.files if layout is None or layout.owns(name)}
-    available = {name for name in stored if not ignorable(name)}
-    plan: dict[str, tuple[TensorSlice, ...]] = {}
-    missing: list[str] = []
-    half: list[str] = []
-    halves: set[str] = set()
-    for target in targets:
-        own = TensorSlice(prefix + target)
-        pieces = sources.get(target, (own,))
-        names = list(dict.fromkeys(piece.name for piece in pieces))
-        present = [name for name in names if name in available]
-        if len(present) == len(names):
-            plan[target] = pieces
-        elif not present and own.name in available:
-            plan[target] = (own,)
-        elif present:
-            half.append(f"{target} (has {', '.join(present)} of {', '.join(names)})")
-            halves.update(present)
-        elif not ignorable(target):
-            missing.extend(names)
-    used = {piece.name for pieces in plan.values() for piece in pieces}
-    extra = [name for name in available - used - halves if not is_companion(name)]
-    return Match(plan, tuple(missing), tuple(half), tuple(sorted(extra)))

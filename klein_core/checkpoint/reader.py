@@ -6,7 +6,7 @@ is mapped ends the process. A parameter that keeps its dtype on the CPU is read 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from io import FileIO
 from pathlib import Path
@@ -16,24 +16,14 @@ import torch
 from torch import Tensor
 
 from klein_core.checkpoint.files import Checkpoint
-from klein_core.checkpoint.header import FileState, StoredTensor, open_regular
+from klein_core.checkpoint.header import DTYPES, FileState, StoredTensor, open_regular
 from klein_core.checkpoint.key_mapping import TensorSlice
 from klein_core.errors import CheckpointError
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+TORCH_DTYPES: Mapping[str, torch.dtype] = {
+    name: getattr(torch, dtype.torch_name) for name, dtype in DTYPES.items() if dtype.torch_name
 }
-"""What torch calls the format's dtypes, as far as checkpoints of this model have them."""
+"""The format's name of an element type → torch's."""
 _STAGING_BYTES = 32 * 1024**2
 
 
@@ -80,11 +70,11 @@ class Reader:
             CheckpointError: torch has no such dtype, or the file was cut since it was opened.
         """
         entry = self.checkpoint.entry(name)
-        if entry.dtype not in DTYPES:
-            raise CheckpointError(f"{self.checkpoint.place}: {name} is {entry.dtype}, which cannot be read")
+        if entry.dtype not in TORCH_DTYPES:
+            raise CheckpointError(f"{self.checkpoint.path}: {name} is {entry.dtype}, which cannot be read")
         rows = TensorSlice(name, start, stop).row_range(entry.shape[0]) if entry.shape else range(0)
         shape = (len(rows), *entry.shape[1:]) if entry.shape else ()
-        target = torch.empty(shape, dtype=DTYPES[entry.dtype], device=self.device)
+        target = torch.empty(shape, dtype=TORCH_DTYPES[entry.dtype], device=self.device)
         self.copy(TensorSlice(name, start, stop), target)
         return target
 
@@ -95,11 +85,11 @@ class Reader:
         values = target.view(-1)
         if count != len(values):
             raise ValueError(f"{piece} has {count} values, its target {len(values)}")
-        if target.device.type == "cpu" and target.dtype == DTYPES[entry.dtype]:
+        if target.device.type == "cpu" and target.dtype == TORCH_DTYPES[entry.dtype]:
             self._fill(piece.name, first, values)
             return
         item_bytes = entry.byte_count // max(entry.element_count, 1)
-        chunk = self._staging_buffer().view(DTYPES[entry.dtype])[: _STAGING_BYTES // max(item_bytes, 1)]
+        chunk = self._staging_buffer().view(TORCH_DTYPES[entry.dtype])[: _STAGING_BYTES // max(item_bytes, 1)]
         for begin in range(0, count, len(chunk)):
             part = chunk[: count - begin]
             self._fill(piece.name, first + begin, part)

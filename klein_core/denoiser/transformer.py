@@ -10,10 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from klein_core.checkpoint.component import open_component
 from klein_core.checkpoint.config import read_transformer_config
 from klein_core.checkpoint.files import ModelFiles
-from klein_core.checkpoint.key_mapping import TRANSFORMER, find_layout
-from klein_core.checkpoint.key_maps import transformer_key_map
 from klein_core.checkpoint.weights import load_weights
 from klein_core.denoiser.adapters.apply import Adapters, Stream, adapted
 from klein_core.denoiser.blocks import (
@@ -92,7 +91,7 @@ class FlowTransformer(nn.Module):
             files: a model's folder in diffusers' layout, or where each part lies.
             device: where the weights go.
             dtype: of activations and of weights that are not quantized; `None` is the checkpoint's own.
-            quantization: what the blocks' plain weights are made into, one of `choices.QUANTIZATIONS`.
+            quantization: what the blocks' plain weights are made into, one of `constants.QUANTIZATIONS`.
 
         Raises:
             CheckpointError: the configuration or the weights are not what this network needs.
@@ -101,21 +100,9 @@ class FlowTransformer(nn.Module):
         config = read_transformer_config(files)
         with torch.device("meta"):
             transformer = cls(config)
-        checkpoint = files.open(TRANSFORMER)
-        layout = find_layout(TRANSFORMER, checkpoint)
-        sources = layout.prefixed(transformer_key_map(config, layout.style))
-        stored = QuantizedLoader.of(
-            checkpoint, layout, quantization=quantization, quantizable=is_block_product
-        )
-        load_weights(
-            transformer,
-            checkpoint,
-            device=device,
-            dtype=dtype,
-            sources=sources,
-            layout=layout,
-            quantized=stored,
-        )
+        component = open_component(files, config)
+        quantized = QuantizedLoader.of(component, quantization, is_block_product)
+        load_weights(transformer, component, device=device, dtype=dtype, quantized=quantized)
         return transformer.eval().requires_grad_(False)
 
     @property

@@ -1,4 +1,4 @@
-"""Reads quantized tensors of a checkpoint as the weights of a network, and quantizes plain ones on their way in."""
+"""Loader of parameters from plain and quantized tensors; quantizes plain ones on request."""
 
 from __future__ import annotations
 
@@ -8,161 +8,173 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from klein_core.checkpoint.component import Component
 from klein_core.checkpoint.files import Checkpoint
-from klein_core.checkpoint.key_mapping import Layout, TensorSlice, is_companion
+from klein_core.checkpoint.key_mapping import TensorSlice
 from klein_core.checkpoint.reader import Reader
 from klein_core.errors import raise_if_problems
-from klein_core.quantization import constants
-from klein_core.quantization.constants import NO_QUANTIZATION
-from klein_core.quantization.formats import QuantFormat, find_forms
-from klein_core.quantization.fp8 import Float8Weight, Int8Weight, is_finite
-from klein_core.quantization.metadata import (
+from klein_core.quantization.constants import (
     FLOAT8,
-    FLOAT8_WIDE,
+    FLOAT8_E5M2,
+    INPUT_SCALE,
     INT8,
     MARKER,
+    NO_QUANTIZATION,
     NVFP4_LINEAR,
     NVFP4_TILED,
-    read_quant_metadata,
+    SCALE,
+    SECOND_SCALE,
+    SMOOTHING,
 )
+from klein_core.quantization.formats import QuantFormat, find_formats
+from klein_core.quantization.fp8 import Float8Weight, Int8Weight, is_finite
+from klein_core.quantization.metadata import read_quant_metadata
 from klein_core.quantization.nvfp4 import Float4Weight
 from klein_core.quantization.quantized_weight import QuantizedWeight
 
-_MADE: Mapping[str, type[Float8Weight] | type[Int8Weight]] = MappingProxyType(
-    {constants.FLOAT8: Float8Weight, constants.INT8: Int8Weight}
+_QUANTIZERS: Mapping[str, Callable[[Tensor], QuantizedWeight]] = MappingProxyType(
+    {FLOAT8: Float8Weight.of, INT8: Int8Weight.of}
 )
+_NO_FORMATS: Mapping[str, QuantFormat] = MappingProxyType({})
 
 
 class QuantizedLoader:
-    """The loader's `QuantizedWeights`: everything of a checkpoint that is not, or is not to stay, plain numbers."""
+    """Reads the parameters of one component, whatever its checkpoint stores them as.
+
+    Args:
+        formats: stored tensor → its format, for those that are quantized.
+        quantization: what plain weights become, one of `constants.QUANTIZATIONS`.
+        quantizable: whether a parameter of the network may be quantized while it is loaded.
+    """
 
     def __init__(
-        self, forms: Mapping[str, QuantFormat], quantization: str, quantizable: Callable[[str], bool]
+        self,
+        formats: Mapping[str, QuantFormat] = _NO_FORMATS,
+        quantization: str = NO_QUANTIZATION,
+        quantizable: Callable[[str], bool] = lambda parameter: False,
     ) -> None:
-        self._forms = forms
-        self._quantize = _MADE.get(quantization)
+        self._formats = formats
+        self._quantize = _QUANTIZERS.get(quantization)
         self._quantizable = quantizable
 
     @classmethod
     def of(
         cls,
-        checkpoint: Checkpoint,
-        layout: Layout,
-        *,
+        component: Component,
         quantization: str = NO_QUANTIZATION,
         quantizable: Callable[[str], bool] = lambda parameter: False,
-        ignorable: Callable[[str], bool] = lambda name: False,
     ) -> QuantizedLoader:
-        """Reads headers and notes, no weights.
+        """Finds the formats of a component's tensors from headers and metadata; reads no weights.
 
-        Args:
-            quantization: one of `constants.QUANTIZATIONS`; has no effect on weights that are quantized already.
-            quantizable: tells parameters of the network that it may quantize.
-            ignorable: tells checkpoint names that are not needed.
+        `quantization` has no effect on a checkpoint that is quantized already: a model may have one component
+        quantized in its files while the setting asks to quantize the others.
 
         Raises:
-            CheckpointError: how a tensor is stored is not told, told twice, or not supported. The message lists the
-                names.
+            CheckpointError: the format of a tensor is unknown, contradictory or not supported. The message lists
+                the names.
         """
-        names = {name for name in checkpoint.files if layout.owns(name) and not ignorable(name)}
-        notes = read_quant_metadata(checkpoint, names, layout.prefix)
-        forms = find_forms(checkpoint.place, {name: checkpoint.entry(name) for name in names}, notes)
-        # A suite may have one part's file quantized and be told to quantize the other: what is quantized stays so.
-        return cls(forms, NO_QUANTIZATION if forms else quantization, quantizable)
+        checkpoint = component.checkpoint
+        names = {
+            name
+            for name in checkpoint.files
+            if component.layout.owns(name) and not component.is_unneeded(name)
+        }
+        metadata = read_quant_metadata(checkpoint, names, component.layout.prefix)
+        formats = find_formats(checkpoint.path, {name: checkpoint.entry(name) for name in names}, metadata)
+        return cls(formats, NO_QUANTIZATION if formats else quantization, quantizable)
 
-    def is_companion(self, name: str) -> bool:
-        return is_companion(name)
-
-    def describes(self, name: str) -> bool:
-        return name in self._forms
+    def is_quantized(self, name: str) -> bool:
+        """Whether a stored tensor is quantized; its dtype was checked with its format."""
+        return name in self._formats
 
     def shape(self, name: str, checkpoint: Checkpoint) -> tuple[int, ...]:
-        """Returns the shape of what a stored tensor stands for."""
-        return self._forms[name].shape if name in self._forms else checkpoint.entry(name).shape
+        """Returns the shape of a stored tensor's values, unpacked."""
+        return self._formats[name].shape if name in self._formats else checkpoint.entry(name).shape
 
-    def takes(self, parameter: str, pieces: tuple[TensorSlice, ...], checkpoint: Checkpoint) -> bool:
-        if self._quantize is not None and self._quantizable(parameter):
-            return True
-        return any(piece.name in self._forms for piece in pieces)
-
-    def needs(self, pieces: tuple[TensorSlice, ...], checkpoint: Checkpoint) -> Collection[str]:
-        forms = [self._forms[piece.name] for piece in pieces if piece.name in self._forms]
-        return {piece.name for piece in pieces} | {
-            name for form in forms for suffix, name in form.companions.items() if suffix != MARKER
-        }
+    def companions(self, name: str) -> Collection[str]:
+        """Returns the stored tensors that are read along with a quantized one: its scales."""
+        if name not in self._formats:
+            return ()
+        return [other for suffix, other in self._formats[name].companions.items() if suffix != MARKER]
 
     def load(
-        self, shape: torch.Size, pieces: tuple[TensorSlice, ...], reader: Reader, dtype: torch.dtype
+        self,
+        parameter: str,
+        slices: tuple[TensorSlice, ...],
+        shape: torch.Size,
+        reader: Reader,
+        dtype: torch.dtype,
     ) -> QuantizedWeight | Tensor:
-        """Reads one parameter; plain numbers where pieces of several forms make it, which nothing can hold as one."""
-        forms = [self._forms.get(piece.name) for piece in pieces]
-        if _make_one(forms):
-            parts = [self._stored(piece, reader, dtype) for piece in pieces]
-            return parts[0] if len(parts) == 1 else type(parts[0]).stacked(parts)
-        dense = self._dense(shape, pieces, reader, dtype)
-        return dense if self._quantize is None else self._quantize.of(dense)
+        """Reads one parameter; slices of different formats are dequantized, as no weight can hold both.
 
-    def _dense(
-        self, shape: torch.Size, pieces: tuple[TensorSlice, ...], reader: Reader, dtype: torch.dtype
+        Args:
+            dtype: what the network computes in.
+
+        Raises:
+            CheckpointError: the values of a quantized tensor or of its scales are not finite, or reading fails.
+        """
+        if _fit_one_weight([self._formats.get(each.name) for each in slices]):
+            parts = [self._read_slice(each, reader, dtype) for each in slices]
+            return parts[0] if len(parts) == 1 else type(parts[0]).stacked(parts)
+        dense = self._read_dense(slices, shape, reader, dtype)
+        return self._quantize(dense) if self._quantize and self._quantizable(parameter) else dense
+
+    def _read_dense(
+        self, slices: tuple[TensorSlice, ...], shape: torch.Size, reader: Reader, dtype: torch.dtype
     ) -> Tensor:
+        """Reads slices, one below the other, into one new tensor."""
         dense = torch.empty(shape, dtype=dtype, device=reader.device)
+        if not shape:
+            reader.copy(slices[0], dense)
+            return dense
         row = 0
-        for piece in pieces:
-            count = len(piece.row_range(self.shape(piece.name, reader.checkpoint)[0]))
+        for each in slices:
+            count = len(each.row_range(self.shape(each.name, reader.checkpoint)[0]))
             target = dense[row : row + count]
-            if piece.name in self._forms:
-                target.copy_(self._stored(piece, reader, dtype).dense(dtype))
+            if each.name in self._formats:
+                target.copy_(self._read_slice(each, reader, dtype).dense(dtype))
             else:
-                reader.copy(piece, target)
+                reader.copy(each, target)
             row += count
         return dense
 
-    def _stored(self, piece: TensorSlice, reader: Reader, dtype: torch.dtype) -> QuantizedWeight:
-        form = self._forms[piece.name]
-        weight = _read(piece.name, form, reader)
-        weight.dtype, weight.full_precision = dtype, form.full_precision
-        rows = piece.row_range(form.shape[0])
-        return weight if len(rows) == form.shape[0] else weight.cut(rows.start, rows.stop)
+    def _read_slice(self, tensor_slice: TensorSlice, reader: Reader, dtype: torch.dtype) -> QuantizedWeight:
+        stored = self._formats[tensor_slice.name]
+        weight = _read_whole(tensor_slice.name, stored, reader)
+        weight.dtype, weight.full_precision = dtype, stored.full_precision
+        rows = tensor_slice.row_range(stored.shape[0])
+        return weight if len(rows) == stored.shape[0] else weight.cut(rows.start, rows.stop)
 
 
-def _make_one(forms: Sequence[QuantFormat | None]) -> bool:
-    """Whether tensors stored in these forms can be rows of one quantized weight."""
-    kinds = {form.kind if form else None for form in forms}
-    is_smoothed = any(form and ".pre_quant_scale" in form.companions for form in forms)
-    return len(kinds) == 1 and None not in kinds and not (is_smoothed and len(forms) > 1)
+def _fit_one_weight(formats: Sequence[QuantFormat | None]) -> bool:
+    """Whether tensors of these formats can be rows of one quantized weight."""
+    kinds = {stored.kind if stored else None for stored in formats}
+    is_smoothed = any(stored and SMOOTHING in stored.companions for stored in formats)
+    return len(kinds) == 1 and None not in kinds and not (is_smoothed and len(formats) > 1)
 
 
-def _read(name: str, form: QuantFormat, reader: Reader) -> QuantizedWeight:
-    """Reads one stored tensor and its scales, whole."""
+def _read_whole(name: str, stored: QuantFormat, reader: Reader) -> QuantizedWeight:
+    """Reads one stored tensor and its scales."""
     values = reader.read(name)
-    scales = {suffix: reader.read(other) for suffix, other in form.companions.items() if suffix != MARKER}
-    raise_if_problems(
-        reader.checkpoint.place,
-        [
-            (
-                "not finite:",
-                [form.companions[suffix] for suffix, scale in scales.items() if not _is_finite(scale)],
-            )
-        ],
-    )
-    scale, input_scale = scales[".weight_scale"], scales.get(".input_scale")
-    if form.kind in (FLOAT8, FLOAT8_WIDE):
-        element = torch.float8_e4m3fn if form.kind == FLOAT8 else torch.float8_e5m2
-        raise_if_problems(
-            reader.checkpoint.place, [("not finite:", [] if is_finite(values, element) else [name])]
-        )
+    scales = {suffix: reader.read(other) for suffix, other in stored.companions.items() if suffix != MARKER}
+    infinite = [
+        stored.companions[suffix] for suffix, scale in scales.items() if not scale.float().isfinite().all()
+    ]
+    element = torch.float8_e5m2 if stored.kind == FLOAT8_E5M2 else torch.float8_e4m3fn
+    if stored.kind in (FLOAT8, FLOAT8_E5M2) and not is_finite(values, element):
+        infinite.append(name)
+    raise_if_problems(reader.checkpoint.path, [("not finite:", infinite)])
+
+    scale, input_scale = scales[SCALE], scales.get(INPUT_SCALE)
+    if stored.kind in (FLOAT8, FLOAT8_E5M2):
         return Float8Weight(values, scale, input_scale, element=element)
-    if form.kind == NVFP4_TILED:
-        weight = Float4Weight(values, scale, scales[".weight_scale_2"], input_scale)
-        if ".pre_quant_scale" in scales:
-            weight.smoothing = scales[".pre_quant_scale"].float()
-        return weight
-    if form.kind == NVFP4_LINEAR:
-        return Float4Weight.from_linear(values, scale, scales[".weight_scale_2"], input_scale)
-    if form.kind == INT8:
+    if stored.kind == INT8:
         return Int8Weight(values, scale)
-    raise AssertionError(form.kind)
-
-
-def _is_finite(scale: Tensor) -> bool:
-    return bool(scale.float().isfinite().all())
+    if stored.kind == NVFP4_LINEAR:
+        return Float4Weight.from_linear(values, scale, scales[SECOND_SCALE], input_scale)
+    if stored.kind == NVFP4_TILED:
+        weight = Float4Weight(values, scale, scales[SECOND_SCALE], input_scale)
+        if SMOOTHING in scales:
+            weight.smoothing = scales[SMOOTHING].float()
+        return weight
+    raise AssertionError(stored.kind)

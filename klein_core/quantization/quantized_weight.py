@@ -238,7 +238,7 @@ class QuantizedEmbedding(nn.Module):
         return torch.cat(rows).to(self.weight.dtype)[places]
 
 
-def place(module: nn.Module, name: str, weight: QuantizedWeight) -> None:
+def set_weight(module: nn.Module, name: str, weight: QuantizedWeight) -> None:
     """Makes `weight` the parameter `name` of `module`, whose layer knows it; an embedding table is replaced."""
     path, _, parameter = name.rpartition(".")
     layer = module.get_submodule(path)

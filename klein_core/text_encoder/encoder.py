@@ -11,10 +11,9 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
+from klein_core.checkpoint.component import open_component
 from klein_core.checkpoint.config import read_text_encoder_config
 from klein_core.checkpoint.files import ModelFiles
-from klein_core.checkpoint.key_mapping import TEXT_ENCODER, find_layout
-from klein_core.checkpoint.key_maps import is_past, text_encoder_key_map
 from klein_core.checkpoint.weights import load_weights, weights_digest
 from klein_core.errors import CheckpointError
 from klein_core.linear import Linear
@@ -59,7 +58,7 @@ class TextEncoder:
             files: a model's folder in diffusers' layout, or where each part lies.
             device: where the weights go.
             dtype: of activations and of weights that are not quantized; `None` is the checkpoint's own.
-            quantization: what the layers' plain weights are made into, one of `choices.QUANTIZATIONS`.
+            quantization: what the layers' plain weights are made into, one of `constants.QUANTIZATIONS`.
 
         Raises:
             CheckpointError: files are missing, corrupt or of another shape than the configuration.
@@ -68,22 +67,9 @@ class TextEncoder:
         config = read_text_encoder_config(files)
         tokenizer = PromptTokenizer.from_folder(files.tokenizer_folder, config.sequence_length)
         model = build_cut_qwen3(config, device)
-        checkpoint = files.open(TEXT_ENCODER)
-        layout = find_layout(TEXT_ENCODER, checkpoint)
-        past = is_past(config)
-        stored = QuantizedLoader.of(
-            checkpoint, layout, quantization=quantization, quantizable=is_layer_product, ignorable=past
-        )
-        load_weights(
-            model,
-            checkpoint,
-            device=device,
-            dtype=dtype,
-            sources=layout.prefixed(text_encoder_key_map(config)),
-            layout=layout,
-            ignorable=past,
-            quantized=stored,
-        )
+        component = open_component(files, config)
+        quantized = QuantizedLoader.of(component, quantization, is_layer_product)
+        load_weights(model, component, device=device, dtype=dtype, quantized=quantized)
         model.requires_grad_(False)
         model.train(False)
         return cls(config, tokenizer, model)

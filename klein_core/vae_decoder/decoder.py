@@ -11,10 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from klein_core.checkpoint.component import open_component
 from klein_core.checkpoint.config import read_vae_config
 from klein_core.checkpoint.files import ModelFiles
-from klein_core.checkpoint.key_mapping import VAE, find_layout
-from klein_core.checkpoint.key_maps import is_unneeded, vae_key_map
 from klein_core.checkpoint.weights import load_weights
 from klein_core.errors import InvalidInput
 from klein_core.linear import needs_fp32_fallback
@@ -117,17 +116,7 @@ class VaeDecoder:
         config = read_vae_config(files)
         with torch.device("meta"):
             autoencoder = Autoencoder(config)
-        checkpoint = files.open(VAE)
-        layout = find_layout(VAE, checkpoint)
-        load_weights(
-            autoencoder,
-            checkpoint,
-            device=device,
-            dtype=dtype,
-            sources=layout.prefixed(vae_key_map(config, layout.style)),
-            layout=layout,
-            ignorable=is_unneeded,
-        )
+        load_weights(autoencoder, open_component(files, config), device=device, dtype=dtype)
         autoencoder.requires_grad_(False).eval()
         if autoencoder.encoder.conv_in.weight.device.type == "cpu":
             lay_channels_last(autoencoder)

@@ -10,8 +10,7 @@ from klein_core.denoiser.offload import PLACES, SyncCopyStream, offload_blocks
 from klein_core.linear import Linear
 from klein_core.quantization.fp8 import Float8Weight, Int8Weight
 from klein_core.quantization.nvfp4 import Float4Weight
-from klein_core.quantization.quantized_weight import place as place_weight
-from klein_core.quantization.quantized_weight import share_buffer
+from klein_core.quantization.quantized_weight import set_weight, share_buffer
 from tests.tiny.transformer import random_span, tiny_oracle, twin
 
 BLOCKS = 5
@@ -41,7 +40,7 @@ def network(weight_kind=None):
     if weight_kind is not None:
         for name, layer in list(ours.named_modules()):
             if isinstance(layer, Linear) and "transformer_blocks" in name:
-                place_weight(ours, f"{name}.weight", weight_kind(layer.weight.detach()))
+                set_weight(ours, f"{name}.weight", weight_kind(layer.weight.detach()))
         share_buffer(ours)
     return ours
 

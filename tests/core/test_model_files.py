@@ -151,7 +151,7 @@ def test_a_part_of_its_own_wins_over_the_model_s(folder, tmp_path):
     assert read_transformer_config(files) == read_transformer_config(folder)
     assert files.tokenizer_folder == folder / "tokenizer"
     # A whole model given for one part stands for that part of it.
-    assert ModelFiles(vae=folder).place("vae") == folder / "vae"
+    assert ModelFiles(vae=folder).path("vae") == folder / "vae"
 
 
 def test_a_folder_without_config_json_is_told_by_its_tensors(folder, tmp_path):
@@ -165,7 +165,7 @@ def test_a_folder_without_config_json_is_told_by_its_tensors(folder, tmp_path):
 def test_a_folder_with_one_bare_transformer_is_a_transformer(bare, tmp_path):
     file = tmp_path / "flux-2-klein.safetensors"
     file.write_bytes(bare.transformer.read_bytes())
-    assert ModelFiles(model=tmp_path).place("transformer") == tmp_path
+    assert ModelFiles(model=tmp_path).path("transformer") == tmp_path
     assert read_transformer_config(tmp_path) == read_transformer_config(bare)
     assert read_sampling(ModelFiles(model=tmp_path, variant="klein-4b")).is_distilled
 

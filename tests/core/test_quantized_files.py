@@ -232,7 +232,7 @@ def test_an_incomplete_or_contradictory_fp8_file_is_refused(tmp_path: Path, offi
 
 
 REFUSED_NOTES: dict[str, tuple[dict[str, str], str]] = {
-    "none": ({}, rf"no note of the checkpoint tells: .*{QKV}.weight"),
+    "none": ({}, rf"the checkpoint's metadata does not name: .*{QKV}.weight"),
     "other layout": ({"quantization": "nvfp4"}, rf"dtype or shape \({QKV}.weight_scale\).*: {QKV}.weight"),
     "other form": (comfy_header([QKV], "float8_e4m3fn"), "with .weight_scale_2"),
     "unknown form": (comfy_header([QKV], "mxfp8"), f"{QKV} is stored as mxfp8; supported are float8_e4m3fn"),
@@ -244,12 +244,12 @@ REFUSED_NOTES: dict[str, tuple[dict[str, str], str]] = {
     "list": ({"_quantization_metadata": "[]"}, "must be a JSON object"),
     "some": (
         comfy_header([QKV], "nvfp4"),
-        "not listed in the notes of the checkpoint: double_blocks.0.img_attn.proj",
+        "not listed in the checkpoint's metadata: double_blocks.0.img_attn.proj",
     ),
     "another tool": ({"quantization": "gptq"}, "says 'gptq'; supported are FP8, NVFP4"),
     "twice": (
         comfy_header([QKV], "nvfp4") | {"quantization": "nvfp4"},
-        "noted as nvfp4 and as nvfp4 .ModelOpt.",
+        "listed as nvfp4 and as nvfp4 .ModelOpt.",
     ),
     "absent": (
         comfy_header(["double_blocks.9.img_attn.qkv"], "nvfp4"),
@@ -296,7 +296,7 @@ def test_a_modelopt_file_that_says_two_things_is_refused(tmp_path: Path, plain: 
     with pytest.raises(CheckpointError, match="'bitsandbytes'; supported is 'modelopt'"):
         FlowTransformer.from_folder(tmp_path)
     save(tmp_path, file.tensors, quantization_config=settings)
-    with pytest.raises(CheckpointError, match=r"U8, but noted as fp8|with \.weight_scale_2"):
+    with pytest.raises(CheckpointError, match=r"U8, but listed as fp8|with \.weight_scale_2"):
         FlowTransformer.from_folder(tmp_path)
 
 

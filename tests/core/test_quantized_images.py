@@ -18,7 +18,7 @@ from klein_core.quantization import quantized_weight
 from klein_core.quantization.constants import BLOCK, swizzled_shape
 from klein_core.quantization.fp8 import Float8Weight, Int8Weight
 from klein_core.quantization.nvfp4 import Float4Weight
-from klein_core.quantization.quantized_weight import QuantizedWeight, place
+from klein_core.quantization.quantized_weight import QuantizedWeight, set_weight
 from klein_core.variants import TransformerConfig
 from tests.tiny.layouts import bfl_transformer
 from tests.tiny.quantized import comfy_header, is_block_matrix, quantized_file, write_float8, write_nvfp4
@@ -166,7 +166,7 @@ def test_memory_of_the_4b_denoiser(kind: str, published_bytes: int | None, share
     if kind != "bf16":
         for name, parameter in list(transformer.named_parameters()):
             if is_block_product(name):
-                place(transformer, name, stored_on_meta(kind, *parameter.shape))
+                set_weight(transformer, name, stored_on_meta(kind, *parameter.shape))
     assert byte_count(transformer) <= share * plain
     if published_bytes is not None:
         assert byte_count(transformer) == pytest.approx(published_bytes, rel=1e-4)

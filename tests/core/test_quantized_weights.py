@@ -16,7 +16,7 @@ from klein_core.memory import precision
 from klein_core.quantization import fp8, nvfp4, quantized_weight
 from klein_core.quantization.fp8 import Float8Weight, Int8Weight, is_finite
 from klein_core.quantization.nvfp4 import Float4Weight, quantized_inputs, swizzled, unswizzled
-from klein_core.quantization.quantized_weight import QuantizedWeight, place, share_buffer
+from klein_core.quantization.quantized_weight import QuantizedWeight, set_weight, share_buffer
 from tests.tiny.quantized import (
     Quantized,
     tiled,
@@ -152,7 +152,7 @@ def test_a_layer_gives_what_it_gives_with_the_unfolded_matrix(kind: str):
     file = write(matrix(48, 32))
     tokens = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
     stored, dense = Linear(32, 48), Linear(32, 48)
-    place(stored, "weight", read(file))
+    set_weight(stored, "weight", read(file))
     dense.weight.copy_(file.values)
     for dtype in (torch.float32, torch.bfloat16):
         dense.to(dtype)
@@ -169,7 +169,7 @@ def test_casting_a_model_leaves_what_is_stored(kind: str):
     write, read = KINDS[kind]
     file = write(matrix(16, 32))
     layer = Linear(32, 16)
-    place(layer, "weight", read(file))
+    set_weight(layer, "weight", read(file))
     layer.to(torch.bfloat16)
     assert torch.equal(layer.weight.dense(torch.float32), file.values)
 
@@ -177,7 +177,7 @@ def test_casting_a_model_leaves_what_is_stored(kind: str):
 def test_one_buffer_as_large_as_the_largest_layer_serves_all():
     layers = torch.nn.ModuleList([Linear(32, 64), Linear(32, 16)])
     for seed, layer in enumerate(layers):
-        place(layer, "weight", Float8Weight.of(matrix(layer.out_features, 32, seed)))
+        set_weight(layer, "weight", Float8Weight.of(matrix(layer.out_features, 32, seed)))
     share_buffer(layers)
     first, second = (layer.weight.dense(torch.float32) for layer in layers)
     assert first.data_ptr() == second.data_ptr()
@@ -240,7 +240,7 @@ def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_eight_bit_products(per_row: bool, input_scale: float | None, on_device: None):
     file = write_float8(matrix(64, 128), per_row=per_row, input_scale=input_scale)
     layer = Linear(128, 64)
-    place(layer, "weight", float8(file))
+    set_weight(layer, "weight", float8(file))
     tokens = torch.randn(3, 7, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
     exact = tokens.float() @ file.values.t()
     result = layer(tokens)
@@ -256,7 +256,7 @@ def test_eight_bit_products(per_row: bool, input_scale: float | None, on_device:
 
 def test_a_token_does_not_change_its_neighbors_in_eight_bits(on_device: None):
     layer = Linear(64, 32)
-    place(layer, "weight", Float8Weight.of(matrix(32, 64)))
+    set_weight(layer, "weight", Float8Weight.of(matrix(32, 64)))
     tokens = torch.randn(4, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
     louder = tokens.clone()
     louder[3] *= 1000
@@ -311,7 +311,7 @@ def test_four_bit_products(
     write, read = KINDS[layout]
     file = write(matrix(256, 96), input_scale=input_scale)
     layer = Linear(96, 256)
-    place(layer, "weight", read(file))
+    set_weight(layer, "weight", read(file))
     tokens = torch.randn(2, 70, 96, generator=torch.Generator().manual_seed(1)).bfloat16()
     result, exact = layer(tokens), tokens.float() @ file.values.t()
     assert result.dtype == torch.bfloat16

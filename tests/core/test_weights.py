@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from klein_core.checkpoint.files import open_checkpoint
+from klein_core.checkpoint.component import Component
+from klein_core.checkpoint.files import Checkpoint, open_checkpoint
 from klein_core.checkpoint.key_mapping import TensorSlice
 from klein_core.checkpoint.weights import load_weights
 from klein_core.errors import CheckpointError
@@ -50,9 +51,11 @@ def write_shards(folder, tensors):
     return folder
 
 
-def load(folder, **arguments) -> Small:
+def load(folder, is_unneeded=lambda name: False, **arguments) -> Small:
     module = on_meta()
-    load_weights(module, folder, device="cpu", sources=FUSED, **arguments)
+    checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(folder)
+    component = Component(checkpoint, FUSED, is_unneeded=is_unneeded)
+    load_weights(module, component, device="cpu", **arguments)
     return module
 
 
@@ -135,7 +138,7 @@ def test_ignorable_tensors_are_never_read(tmp_path):
     """The shard that holds only them does not even exist."""
     write_shards(tmp_path, TENSORS | {"lm_head.weight": torch.ones(8)})
     (tmp_path / "model-00006-of-00006.safetensors").unlink()
-    load(tmp_path, ignorable=lambda name: name.startswith("lm_head"))
+    load(tmp_path, is_unneeded=lambda name: name.startswith("lm_head"))
     assert "not part of this model: lm_head.weight" in refusal(tmp_path)
 
 
@@ -143,7 +146,9 @@ def test_an_ignorable_buffer_is_zero(tmp_path):
     with torch.device("meta"):
         module = nn.BatchNorm2d(3, affine=False)
     write(tmp_path, {"running_mean": torch.ones(3), "running_var": torch.full((3,), 2.0)})
-    load_weights(module, tmp_path, device="cpu", ignorable=lambda name: name == "num_batches_tracked")
+    checkpoint = open_checkpoint(tmp_path)
+    component = Component(checkpoint, is_unneeded=lambda name: name == "num_batches_tracked")
+    load_weights(module, component, device="cpu")
     assert module.num_batches_tracked == 0
     assert module.running_var.tolist() == [2, 2, 2]
 
@@ -232,4 +237,4 @@ def test_a_real_module_with_buffers_left_on_meta_is_a_mistake_of_ours(tmp_path):
     module = on_meta()
     module.register_buffer("frequencies", torch.empty(2, device="meta"), persistent=False)
     with pytest.raises(RuntimeError, match="frequencies"):
-        load_weights(module, write(tmp_path, TENSORS), device="cpu", sources=FUSED)
+        load_weights(module, Component(open_checkpoint(write(tmp_path, TENSORS)), FUSED), device="cpu")

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from klein_core.checkpoint.weights import SAMPLES, weights_digest
+from klein_core.checkpoint.weights import DIGEST_SAMPLES, weights_digest
 from klein_core.quantization.fp8 import Int8Weight
-from klein_core.quantization.quantized_weight import place
+from klein_core.quantization.quantized_weight import set_weight
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_any_noticeable_change_shows(module):
         lambda m: m[0].weight.data.mul_(1.001),
         lambda m: m[1].running_var.add_(1e-3),
         lambda m: m.to(torch.bfloat16),
-        lambda m: place(m, "0.weight", Int8Weight.of(m[0].weight.data)),
+        lambda m: set_weight(m, "0.weight", Int8Weight.of(m[0].weight.data)),
     ):
         changed = copy.deepcopy(module)
         change(changed)
@@ -45,9 +45,9 @@ def test_any_noticeable_change_shows(module):
 
 
 def test_every_part_of_a_large_tensor_counts():
-    large = nn.Linear(1, 50 * SAMPLES, bias=False)
+    large = nn.Linear(1, 50 * DIGEST_SAMPLES, bias=False)
     before = weights_digest(large)
-    for start in range(0, 50 * SAMPLES, 10 * SAMPLES):
+    for start in range(0, 50 * DIGEST_SAMPLES, 10 * DIGEST_SAMPLES):
         changed = copy.deepcopy(large)
         changed.weight.data[start : start + 100] += 1
         assert weights_digest(changed) != before

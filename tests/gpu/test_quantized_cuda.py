@@ -14,7 +14,7 @@ from klein_core.quantization.quantized_weight import (
     capability_of,
     multiplies_float4,
     multiplies_float8,
-    place,
+    set_weight,
 )
 from tests.core.test_quantized_weights import KINDS, matrix
 from tests.tiny.transformer import relative_error
@@ -43,7 +43,7 @@ def layer_of(kind: str) -> tuple[Linear, Tensor]:
     write, read = KINDS[kind]
     file = write(matrix(384, 256), input_scale=None) if kind == "fp8" else write(matrix(384, 256))
     layer = Linear(256, 384)
-    place(layer, "weight", read(file))
+    set_weight(layer, "weight", read(file))
     return layer.to(DEVICE), file.values
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from klein_core.checkpoint.inspect import ComponentReport, Report, inspect_place
+from klein_core.checkpoint.inspect import ComponentReport, Report, inspect_path
 from klein_core.errors import CheckpointError, listed
 from klein_services.cli.errors import CliError, with_period
 from klein_services.cli.exit_codes import FAILED
@@ -29,7 +29,7 @@ def run_inspect(path: str, console: Console, *, as_json: bool) -> int:
     """
     place = find_place(path)
     try:
-        report = inspect_place(place)
+        report = inspect_path(place)
     except CheckpointError as error:
         raise CliError(with_period(str(error))) from error
     if as_json:
@@ -47,7 +47,7 @@ def report_table(report: Report) -> dict[str, Any]:
 
 
 def _print(report: Report, console: Console) -> None:
-    console.print(Text(str(report.place), "bold"), soft_wrap=True)
+    console.print(Text(str(report.path), "bold"), soft_wrap=True)
     for component in report.components:
         console.print()
         _print_component(component, console)

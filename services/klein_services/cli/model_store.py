@@ -66,7 +66,7 @@ def require_model(files: ModelFiles) -> str:
             raise CheckpointError(f"{files.tokenizer_folder} is missing")
     except CheckpointError as error:
         raise CliError(with_period(f"The model cannot be used: {error}"), _MODEL_HINT) from error
-    return PICO if files.model == WEIGHTS else model_name(str(files.model or files.place(TRANSFORMER)))
+    return PICO if files.model == WEIGHTS else model_name(str(files.model or files.path(TRANSFORMER)))
 
 
 RECEIPT = "klein-pull.json"

@@ -122,7 +122,7 @@ def _stored_precision(checkpoint: Checkpoint) -> str:
         counts[entry.dtype] += entry.byte_count
     dtype = counts.most_common(1)[0][0] if counts else "none"
     if dtype not in _PRECISIONS:
-        raise CheckpointError(f"{checkpoint.place} has weights of dtype {dtype}, which are not klein's")
+        raise CheckpointError(f"{checkpoint.path} has weights of dtype {dtype}, which are not klein's")
     return _PRECISIONS[dtype]
 
 
