@@ -65,7 +65,9 @@ def test_metrics_settings_paths_and_links_exist(document: Path) -> None:
     missing += [name for name in LINK.findall(text) if not (document.parent / name).exists()]
     metrics = registered_metrics()
     for name in re.findall(r"`(klein_\w+?|grpc_server_\w+)(?:\{[\w,]+\})?`", text):
-        if name not in metrics and not (ROOT / name).exists() and not (ROOT / "services" / name).exists():
+        if name not in metrics and not any(
+            (ROOT / folder / name).exists() for folder in (".", "services", "protos")
+        ):
             missing.append(name)
     code = source_text()
     for setting in set(re.findall(r"\bKLEIN_[A-Z][A-Z_]+[A-Z]\b", text)):
