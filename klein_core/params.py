@@ -168,6 +168,40 @@ def size_violations(width_px: int, height_px: int, limits: Limits = DEFAULT_LIMI
         )
 
 
+def default_side_px(side_px: int, pixel_count: int) -> int:
+    """Returns the side of a square image by default: `side_px`, or the largest allowed side where that is smaller."""
+    return min(side_px, math.isqrt(pixel_count) // SIZE_MULTIPLE_PX * SIZE_MULTIPLE_PX)
+
+
+def fitted_size(width_px: int, height_px: int, limits: Limits = DEFAULT_LIMITS) -> tuple[int, int]:
+    """Returns a size as it is where its pixels are within the limit, and else a smaller one of a like aspect ratio.
+
+    Of the sizes that use at least three quarters of the limit, it is the one whose aspect ratio is nearest, and the
+    largest of several.
+
+    Args:
+        width_px: a multiple of 16, at least `limits.side_px`.
+        height_px: likewise.
+        limits: `pixel_count` is at least `side_px` squared.
+    """
+    if width_px * height_px <= limits.pixel_count:
+        return width_px, height_px
+    aspect = width_px / height_px
+    smallest = limits.side_px // SIZE_MULTIPLE_PX
+    token_count = limits.pixel_count // SIZE_MULTIPLE_PX**2
+
+    def columns_of(rows: int) -> int:
+        fewest, most = max(smallest, math.ceil(0.75 * token_count / rows)), token_count // rows
+        return min(max(round(rows * aspect), fewest), most)
+
+    def distance(rows: int) -> tuple[float, int]:
+        columns = columns_of(rows)
+        return abs(math.log(columns / rows / aspect)), -columns * rows
+
+    rows = min(range(smallest, token_count // smallest + 1), key=distance)
+    return columns_of(rows) * SIZE_MULTIPLE_PX, rows * SIZE_MULTIPLE_PX
+
+
 def prompt_violations(name: str, prompt: str, limits: Limits = DEFAULT_LIMITS) -> Iterator[Violation]:
     """Yields what is wrong with a prompt; an empty one is fine."""
     if len(prompt) > limits.prompt_characters:

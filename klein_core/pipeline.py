@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +17,15 @@ from klein_core.denoiser.adapters.reader import read_adapter
 from klein_core.denoiser.sampler import Trajectory, packed_step
 from klein_core.denoiser.transformer import FlowTransformer
 from klein_core.errors import InvalidInput, Violation
-from klein_core.params import DEFAULT_LIMITS, AdapterChoice, GenerationParams, Limits
+from klein_core.model_description import ModelDescription, read_description
+from klein_core.params import (
+    DEFAULT_LIMITS,
+    AdapterChoice,
+    GenerationParams,
+    Limits,
+    default_side_px,
+    fitted_size,
+)
 from klein_core.quantization.constants import NO_QUANTIZATION
 from klein_core.text_encoder.encoder import TextEncoder
 from klein_core.vae_decoder.decoder import EncodedReference, VaeDecoder
@@ -25,7 +33,7 @@ from klein_core.vae_decoder.image_io import check_encoding, encode_image
 from klein_core.vae_decoder.tiling import AUTOMATIC_TILING, TilingPolicy
 
 DEFAULT_SIDE_PX = 1024
-"""Width and height when neither they nor a reference are given."""
+"""Width and height when neither they, a reference nor the model's description give one."""
 
 StepCallback = Callable[[int, int, int], None]
 """Called after each step with the image's index, the steps done and the steps in all."""
@@ -41,6 +49,8 @@ class Pipeline:
     is_distilled: bool
     uses_reference_cache: bool = False
     """Whether references are taken as a cache of their keys and values, computed once a call."""
+    description: ModelDescription | None = None
+    """What the model's author says; its sizes are the default size and a limit of `generate`."""
 
     @classmethod
     def from_folder(
@@ -71,6 +81,7 @@ class Pipeline:
             VaeDecoder.from_folder(files, device=device, dtype=dtype, tiling=tiling),
             variant.is_distilled,
             variant.uses_reference_cache,
+            read_description(files),
         )
 
     def read_adapter(self, path: Path) -> Adapter:
@@ -105,19 +116,26 @@ class Pipeline:
 
         Args:
             references: image files.
-            width_px, height_px: unset means the first reference's processed size, or 1024.
+            width_px, height_px: unset means the first reference's processed size, scaled to fit where it is larger
+                than the limit, or without references the model's default size.
             step_count, guidance_scale: unset means the model's default.
             adapters: from `read_adapter`, each with its scale; for this call alone.
+            limits: the pixel limit of the model's description holds too.
 
         Raises:
             InvalidInput: an argument is outside its limits; every violation is named.
         """
         too_many = len(references) > limits.reference_count
         encoded = [] if too_many else self._encode_references(references)
-        first = encoded[0] if encoded else None
+        described = self.description or ModelDescription("", DEFAULT_SIDE_PX, limits.pixel_count)
+        limits = replace(limits, pixel_count=min(limits.pixel_count, described.pixel_count))
+        side_px = default_side_px(described.default_size_px, limits.pixel_count)
+        default_width_px, default_height_px = (
+            fitted_size(encoded[0].width_px, encoded[0].height_px, limits) if encoded else (side_px, side_px)
+        )
         params = GenerationParams(
-            width_px=width_px if width_px is not None else first.width_px if first else DEFAULT_SIDE_PX,
-            height_px=height_px if height_px is not None else first.height_px if first else DEFAULT_SIDE_PX,
+            width_px=default_width_px if width_px is None else width_px,
+            height_px=default_height_px if height_px is None else height_px,
             is_distilled=self.is_distilled,
             prompt=prompt,
             negative_prompt=negative_prompt,
@@ -147,7 +165,7 @@ class Pipeline:
         Raises:
             InvalidInput: as `generate`, and, before anything is computed, as `encode_image`.
         """
-        # Sides that come from a reference are below every format's end.
+        # Sides that come from a reference are below every format's end, and so is this one.
         width, height = (DEFAULT_SIDE_PX if side is None else side for side in (width_px, height_px))
         check_encoding(width, height, image_format, quality, metadata)
         images = self.generate(prompt, width_px=width_px, height_px=height_px, **arguments)  # type: ignore[arg-type]

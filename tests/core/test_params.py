@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from klein_core.errors import InvalidInput
-from klein_core.params import GenerationParams, Limits
+from klein_core.params import DEFAULT_LIMITS, GenerationParams, Limits, fitted_size, size_violations
 
 
 def fields_refused(**arguments) -> list[str]:
@@ -87,3 +87,37 @@ def test_unset_means_the_models_default(distilled: bool, steps: int, guidance: f
 
 def test_no_more_is_said_of_seeds_than_images_are_allowed():
     assert fields_refused(seeds=(-1,) * 1000) == ["image_count", *["seed"] * 8]
+
+
+@given(st.integers(4, 256), st.integers(4, 256), st.integers(64 * 64, DEFAULT_LIMITS.pixel_count))
+def test_a_fitted_size_is_as_large_as_allowed_and_of_a_like_shape(columns, rows, pixel_count):
+    limits = Limits(pixel_count=pixel_count)
+    width_px, height_px = fitted_size(columns * 16, rows * 16, limits)
+    assert not list(size_violations(width_px, height_px, limits))
+    if columns * rows * 256 <= pixel_count:
+        assert (width_px, height_px) == (columns * 16, rows * 16)
+        return
+    assert width_px * height_px >= 0.7 * pixel_count - 256
+    # The bounds on the smallest side apart, no size of the kind that simple scaling gives is of a better shape.
+    scale = math.sqrt(pixel_count / (columns * rows * 256))
+    simple = (int(columns * scale), int(rows * scale))
+    if min(simple) >= 4 and simple[0] * simple[1] * 256 >= 0.75 * pixel_count:
+        aspect = columns / rows
+        assert (
+            abs(math.log(width_px / height_px / aspect))
+            <= abs(math.log(simple[0] / simple[1] / aspect)) + 1e-9
+        )
+
+
+@pytest.mark.parametrize(
+    ("size_px", "pixel_count", "fitted_px"),
+    [
+        ((1024, 1024), 65536, (256, 256)),
+        ((1248, 832), 65536, (288, 192)),
+        ((2048, 256), 65536, (640, 80)),
+        ((352, 2896), 4096, (64, 64)),
+        ((256, 256), 65536, (256, 256)),
+    ],
+)
+def test_sizes_that_are_too_large_are_scaled_to_fit(size_px, pixel_count, fitted_px):
+    assert fitted_size(*size_px, Limits(pixel_count=pixel_count)) == fitted_px

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 from klein_core.errors import InvalidInput
+from klein_core.model_description import ModelDescription
 from klein_core.params import Limits
 from klein_core.pipeline import Pipeline
 from tests.tiny.checkpoint import save_tiny_checkpoint
@@ -208,6 +210,18 @@ def test_files_that_cannot_be_written_are_refused_before_anything_is_computed(
     with pytest.raises(InvalidInput) as caught:
         pair.ours.generate_files(PROMPT, **arguments)
     assert [violation.field for violation in caught.value.violations] == [field]
+
+
+def test_the_models_description_gives_the_default_size_and_a_limit(pair: Pair):
+    described = replace(pair.ours, description=ModelDescription("Draws.", 80, 96 * 96))
+    [image] = described.generate(PROMPT, step_count=1)
+    assert image.shape == (80, 80, 3)
+    [image] = described.generate(PROMPT, references=[png(pictures(3)[2])], step_count=1)
+    assert image.shape == (80, 112, 3)
+    with pytest.raises(InvalidInput, match="at most 9216 are allowed"):
+        list(described.generate(PROMPT, width_px=112, height_px=96, step_count=1))
+    [image] = described.generate(PROMPT, limits=Limits(pixel_count=64 * 64), step_count=1)
+    assert image.shape == (64, 64, 3)
 
 
 def test_a_longer_prompt_is_allowed_by_setting(pair: Pair):

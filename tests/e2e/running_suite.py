@@ -24,6 +24,8 @@ from tests.tiny.adapters import FORMATS
 from tests.tiny.checkpoint import save_tiny_checkpoint
 
 READY_SECONDS = 120.0
+PLAIN_SIZES = {"KLEIN_DEFAULT_SIZE_PX": "1024", "KLEIN_MAXIMUM_PIXEL_COUNT": str(2048 * 2048)}
+"""The defaults of a plain `klein serve orchestrator`."""
 UNSEEN = itertools.count(1)
 
 
@@ -37,7 +39,7 @@ class Case:
     seeds: tuple[int, ...] = (0,)
     options: dict = field(default_factory=dict)
 
-    def spec(self, default_size: tuple[int, int]) -> api.ImageSpec:
+    def spec(self, default_size: tuple[int | None, int | None]) -> api.ImageSpec:
         width, height = self._size(default_size)
         return api.ImageSpec(
             prompt=self.prompt,
@@ -50,7 +52,7 @@ class Case:
             **self.options,
         )
 
-    def expected(self, pipeline: Pipeline, default_size: tuple[int, int]) -> list[bytes]:
+    def expected(self, pipeline: Pipeline, default_size: tuple[int | None, int | None]) -> list[bytes]:
         width, height = self._size(default_size)
         images = pipeline.generate(
             self.prompt,
@@ -76,7 +78,7 @@ class Case:
             | ({"negative_prompt": f"dull {seed}"} if "negative_prompt" in self.options else {}),
         )
 
-    def _size(self, default_size: tuple[int, int]) -> tuple[int | None, int | None]:
+    def _size(self, default_size: tuple[int | None, int | None]) -> tuple[int | None, int | None]:
         return self.size if self.references or self.size != (None, None) else default_size
 
 
@@ -93,7 +95,8 @@ class Running:
 
     suite: Suite
     pipeline: Pipeline
-    default_size: tuple[int, int]
+    default_size: tuple[int | None, int | None]
+    """Of requests that give none; `None` leaves it to the model."""
     adapters: Path | None
     """Folder of `plain` and `kron`; pico has none."""
 
@@ -119,13 +122,15 @@ def running_suite(folder: Path, model: Path | str, adapters: Path | None = None)
         threads=1,
         log_folder=folder / "logs",
         adapters=adapters,
-        settings={"KLEIN_DEFAULT_SIZE_PX": "128"},
+        settings=PLAIN_SIZES,
     )
     # A matrix product may differ in its last bit with the number of threads, so both sides use one.
     with one_thread(), Suite(options) as suite:
         suite.wait_until_ready(timeout_seconds=READY_SECONDS)
         pipeline = Pipeline.from_folder(WEIGHTS if model == "pico" else Path(model))
-        yield Running(suite, pipeline, (128, 128), adapters)
+        # pico's own description makes it 128 × 128 on both sides; other models' images would have 1024 × 1024 pixels.
+        default_size = (None, None) if pipeline.description else (128, 128)
+        yield Running(suite, pipeline, default_size, adapters)
 
 
 def save_with_adapters(folder: Path, **variant: bool) -> tuple[Path, Path]:

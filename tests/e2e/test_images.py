@@ -75,6 +75,23 @@ def test_a_request_alone_gives_the_pipelines_bytes(running: Running, name: str) 
     assert generation.summary.prompt_truncated == (name == "text-to-image, long prompt")
 
 
+def test_pico_alone_decides_its_sizes_behind_a_plain_orchestrator(running: Running) -> None:
+    if running.pipeline.description is None:
+        pytest.skip("only pico has a description")
+    edit = Case("make the background blue", references=(picture(416, 288, 3),), seeds=(3,))
+    [drawn, edited, strange] = running.ask(Case("a red circle"), edit, Case("a harbor at dusk"))
+    assert [(image.width_px, image.height_px) for image in drawn.images] == [(128, 128)]
+    assert [(image.width_px, image.height_px) for image in edited.images] == [(304, 208)]
+    assert [image.data for image in edited.images] == edit.expected(running.pipeline, running.default_size)
+    assert (len(drawn.summary.warnings), len(strange.summary.warnings)) == (0, 1)
+    assert "circle" in strange.summary.warnings[0]
+    [model] = asyncio.run(list_models(running.suite.target, 30.0)).models
+    assert (model.limits.default_size_px, model.limits.pixel_count) == (128, 256 * 256)
+    assert model.description == running.pipeline.description.description
+    with pytest.raises(grpc.aio.AioRpcError, match="at most 65536 are allowed"):
+        running.ask(Case("a star", size=(272, 256)))
+
+
 def test_eight_clients_at_once_each_get_the_pipelines_bytes(running: Running) -> None:
     cases = [of_variant(case, running.pipeline).afresh() for case in CASES.values()]
     assert len(cases) == 8

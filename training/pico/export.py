@@ -14,8 +14,11 @@ from transformers import Qwen3ForCausalLM, Qwen3Model
 
 from klein_core.checkpoint.key_maps import checkpoint_names
 from klein_core.denoiser.transformer import FlowTransformer
+from klein_core.model_description import FILE_NAME
 from klein_core.vae_decoder.autoencoder import Autoencoder
 from training.pico.reading import SEQUENCE_LENGTH, TAPPED_LAYERS, configuration
+from training.pico.words import subject_words
+from training.pico.world import COLORS, PLACES, SHAPES, SIZES
 
 _DIFFUSERS = "0.37.0"
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -28,6 +31,19 @@ MODEL_INDEX: dict[str, Any] = {
     "tokenizer": ["transformers", "Qwen2TokenizerFast"],
     "transformer": ["diffusers", "Flux2Transformer2DModel"],
     "vae": ["diffusers", "AutoencoderKLFlux2"],
+}
+DESCRIPTION: dict[str, Any] = {
+    "description": (
+        "pico draws flat shapes and edits images of them; it is no general image model. Shapes: "
+        f"{', '.join(SHAPES)}. Colors: {', '.join(COLORS)}. Places: {', '.join(PLACES)}. Sizes: {', '.join(SIZES)}. "
+        "An image has none, one or two shapes on a plain background or on a vertical gradient of two colors. Edits of "
+        "one reference: another color, shape, background, place or size; add or remove a shape. Two references: put "
+        "the object of image 1 on the background of image 2 or give it the color of image 2, or put both objects side "
+        "by side or one above the other. Prompts are English; images have sides of 64 to 256 pixels."
+    ),
+    "default_size_px": 128,
+    "pixel_count": 256 * 256,
+    "subject_words": list(subject_words()),
 }
 SCHEDULER: dict[str, Any] = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
@@ -50,7 +66,7 @@ def export(
     transformer: FlowTransformer,
     autoencoder: Autoencoder,
 ) -> None:
-    """Writes all five parts and the model index, in single precision.
+    """Writes all five parts in single precision, the model index and the description.
 
     Args:
         folder: the checkpoint; files of the same names are replaced.
@@ -61,6 +77,7 @@ def export(
     """
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "model_index.json", MODEL_INDEX)
+    _write_json(folder / FILE_NAME, DESCRIPTION)
     _write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
     shutil.copytree(tokenizer, folder / "tokenizer", dirs_exist_ok=True)
     _export_encoder(folder / "text_encoder", encoder)

@@ -43,6 +43,16 @@ def article(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
+def subject_words() -> tuple[str, ...]:
+    """Returns the words and phrases for shapes, plain names first, then synonyms, then all of them in the plural.
+
+    A phrase that contains another of them as a word is left out.
+    """
+    known = dict.fromkeys((*_SHAPE_WORDS, *(word for words in _SHAPE_WORDS.values() for word in words)))
+    shortest = [word for word in known if not any(other in word.split() for other in known if other != word)]
+    return *shortest, *(f"{word}es" if word.endswith(("s", "x")) else f"{word}s" for word in shortest)
+
+
 def shape_word(shape: str, rng: random.Random) -> str:
     return rng.choice(_SHAPE_WORDS[shape])
 

@@ -207,7 +207,9 @@ class DenoiseLatentsResponse(_message.Message):
 
     @_builtins.property
     def preview(self) -> Global___IndexedTensorFrame:
-        """Estimate of image `index`'s clean latents, shape [rows, columns, latent channels]."""
+        """Estimate of image `index`'s clean latents after the step that was reported last, shape
+        [rows, columns, latent channels].
+        """
 
     @_builtins.property
     def checkpoint(self) -> Global___IndexedTensorFrame:

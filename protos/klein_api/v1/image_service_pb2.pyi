@@ -49,8 +49,8 @@ class ImageSpec(_message.Message):
     negative_prompt: _builtins.str
     """What the image should not be. Base models only; unset means empty."""
     width_px: _builtins.int
-    """Width, a multiple of 16, at least 64; unset means the first reference's, or 1024 without references, or what
-    `ModelLimits.default_size_px` says. Width × height is at most `ModelLimits.pixel_count`.
+    """Width, a multiple of 16, at least 64. Width × height is at most `ModelLimits.pixel_count`. Unset means the first
+    reference's, scaled to fit where its size is over that limit, or `ModelLimits.default_size_px` without references.
     """
     height_px: _builtins.int
     """Height, like the width."""
@@ -412,7 +412,7 @@ class GenerationSummary(_message.Message):
     """Guidance that was used; 1 is none."""
     @_builtins.property
     def stage_timings(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageTiming]:
-        """How long each stage took, in order of first use."""
+        """How long each stage took, in order of a request's life: encode-prompt, encode-reference, denoise, decode."""
 
     @_builtins.property
     def total_duration(self) -> _duration_pb2.Duration:

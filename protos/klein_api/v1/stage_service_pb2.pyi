@@ -215,7 +215,7 @@ class DenoiserFacts(_message.Message):
 
     @_builtins.property
     def subject_words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Words of which a prompt must contain at least one to be understood; empty when any prompt is."""
+        """Words or phrases of which a prompt must contain at least one to be understood; empty when any prompt is."""
 
     def __init__(
         self,

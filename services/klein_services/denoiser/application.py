@@ -19,6 +19,7 @@ from klein_core.denoiser.offload import offload_blocks
 from klein_core.denoiser.reference_cache import ReferenceCache, bytes_per_token
 from klein_core.denoiser.sampler import Trajectory, packed_step
 from klein_core.denoiser.transformer import FlowTransformer
+from klein_core.model_description import read_description
 from klein_core.variants import TextEncoderConfig, default_guidance_scale, default_step_count, read_json
 from klein_services.denoiser.adapters import AdapterRegistry
 from klein_services.denoiser.engine import Engine
@@ -216,6 +217,7 @@ class DenoiserApplication(Application):
         self._stage.register(server)
 
     async def load(self) -> None:
+        described = await asyncio.to_thread(read_description, self._settings.model_files(TRANSFORMER))
         loaded = await self._preparation.run(lambda: load_denoiser(self._settings, self._preparation))
         denoiser = loaded.value
         denoiser.engine.start()
@@ -229,6 +231,10 @@ class DenoiserApplication(Application):
             latent_channels=model.latent_channels,
             adapter_count=denoiser.limits.adapter_count,
         )
+        if described is not None:
+            facts.default_size_px, facts.pixel_count = described.default_size_px, described.pixel_count
+            facts.description = described.description
+            facts.subject_words.extend(described.subject_words)
         self._stage.loaded(
             device=str(denoiser.workload.device),
             dtype=dtype_name(model.dtype),

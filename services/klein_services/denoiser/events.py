@@ -142,6 +142,7 @@ class Responses:
             case StepDone():
                 yield from self._step(event.step)
             case Preview():
+                yield from self._step(event.step)
                 yield from _frames(api.DenoiseLatentsResponse.PREVIEW_FIELD_NUMBER, [event.latents])
             case Checkpoint():
                 yield from self._step(event.step)
@@ -150,7 +151,7 @@ class Responses:
                 yield from self._finished(event)
 
     def _step(self, step: int) -> Iterator[Message]:
-        """Tells a step once; a checkpoint belongs to the step that was told last."""
+        """Yields a step once; a preview or checkpoint belongs to the last step that was sent."""
         if step > self._told_step:
             self._told_step = step
             yield api.DenoiseLatentsResponse(step=api.DenoiseStep(step=step, step_count=self._step_count))

@@ -160,6 +160,7 @@ class Flow:
         self._latents: dict[int, FrameQueue] = {}
         self._preview: asyncio.Task[None] | None = None
         self._preview_latents = FrameQueue()
+        self._step = 0
 
     async def run(self) -> GenerationSummary:
         """Makes the images.
@@ -203,6 +204,7 @@ class Flow:
             if arm == _SUMMARY:
                 self._timings.of(DENOISER, "denoise").report(response.summary)
             else:
+                self._step = response.step.step or self._step
                 if self._options.tells_progress:
                     await self._emit(_progress(response))
                 self._prepare_decoding(response, group)
@@ -252,15 +254,15 @@ class Flow:
         if begins:
             self._preview_latents = FrameQueue()
             if self._preview is None or self._preview.done():
-                self._preview = group.create_task(self._decode_preview(self._preview_latents))
+                self._preview = group.create_task(self._decode_preview(self._preview_latents, self._step))
             else:
                 self._preview_latents.abandon()
         await self._preview_latents.put(frame)
         if is_last_frame(frame):
             await self._preview_latents.finish()
 
-    async def _decode_preview(self, latents: FrameQueue) -> None:
-        """Decodes a preview. A failure is no reason to fail the request: the next preview may succeed."""
+    async def _decode_preview(self, latents: FrameQueue, step: int) -> None:
+        """Decodes a preview after `step` steps. If that fails, the request goes on: the next one may succeed."""
         spec = DecodeSpec(
             model=self._request.route.vae_decoder.model,
             format=ImageFormat.IMAGE_FORMAT_JPEG,
@@ -272,7 +274,7 @@ class Flow:
             _log.warning("no preview: %s", error)
             latents.abandon()
         else:
-            await self._emit(self._image_event(0, image, is_preview=True))
+            await self._emit(self._image_event(0, image, preview_step=step))
 
     async def _decoded(self, spec: DecodeSpec, latents: FrameQueue) -> DecodedImage:
         timing = self._timings.of(VAE_DECODER, "decode")
@@ -316,15 +318,16 @@ class Flow:
             metadata["adapters"] = ", ".join(f"{each.name}:{each.scale:g}" for each in params.adapters)
         return metadata
 
-    def _image_event(self, index: int, image: DecodedImage, *, is_preview: bool = False) -> ImageEvent:
+    def _image_event(self, index: int, image: DecodedImage, *, preview_step: int | None = None) -> ImageEvent:
         description = GeneratedImage(
             index=index,
             seed=self._params.seeds[index],
             width_px=image.summary.width_px,
             height_px=image.summary.height_px,
             format=image.summary.format,
+            step=preview_step or 0,
         )
-        return ImageEvent(description, image.chunks, is_preview)
+        return ImageEvent(description, image.chunks, is_preview=preview_step is not None)
 
     def _summary(self) -> GenerationSummary:
         params, prompt = self._params, self._conditioning.prompt_summary
@@ -341,6 +344,7 @@ class Flow:
             guidance_scale=params.guidance,
             stage_timings=self._timings.messages(),
             total_duration=duration(time.perf_counter() - self._options.arrived_at),
+            warnings=self._request.warnings,
         )
 
 

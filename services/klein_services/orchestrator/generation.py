@@ -12,21 +12,26 @@ from dataclasses import dataclass, field, replace
 import grpc
 
 from klein_api.v1.image_service_pb2 import GenerationSummary, ImageSpec, StreamGenerateImageResponse
+from klein_core.errors import InvalidInput
 from klein_services.orchestrator.cache import TensorCache
 from klein_services.orchestrator.events import Event, EventQueue, ImageEvent
 from klein_services.orchestrator.flow import Flow, FlowOptions
-from klein_services.orchestrator.request import ImageRequest, RequestLimits, validated
+from klein_services.orchestrator.request import ImageRequest, RequestLimits, flow_of, image_count, validated
 from klein_services.orchestrator.routing import RoutingTable
 from klein_services.orchestrator.stage_client import Channels, Deadline, StageClient
 from klein_services.orchestrator.stage_directory import StageDirectory
 from klein_services.runtime.admission import ConcurrencyLimit
-from klein_services.runtime.errors import DeadlinePassed, StagesLost
+from klein_services.runtime.errors import ServiceError, StagesLost
 from klein_services.runtime.logs import request_metadata
 from klein_services.runtime.metrics import DEADLINE_MISSED, IMAGES, PIXELS, REQUEST_SECONDS
-from klein_services.runtime.status import PeerFailure, status_of
+from klein_services.runtime.status import status_of
 
 _TRANSIT_SECONDS = 0.05
 """A caller whose deadline passes hangs up this much before the deadline passes here, at most."""
+_CLIENT_MISTAKES = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION)
+"""Codes of an unknown model or adapter and of an adapter that does not fit the model."""
+_UNKNOWN_MODEL = "unknown"
+"""Label of requests that name a model without a route."""
 _log = logging.getLogger("klein.orchestrator")
 
 
@@ -70,12 +75,12 @@ class Generation:
         """
         options = FlowOptions(tells_progress, self.image_metadata)
         deadline = Deadline.after(remaining_seconds, self.maximum_seconds)
-        route = self.table.route(spec.model)
-        facts = await self.directory.facts(route, deadline.remaining_seconds())
-        request = validated(spec, preview_interval_steps, route, facts, self.limits)
-        if request.references and facts.reference_problem:
-            raise StagesLost(facts.reference_problem)
-        with _counted(request, deadline, options.arrived_at):
+        with self._counted(spec, deadline, options.arrived_at):
+            route = self.table.route(spec.model)
+            facts = await self.directory.facts(route, deadline.remaining_seconds())
+            request = validated(spec, preview_interval_steps, route, facts, self.limits)
+            if request.references and facts.reference_problem:
+                raise StagesLost(facts.reference_problem)
             queue = EventQueue()
             task = asyncio.create_task(self._run(request, deadline, queue, options))
             task.add_done_callback(lambda _: queue.close())
@@ -89,6 +94,24 @@ class Generation:
                 task.cancel()
                 # The client is gone; ignore how the cancelled task ends.
                 await asyncio.gather(task, return_exceptions=True)
+
+    @contextmanager
+    def _counted(self, spec: ImageSpec, deadline: Deadline, arrived_at: float) -> Iterator[None]:
+        """Counts a request's images and its duration by outcome, from its arrival on."""
+        outcome = "succeeded"
+        try:
+            yield
+        except BaseException as error:
+            outcome = _outcome(error, deadline)
+            raise
+        finally:
+            model = spec.model or self.table.default_model
+            # Clients choose neither the labels nor how far to count.
+            labels = (model if model in self.table.routes else _UNKNOWN_MODEL, flow_of(spec), outcome)
+            IMAGES.labels(*labels).inc(min(max(image_count(spec), 1), self.limits.image_count))
+            REQUEST_SECONDS.labels(*labels).observe(time.perf_counter() - arrived_at)
+            if outcome == "expired":
+                DEADLINE_MISSED.labels("orchestrator").inc()
 
     async def _run(
         self, request: ImageRequest, deadline: Deadline, queue: EventQueue, options: FlowOptions
@@ -133,25 +156,24 @@ def _first(group: ExceptionGroup[Exception]) -> Exception:
     return error
 
 
-@contextmanager
-def _counted(request: ImageRequest, deadline: Deadline, arrived_at: float) -> Iterator[None]:
-    """Counts a request's images by outcome; one that nobody waits for any more neither succeeds nor fails."""
-    outcome = "failed"
-    try:
-        yield
-        outcome = "succeeded"
-    except (asyncio.CancelledError, GeneratorExit):
-        outcome = "expired" if deadline.remaining_seconds() < _TRANSIT_SECONDS else "cancelled"
-        raise
-    except (DeadlinePassed, PeerFailure) as error:
-        outcome = "expired" if status_of(error).code is grpc.StatusCode.DEADLINE_EXCEEDED else "failed"
-        raise
-    finally:
-        labels = (request.route.name, request.flow, outcome)
-        IMAGES.labels(*labels).inc(len(request.params.seeds))
-        REQUEST_SECONDS.labels(*labels).observe(time.perf_counter() - arrived_at)
-        if outcome == "expired":
-            DEADLINE_MISSED.labels("orchestrator").inc()
+def _outcome(error: BaseException, deadline: Deadline) -> str:
+    """Returns how a request that raised `error` is counted."""
+    is_late = deadline.remaining_seconds() < _TRANSIT_SECONDS
+    match error:
+        case asyncio.CancelledError() | GeneratorExit():
+            return "expired" if is_late else "cancelled"
+        case InvalidInput():
+            return "rejected"
+        case StagesLost() if is_late:
+            # A stage that did not answer within what was left of the deadline.
+            return "expired"
+        case ServiceError():
+            code = status_of(error).code
+            if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+                return "expired"
+            return "rejected" if code in _CLIENT_MISTAKES else "failed"
+        case _:
+            return "failed"
 
 
 def _count_pixels(request: ImageRequest, event: Event) -> None:

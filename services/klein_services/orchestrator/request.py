@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import secrets
-from collections.abc import Iterator, Mapping
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from klein_api.v1.image_pb2 import ImageFormat, Priority
 from klein_api.v1.image_service_pb2 import ImageSpec
 from klein_core.errors import InvalidInput, Violation
 from klein_core.image_format import METADATA_BYTE_LIMIT, format_size_violations, metadata_violations
-from klein_core.params import DEFAULT_LIMITS, AdapterChoice, GenerationParams, Limits
+from klein_core.params import DEFAULT_LIMITS, AdapterChoice, GenerationParams, Limits, fitted_size
 from klein_services.orchestrator.routing import Route
 from klein_services.orchestrator.stage_directory import RouteInfo
 
@@ -19,6 +21,8 @@ _OTHER_FIELDS_BYTES = 1 << 20
 """Room for everything but the references; prompts take most of it."""
 _OTHER_METADATA_BYTES = 4096
 """Room in an image file's metadata for what is stored besides the prompts."""
+_WORD = re.compile(r"[^\W_]+")
+_SHOWN_SUBJECT_WORDS = 6
 _RANDOM_SEED_LIMIT = 2**32
 """Random seeds stay below this, so that people can copy them."""
 
@@ -65,13 +69,19 @@ class ImageRequest:
     follows_width: bool
     """Whether the width is to be the first reference's."""
     follows_height: bool
+    flow: str
+    """text-to-image, edit or multi-reference."""
 
     @property
-    def flow(self) -> str:
-        """text-to-image, edit or multi-reference."""
-        return (
-            ("text-to-image", "edit")[len(self.references)] if len(self.references) < 2 else "multi-reference"
-        )
+    def warnings(self) -> list[str]:
+        """What the client should know although the request is valid, one sentence each."""
+        if self.references or names_a_subject(self.params.prompt, self.facts.subject_words):
+            return []
+        shown = ", ".join(self.facts.subject_words[:_SHOWN_SUBJECT_WORDS])
+        return [
+            f"The prompt names nothing that the model {self.route.name!r} can draw, so an image may show only a "
+            f"background; it draws, for example: {shown}."
+        ]
 
     @property
     def size_is_known(self) -> bool:
@@ -80,14 +90,41 @@ class ImageRequest:
     def sized(self, width_px: int, height_px: int) -> GenerationParams:
         """Returns the parameters, with the first reference's processed size where the request gives none.
 
+        A reference that is larger than the model's images may be gives a smaller size of a like aspect ratio.
+
         Raises:
-            InvalidInput: the reference is larger than the model's images may be.
+            InvalidInput: with the side that the request gives, the image would have too many pixels.
         """
+        width_px, height_px = fitted_size(width_px, height_px, self.params.limits)
         return replace(
             self.params,
             width_px=width_px if self.follows_width else self.params.width_px,
             height_px=height_px if self.follows_height else self.params.height_px,
         )
+
+
+def flow_of(spec: ImageSpec) -> str:
+    """Returns what a request's number of references makes it: text-to-image, edit or multi-reference."""
+    return ("text-to-image", "edit", "multi-reference")[min(len(spec.references), 2)]
+
+
+def image_count(spec: ImageSpec) -> int:
+    """Returns how many images a request asks for, unchecked."""
+    return spec.image_count if spec.HasField("image_count") else 1
+
+
+def names_a_subject(prompt: str, subject_words: Sequence[str]) -> bool:
+    """Returns whether a prompt contains one of the words or phrases, in any case; true when there are none.
+
+    Only whole words count: "ring" is not in "string".
+    """
+    text = f" {_words(prompt)} "
+    return not subject_words or any(f" {_words(subject)} " in text for subject in subject_words)
+
+
+def _words(text: str) -> str:
+    """Returns a text's words, case-folded and in one Unicode form, with one space between them."""
+    return " ".join(_WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
 
 
 def validated(
@@ -98,6 +135,7 @@ def validated(
     Raises:
         InvalidInput: one or more fields are outside their limits; all of them are named.
     """
+    route = route.narrowed(facts.default_size_px, facts.pixel_count)
     violations = list(_own_violations(spec, preview_interval_steps, limits))
     params: GenerationParams | None = None
     try:
@@ -121,6 +159,7 @@ def validated(
         embedded_prompts=_embedded_prompts(spec),
         follows_width=bool(spec.references) and not spec.HasField("width_px"),
         follows_height=bool(spec.references) and not spec.HasField("height_px"),
+        flow=flow_of(spec),
     )
 
 
@@ -147,21 +186,17 @@ def _params(spec: ImageSpec, route: Route, facts: RouteInfo, limits: RequestLimi
     )
 
 
-def _image_count(spec: ImageSpec) -> int:
-    return spec.image_count if spec.HasField("image_count") else 1
-
-
 def _seeds(spec: ImageSpec, limits: RequestLimits) -> tuple[int, ...]:
     first = spec.seed if spec.HasField("seed") else secrets.randbelow(_RANDOM_SEED_LIMIT)
     # A count outside its limits is a violation of its own, and may be far too large to count to.
-    count = min(max(_image_count(spec), 1), limits.image_count)
+    count = min(max(image_count(spec), 1), limits.image_count)
     return tuple(range(first, first + count))
 
 
 def _own_violations(
     spec: ImageSpec, preview_interval_steps: int, limits: RequestLimits
 ) -> Iterator[Violation]:
-    count = _image_count(spec)
+    count = image_count(spec)
     if not 1 <= count <= limits.image_count:
         yield Violation("image_count", f"is {count}; must be in [1, {limits.image_count}]")
     yield from _reference_violations(spec, limits)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from klein_core.params import SIZE_MULTIPLE_PX, Limits
+from klein_core.params import SIZE_MULTIPLE_PX, Limits, default_side_px
 from klein_services.runtime.errors import UnknownModel
 from klein_services.runtime.settings import SettingsError
 
@@ -54,6 +54,19 @@ class Route:
     def stages(self) -> tuple[StageAddress, StageAddress, StageAddress]:
         """The stages in a request's order."""
         return self.text_encoder, self.denoiser, self.vae_decoder
+
+    def narrowed(self, trained_size_px: int, trained_pixel_count: int) -> Route:
+        """Returns the route with the smaller one of its sizes and those that the model was trained for.
+
+        Args:
+            trained_size_px: width and height; 0 when unknown.
+            trained_pixel_count: most pixels; 0 when unknown.
+        """
+        pixel_count = min(self.maximum_pixel_count, trained_pixel_count or self.maximum_pixel_count)
+        side_px = min(self.default_size_px, trained_size_px or self.default_size_px)
+        return replace(
+            self, default_size_px=default_side_px(side_px, pixel_count), maximum_pixel_count=pixel_count
+        )
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,9 @@ async def _routed_stage(
 def _routed_model(
     route: Route, stages: dict[StageAddress, RoutedStage], limits: RequestLimits
 ) -> RoutedModel:
-    model = RoutedModel(name=route.name, limits=_limits(route, limits))
+    facts = stages[route.denoiser].description.denoiser
+    limited = route.narrowed(facts.default_size_px, facts.pixel_count)
+    model = RoutedModel(name=route.name, limits=_limits(limited, limits), description=facts.description)
     for address in route.stages:
         model.stages.add().CopyFrom(stages[address])
     if not any(stage.problem for stage in model.stages):
@@ -73,7 +75,6 @@ def _routed_model(
         for stage in model.stages:
             stage.problem = problem
         model.serving = not problem
-    facts = stages[route.denoiser].description.denoiser
     model.distilled = facts.distilled
     model.default_step_count = facts.default_step_count
     model.default_guidance_scale = facts.default_guidance_scale

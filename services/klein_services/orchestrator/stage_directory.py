@@ -32,12 +32,25 @@ class RouteInfo:
     """What decides the bytes of reference latents besides the image file."""
     reference_problem: str
     """Why requests with references cannot be served though others can; empty when they can."""
+    default_size_px: int
+    """Width and height that the model was trained for; 0 when unknown."""
+    pixel_count: int
+    """Most pixels of one image that the model was trained for; 0 when unknown."""
+    subject_words: tuple[str, ...]
+    """Words or phrases of which a prompt must contain one; empty when the model understands any prompt."""
 
     def takes_the_same(self, other: RouteInfo) -> bool:
         """Returns whether a request that was validated for `other` is valid here and means the same."""
         return all(
             getattr(self, name) == getattr(other, name)
-            for name in ("distilled", "default_step_count", "default_guidance_scale", "reference_problem")
+            for name in (
+                "distilled",
+                "default_step_count",
+                "default_guidance_scale",
+                "reference_problem",
+                "default_size_px",
+                "pixel_count",
+            )
         )
 
 
@@ -74,6 +87,9 @@ class StageDirectory:
             text_encoder_version=_identity(route.text_encoder, text_encoder),
             vae_decoder_version=_identity(route.vae_decoder, vae_decoder),
             reference_problem=_dtype_misfit(route.vae_decoder, vae_decoder, route.denoiser, denoiser),
+            default_size_px=denoiser.denoiser.default_size_px,
+            pixel_count=denoiser.denoiser.pixel_count,
+            subject_words=tuple(denoiser.denoiser.subject_words),
         )
 
     def forget(self, route: Route) -> None:

@@ -63,8 +63,12 @@ class OperationTiming:
         )
 
 
+_ORDER = ("encode-prompt", "encode-reference", "denoise", "decode")
+"""Operations in the order of a request's life."""
+
+
 class Timings:
-    """One request's operations in order of first use; one without calls was answered from the cache."""
+    """One request's operations in the order of its life; one without calls was answered from the cache."""
 
     def __init__(self) -> None:
         self._operations: dict[str, OperationTiming] = {}
@@ -73,7 +77,7 @@ class Timings:
         return self._operations.setdefault(operation, OperationTiming(stage, operation))
 
     def __iter__(self) -> Iterator[OperationTiming]:
-        return iter(self._operations.values())
+        return iter(sorted(self._operations.values(), key=lambda timing: _ORDER.index(timing.operation)))
 
     def messages(self) -> list[StageTiming]:
         return [timing.message() for timing in self]

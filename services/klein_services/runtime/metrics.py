@@ -55,7 +55,7 @@ ABANDONED_SECONDS = Counter(
 )
 REJECTED = Counter(
     "klein_request_rejected",
-    "Requests that got RESOURCE_EXHAUSTED or UNAVAILABLE; `reason` is the status detail's in lower case.",
+    "Refused requests; `reason` is the status detail's in lower case, or the status code's where it has none.",
     ["stage", "reason"],
 )
 DEADLINE_MISSED = Counter(
@@ -120,7 +120,12 @@ REQUEST_SECONDS = Histogram(
     ["model", "flow", "outcome"],
     buckets=REQUEST_BUCKETS,
 )
-IMAGES = Counter("klein_images", "Images asked of the public API.", ["model", "flow", "outcome"])
+IMAGES = Counter(
+    "klein_images",
+    "Images asked of the public API; `outcome` is succeeded, rejected (a mistake of the client), failed, cancelled "
+    "or expired.",
+    ["model", "flow", "outcome"],
+)
 PIXELS = Counter("klein_pixels", "Pixels of images that were answered.", ["model", "flow"])
 
 

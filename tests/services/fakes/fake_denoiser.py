@@ -22,6 +22,10 @@ class FakeDenoiser(FakeStage, denoiser_service_pb2_grpc.DenoiserServiceServicer)
     distilled: bool = True
     channels: int = TEXT_CHANNELS
     latent_channels: int = LATENT_CHANNELS
+    default_size_px: int = 0
+    pixel_count: int = 0
+    description: str = ""
+    subject_words: tuple[str, ...] = ()
     step_seconds: float = 0.0
     specs: list[denoiser_pb2.DenoiseSpec] = field(default_factory=list)
     first_frame: asyncio.Event = field(default_factory=asyncio.Event)
@@ -50,6 +54,10 @@ class FakeDenoiser(FakeStage, denoiser_service_pb2_grpc.DenoiserServiceServicer)
         facts.default_guidance_scale = 1.0 if self.distilled else 4.0
         facts.embedding_channels = self.channels
         facts.latent_channels = self.latent_channels
+        facts.default_size_px = self.default_size_px
+        facts.pixel_count = self.pixel_count
+        facts.description = self.description
+        facts.subject_words.extend(self.subject_words)
 
     async def DenoiseLatents(self, requests, context):
         messages = requests.__aiter__()

@@ -17,8 +17,9 @@ from klein_api.v1.image_service_pb2 import (
 )
 from klein_services.runtime.channels import STAGE_MESSAGE_BYTES
 from klein_services.runtime.errors import StageUnavailable
+from tests.services.fakes.fake_denoiser import FakeDenoiser
 from tests.services.fakes.fake_tensors import reference_file
-from tests.services.fakes.orchestrator_suite import FakeSuite, generate
+from tests.services.fakes.orchestrator_suite import FakeSuite, generate, refusal
 from tests.services.fakes.runtime_toy import until
 
 
@@ -39,9 +40,8 @@ async def test_text_to_image_gives_the_image_of_its_prompt_and_seed(suite):
     assert summary.output_megapixels == pytest.approx(64 * 64 / 1e6)
     assert summary.input_megapixels == 0
     assert summary.prompt_token_count == len("a fox")
-    operations = [timing.operation for timing in summary.stage_timings]
-    assert sorted(operations) == ["decode", "denoise", "encode-prompt"]
-    encode = next(timing for timing in summary.stage_timings if timing.operation == "encode-prompt")
+    encode, *_ = summary.stage_timings
+    assert not summary.warnings
     assert encode.queue_duration.ToMilliseconds() == 3
     assert encode.compute_duration.ToMilliseconds() == 5
     assert encode.call_duration.ToMicroseconds() > 0
@@ -142,11 +142,20 @@ async def test_the_stream_tells_queued_steps_previews_images_and_one_summary(sui
     assert [event.step.step for event in events if event.HasField("step")] == [1, 2, 3, 4]
     assert kinds.count("preview") >= 1
     preview = events[kinds.index("preview")].preview
+    assert preview.step == 2
+    assert {event.image.step for event in events if event.HasField("image")} == {0}
     assert (preview.index, preview.seed, preview.format) == (0, 4, image_pb2.IMAGE_FORMAT_JPEG)
     assert preview.data.startswith(b"IMAGE")
     assert sorted(event.image.index for event in events if event.HasField("image")) == [0, 1]
     assert kinds.count("summary") == 1
     assert kinds[-1] == "summary"
+
+
+async def test_timings_are_in_the_order_of_the_requests_life_whatever_ends_first(suite):
+    suite.text_encoder.delay_seconds = 0.2
+    response = await generate(suite, references=[reference_file(64, 64)], width_px=64, height_px=64)
+    operations = [timing.operation for timing in response.summary.stage_timings]
+    assert operations == ["encode-prompt", "encode-reference", "denoise", "decode"]
 
 
 async def test_an_image_larger_than_a_stages_message_reaches_the_caller(suite):
@@ -305,3 +314,52 @@ async def test_list_models_tells_limits_defaults_and_stages(suite):
     suite.vae_decoder.serving = True
     response = await suite.images.ListModels(ListModelsRequest())
     assert response.models[0].serving
+
+
+async def test_the_smaller_of_the_orchestrators_and_the_models_sizes_holds():
+    denoiser = FakeDenoiser(default_size_px=128, pixel_count=256 * 256, description="Draws foxes.")
+    async with FakeSuite(denoiser=denoiser, settings={"default_size_px": 1024}).running() as suite:
+        response = await generate(suite, prompt="fox", seed=1)
+        assert response.images[0].data == suite.expected_image("fox", 1, (128, 128))
+        (model,) = (await suite.images.ListModels(ListModelsRequest())).models
+        assert (model.limits.default_size_px, model.limits.pixel_count) == (128, 256 * 256)
+        assert model.description == "Draws foxes."
+        details = await refusal(suite, width_px=272, height_px=256)
+        assert "at most 65536 are allowed" in details.violations[0].description
+    settings = {"default_size_px": 64, "maximum_pixel_count": 80 * 80}
+    async with FakeSuite(denoiser=denoiser, settings=settings).running() as suite:
+        (model,) = (await suite.images.ListModels(ListModelsRequest())).models
+        assert (model.limits.default_size_px, model.limits.pixel_count) == (64, 80 * 80)
+
+
+async def test_a_default_size_that_the_models_limit_does_not_allow_is_made_smaller():
+    denoiser = FakeDenoiser(pixel_count=100 * 100)
+    async with FakeSuite(denoiser=denoiser, settings={"default_size_px": 1024}).running() as suite:
+        assert (await generate(suite)).images[0].width_px == 96
+
+
+@pytest.mark.parametrize(
+    ("prompt", "warns"),
+    [
+        ("a fox", False),
+        ("A FOX!", False),
+        ("fox", False),
+        ("two:foxes", False),
+        ("an arctic  Fox-like thing", False),
+        ("ein Fuchs im FLU\u00df", False),
+        ("un renard tre\u0300s beau", False),
+        ("a foxglove", True),
+        ("outfox", True),
+        ("arctic", True),
+        ("", True),
+        ("\U0001f98a", True),
+    ],
+)
+async def test_a_prompt_without_a_word_that_the_model_knows_gives_a_warning(prompt, warns):
+    words = ("fox", "foxes", "arctic fox", "fluss", "tr\u00e8s")
+    async with FakeSuite(denoiser=FakeDenoiser(subject_words=words)).running() as suite:
+        warnings = (await generate(suite, prompt=prompt)).summary.warnings
+        assert len(warnings) == warns
+        assert all("'fake'" in warning and "fox, foxes" in warning for warning in warnings)
+        edited = await generate(suite, prompt=prompt, references=[reference_file(64, 64)])
+        assert not edited.summary.warnings

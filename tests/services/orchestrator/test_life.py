@@ -10,6 +10,7 @@ from prometheus_client import REGISTRY
 
 from klein_api.v1.image_service_pb2 import ImageSpec, StreamGenerateImageRequest
 from klein_core.errors import InvalidInput
+from klein_services.runtime.errors import QueueFull, StageUnavailable, UnknownAdapter, UnusableAdapter
 from tests.services.fakes.fake_tensors import reference_file
 from tests.services.fakes.orchestrator_suite import (
     FakeSuite,
@@ -32,8 +33,8 @@ async def suite():
         yield running
 
 
-def counted_images(outcome, flow="multi-reference") -> float:
-    labels = {"model": "fake", "flow": flow, "outcome": outcome}
+def counted_images(outcome, flow="multi-reference", model="fake") -> float:
+    labels = {"model": model, "flow": flow, "outcome": outcome}
     return REGISTRY.get_sample_value("klein_images_total", labels) or 0.0
 
 
@@ -126,18 +127,84 @@ async def test_a_deadline_ends_the_work_of_every_stage(suite):
     await nothing_left_running()
 
 
-async def test_a_request_whose_deadline_passes_is_counted_as_such(suite):
-    def counted():
-        missed = REGISTRY.get_sample_value("klein_deadline_missed_total", {"stage": "orchestrator"})
-        outcomes = ("expired", "cancelled", "failed")
-        return missed, *(counted_images(outcome, "text-to-image") for outcome in outcomes)
+def counted_outcomes(model="fake", flow="text-to-image") -> dict[str, float]:
+    outcomes = ("succeeded", "rejected", "failed", "cancelled", "expired")
+    return {outcome: counted_images(outcome, flow, model) for outcome in outcomes}
 
-    missed, expired, cancelled, failed = counted()
+
+def changed(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    return {outcome: after[outcome] - count for outcome, count in before.items() if after[outcome] != count}
+
+
+def counted_deadlines() -> float:
+    return REGISTRY.get_sample_value("klein_deadline_missed_total", {"stage": "orchestrator"}) or 0.0
+
+
+@pytest.mark.parametrize("where", ["denoising", "describing"])
+async def test_a_request_whose_deadline_passes_is_counted_as_such_before_and_after_its_checks(suite, where):
+    def handled():
+        labels = {
+            "grpc_type": "unary",
+            "grpc_service": "klein_api.v1.ImageService",
+            "grpc_method": "GenerateImage",
+        }
+        return REGISTRY.get_sample_value("grpc_server_started_total", labels) or 0.0
+
+    if where == "describing":
+        suite.denoiser.describe_gate = asyncio.Event()
     suite.denoiser.step_gate = asyncio.Event()
-    for _ in range(5):
-        await refusal(suite, within_seconds=0.3)
-    await nothing_left_running()
-    assert counted() == (missed + 5, expired + 5, cancelled, failed)
+    before, missed, begun = counted_outcomes(), counted_deadlines(), handled()
+    for _ in range(20):
+        assert (await refusal(suite, within_seconds=0.3)).code is grpc.StatusCode.DEADLINE_EXCEEDED
+        # On a busy machine a deadline may pass before the server sees the call, or the client may hang up so early
+        # that the request counts as cancelled.
+        if counted_deadlines() > missed:
+            break
+    # The handler counts after its client has gone.
+    await until(lambda: sum(changed(before, counted_outcomes()).values()) == handled() - begun)
+    outcomes = changed(before, counted_outcomes())
+    assert outcomes["expired"] == counted_deadlines() - missed >= 1
+    assert outcomes.keys() <= {"expired", "cancelled"}
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "model", "outcome", "reason", "count"),
+    [
+        ({"width_px": 65}, None, "fake", "rejected", "invalid_argument", 1),
+        ({"image_count": 2**31 - 1}, None, "fake", "rejected", "invalid_argument", 8),
+        ({"model": "klein-9000"}, None, "unknown", "rejected", "unknown_model", 1),
+        ({}, UnknownAdapter("adapters[0].name", "ink", ()), "fake", "rejected", "unknown_adapter", 1),
+        (
+            {},
+            UnusableAdapter("adapters[0].name", "ink", "of no use"),
+            "fake",
+            "rejected",
+            "unusable_adapter",
+            1,
+        ),
+        ({}, QueueFull(4), "fake", "failed", "queue_full", 1),
+        ({}, StageUnavailable("drains"), "fake", "failed", "stage_unavailable", 1),
+    ],
+)
+async def test_a_refusal_is_counted_by_reason_and_as_the_clients_mistake_or_a_failure(
+    suite, spec, error, model, outcome, reason, count
+):
+    def refused():
+        labels = {"stage": "orchestrator", "reason": reason}
+        return REGISTRY.get_sample_value("klein_request_rejected_total", labels) or 0.0
+
+    suite.denoiser.error = error
+    before, refused_before = counted_outcomes(model), refused()
+    await refusal(suite, **spec)
+    assert changed(before, counted_outcomes(model)) == {outcome: count}
+    assert refused() == refused_before + 1
+
+
+async def test_a_fault_is_counted_as_a_failure_and_not_as_a_refusal(suite):
+    suite.denoiser.error = ValueError("secret")
+    before = counted_outcomes()
+    assert (await refusal(suite)).code is grpc.StatusCode.INTERNAL
+    assert changed(before, counted_outcomes()) == {"failed": 1}
 
 
 async def test_a_caller_that_does_not_read_keeps_its_place_for_so_long_only(monkeypatch):

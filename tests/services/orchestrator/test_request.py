@@ -9,7 +9,7 @@ from klein_api.v1.image_pb2 import Adapter
 from klein_api.v1.image_service_pb2 import GenerateImageRequest, ImageSpec, StreamGenerateImageRequest
 from klein_services.runtime.status import explain
 from tests.services.fakes.fake_tensors import reference_file
-from tests.services.fakes.orchestrator_suite import FakeSuite, refusal
+from tests.services.fakes.orchestrator_suite import FakeSuite, generate, refusal
 
 REFERENCE = reference_file(64, 64)
 
@@ -134,16 +134,23 @@ async def test_a_model_name_of_any_length_is_not_found(suite):
     assert len(details.message) < 500
 
 
-async def test_an_output_as_large_as_a_huge_reference_is_refused_unless_a_size_is_given():
+@pytest.mark.parametrize(
+    ("given", "size_px"),
+    [({}, (144, 96)), ({"width_px": 128}, (128, 96)), ({"width_px": 128, "height_px": 128}, (128, 128))],
+)
+async def test_a_size_that_a_huge_reference_gives_is_scaled_to_fit(given, size_px):
     async with FakeSuite(settings={"maximum_pixel_count": 128 * 128}).running() as suite:
-        references = [reference_file(1024, 1024)]
-        details = await refusal(suite, references=references)
+        references = (reference_file(1248, 832),)
+        response = await generate(suite, references=references, seed=1, **given)
+        assert response.images[0].data == suite.expected_image("", 1, size_px, references)
+
+
+async def test_a_given_side_that_is_too_long_with_the_references_other_is_refused():
+    async with FakeSuite(settings={"maximum_pixel_count": 128 * 128}).running() as suite:
+        details = await refusal(suite, references=[reference_file(1024, 1024)], width_px=144)
         assert details.code is grpc.StatusCode.INVALID_ARGUMENT
         assert details.violations[0].field == "width_px"
-        assert "16384" in details.violations[0].description
-        spec = ImageSpec(references=references, width_px=128, height_px=128, seed=1)
-        response = await suite.images.GenerateImage(GenerateImageRequest(spec=spec))
-        assert response.images[0].data == suite.expected_image("", 1, (128, 128), tuple(references))
+        assert "at most 16384 are allowed" in details.violations[0].description
 
 
 async def test_ten_references_are_allowed_by_setting():
