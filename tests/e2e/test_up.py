@@ -1,6 +1,7 @@
 """`klein up` with real processes and a tiny random checkpoint: life, death, and nothing left behind."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -18,7 +19,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from klein_core.pipeline import Pipeline
-from klein_services.cli.ports import free_ports
 from klein_services.cli.process import PROCESSES, inherited_environment
 from tests.services.fakes.denoiser_server import one_thread
 from tests.tiny.checkpoint import save_tiny_checkpoint
@@ -38,15 +38,21 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Up:
     """A running `klein up`."""
 
-    def __init__(self, process: subprocess.Popen[bytes], output: Path, port: int) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], output: Path) -> None:
         self.process = process
         self._output = output
-        self.target = f"127.0.0.1:{port}"
         self.logs = output.with_suffix("")
 
     @property
     def text(self) -> str:
         return self._output.read_text()
+
+    @property
+    def target(self) -> str:
+        """The public API's address; shown once all are ready."""
+        shown = re.search(r"Ready after .* at (\S+)\.\n", self.text)
+        assert shown, self.text
+        return shown[1]
 
     def wait_for_stages(self) -> dict[str, psutil.Process]:
         """Waits until all four were started; they may be far from ready."""
@@ -54,18 +60,28 @@ class Up:
         return self._children()
 
     def _children(self) -> dict[str, psutil.Process]:
-        # Between its fork and its exec a child has its parent's command line.
-        return {child.cmdline()[-1]: child for child in psutil.Process(self.process.pid).children()}
+        # Between its fork and its exec a child has its parent's command line; one that ended has none.
+        return {(child.cmdline() or [""])[-1]: child for child in psutil.Process(self.process.pid).children()}
+
+    def denoiser_besides(self, pids: set[int]) -> psutil.Process | None:
+        """The running denoiser, unless its process is one of `pids`."""
+        try:
+            found = self._children().get("denoiser")
+        except psutil.Error:
+            return None
+        return found if found is not None and found.pid not in pids else None
 
     def wait_until_ready(self) -> dict[str, psutil.Process]:
-        assert soon(lambda: "Ready after" in self.text or self.process.poll() is not None, READY_SECONDS)
+        assert soon(
+            lambda: "Ctrl-C stops every" in self.text or self.process.poll() is not None, READY_SECONDS
+        )
         assert "Ready after" in self.text, self.text
         return self.wait_for_stages()
 
 
 @contextmanager
 def klein_up(checkpoint: Path | None, folder: Path, *options: str) -> Iterator[Up]:
-    port = free_ports(1)[0]
+    folder.mkdir(exist_ok=True)
     output = folder / "up.txt"
     command = [
         sys.executable,
@@ -75,7 +91,7 @@ def klein_up(checkpoint: Path | None, folder: Path, *options: str) -> Iterator[U
         *(["--model", str(checkpoint)] if checkpoint else []),
         *options,
         "--port",
-        str(port),
+        "0",
     ]
     command += ["--threads", "1", "--log-folder", str(folder / "up"), "--device", "cpu"]
     environment = inherited_environment() | {"KLEIN_DEFAULT_SIZE_PX": "64"}
@@ -84,7 +100,7 @@ def klein_up(checkpoint: Path | None, folder: Path, *options: str) -> Iterator[U
         subprocess.Popen(command, env=environment, stdout=file, stderr=file) as process,
     ):
         try:
-            yield Up(process, output, port)
+            yield Up(process, output)
         finally:
             process.kill()
 
@@ -183,15 +199,49 @@ def test_three_bare_files_make_the_folder_s_picture(tmp_path: Path) -> None:
     assert np.array_equal(pixels, expected.numpy())
 
 
-def test_a_stage_that_dies_is_named_and_stops_the_rest(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_stage_that_dies_is_started_again_on_its_port_until_the_third_death(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     with klein_up(checkpoint, tmp_path) as up:
         stages = up.wait_until_ready()
+        first = tmp_path / "first.png"
+        assert (
+            klein("generate", "a star", "--seed", "5", "--target", up.target, "-o", str(first)).returncode
+            == 0
+        )
+
         stages["denoiser"].kill()
+        assert soon(lambda: "The denoiser serves again." in up.text, READY_SECONDS), up.text
+        assert "The denoiser ended by signal SIGKILL; it starts again in 1 s." in up.text
+        again = tmp_path / "again.png"
+        made = klein("generate", "a star", "--seed", "5", "--target", up.target, "-o", str(again))
+        assert made.returncode == 0, made.stderr
+        assert again.read_bytes() == first.read_bytes()
+        assert "listening" in (up.logs / "denoiser.log").read_text()
+
+        # Before it serves, so that the deaths are in a row however long a start takes.
+        killed = {stages["denoiser"].pid}
+        while up.process.poll() is None:
+            assert soon(lambda: up.denoiser_besides(killed) or up.process.poll() is not None, READY_SECONDS)
+            denoiser = up.denoiser_besides(killed)
+            if denoiser is not None:
+                killed.add(denoiser.pid)
+                denoiser.kill()
         assert up.process.wait(STOP_SECONDS) == 1, up.text
+        assert len(killed) in (3, 4)
         assert all_gone(stages)
-        assert "The denoiser ended by signal SIGKILL" in up.text
+        assert "times in a row, at last by signal SIGKILL" in up.text
         assert str(up.logs / "denoiser.log") in " ".join(up.text.split())
         assert "Traceback" not in up.text
+
+
+def test_two_suites_that_start_at_once_share_no_port(checkpoint: Path, tmp_path: Path) -> None:
+    with klein_up(checkpoint, tmp_path / "one") as one, klein_up(checkpoint, tmp_path / "two") as two:
+        for up in (one, two):
+            up.wait_until_ready()
+        assert one.target != two.target
+        for up in (one, two):
+            assert klein("status", "--target", up.target).returncode == 0
 
 
 def test_no_stage_outlives_a_parent_that_is_killed(checkpoint: Path, tmp_path: Path) -> None:
@@ -223,6 +273,9 @@ def test_a_broken_checkpoint_is_told_in_the_stage_s_words(checkpoint: Path, tmp_
         (["--vae", "nowhere.safetensors"], ["nowhere.safetensors", "--vae"]),
         (["--port", "PORT"], ["taken", "--port 0"]),
         (["--port", "99999"], ["65535"]),
+        (["--device", "gpu"], ["--device is 'gpu'", "cuda:N"]),
+        (["--dtype", "f8"], ["--dtype", "bf16"]),
+        (["--threads", "5000"], ["--threads is '5000'", "1024"]),
     ],
 )
 def test_up_refuses_what_cannot_work_before_it_starts(arguments: list[str], words: list[str]) -> None:
@@ -232,3 +285,4 @@ def test_up_refuses_what_cannot_work_before_it_starts(arguments: list[str], word
     assert done.returncode == 2, done.stderr
     assert all(word in done.stderr for word in words), done.stderr
     assert "Traceback" not in done.stderr
+    assert "KLEIN_" not in done.stderr

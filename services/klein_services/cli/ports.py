@@ -1,65 +1,100 @@
-"""Ports of this machine: the public one, and those that nothing listens on."""
+"""Ports of this machine, reserved for servers that other processes start."""
 
 from __future__ import annotations
 
 import errno
 import socket
+import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
+from types import TracebackType
 
 from klein_services.cli.errors import CliError
 from klein_services.cli.exit_codes import MISUSED
 
 LOOPBACK = "127.0.0.1"
 DEFAULT_PORT = 50050
-"""Of the public API."""
+"""Port of the public API."""
+_CAN_HOLD = sys.platform == "linux"
 
 
-def free_ports(count: int, host: str = LOOPBACK) -> list[int]:
-    """Finds `count` different free ports."""
-    with ExitStack() as held:
-        sockets = [held.enter_context(_bound(host, 0)) for _ in range(count)]
-        return [each.getsockname()[1] for each in sockets]
+class ReservedPort:
+    """A port that a child process can listen on and nothing else takes, until it is released.
+
+    The socket here is bound and never listens. Linux lets a server that sets SO_REUSEADDR, as gRPC's and the
+    metrics' do, listen on a port that is only bound, but offers the port to no other bind(0) and no connection. So
+    a free port cannot be lost between its choice and a child's start, nor while a child is restarted. The
+    alternative, children that bind port 0 and report it, would lose the port at each restart and make the
+    orchestrator wait for the ports of its stages. Other systems refuse the second bind, so there the reservation
+    ends at once and only the choice of a free port is left.
+
+    Args:
+        port: 0 takes a free one.
+        host: address to listen on.
+
+    Raises:
+        OSError: the port is taken, or this machine has no such address.
+    """
+
+    def __init__(self, port: int = 0, host: str = LOOPBACK) -> None:
+        with ExitStack() as held:
+            if port and _CAN_HOLD:
+                # A second socket that is bound with SO_REUSEADDR would be accepted until the first child listens;
+                # without SO_REUSEADDR, connections in TIME_WAIT would count as taken. So reservations exclude each
+                # other by an abstract Unix address, which the kernel frees with the process.
+                claim = held.enter_context(socket.socket(socket.AF_UNIX))
+                claim.bind(f"\0klein-port-{port}")
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            # Without SO_REUSEPORT: two suites would share a port at random, without an error.
+            bound = held.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind((host.strip("[]"), port))
+            self.port: int = bound.getsockname()[1]
+            self._held = held.pop_all()
+        if not _CAN_HOLD:
+            self.release()
+
+    def release(self) -> None:
+        """Gives the port back; a server that listens on it goes on."""
+        self._held.close()
+
+    def __enter__(self) -> ReservedPort:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
 
 
-def is_free(port: int, host: str = LOOPBACK) -> bool:
-    """Whether a server could listen on `port` of `host`."""
+def reserve_public(port: int, host: str) -> ReservedPort:
+    """Reserves the port of `--port` and `--host`; raises CliError when no server could listen there."""
     try:
-        _bound(host, port).close()
-    except OSError:
-        return False
-    return True
-
-
-def require_free(port: int, host: str) -> None:
-    """Raises CliError when no server could listen on `port` of `host`."""
-    try:
-        _bound(host, port).close()
+        return ReservedPort(port, host)
     except OSError as error:
-        raise _refusal(port, host, error) from error
-
-
-def _refusal(port: int, host: str, error: OSError) -> CliError:
-    if error.errno == errno.EADDRINUSE:
-        return CliError(
-            f"Port {port} of {host} is taken.",
-            "Is the suite running already? `klein status` tells. --port 0 takes any free port.",
+        if error.errno == errno.EADDRINUSE:
+            raise CliError(
+                f"--port {port} of {host} is taken.",
+                "Is the suite running already? `klein status` shows it. --port 0 takes any free port.",
+                MISUSED,
+            ) from error
+        raise CliError(
+            f"Nothing can listen on port {port} of {host}: {error.strerror}.",
+            "--host takes an address of this machine, --port any that is free from 1024 on.",
             MISUSED,
-        )
-    return CliError(
-        f"Nothing can listen on port {port} of {host}: {error.strerror}.",
-        "--host takes an address of this machine, --port any that is free from 1024 on.",
-        MISUSED,
-    )
+        ) from error
 
 
-def _bound(host: str, port: int) -> socket.socket:
-    # Without SO_REUSEPORT: gRPC servers set it, so two suites would else share a port without a word.
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    each = socket.socket(family, socket.SOCK_STREAM)
+def reserve_all_or_free(preferred: Sequence[int]) -> list[ReservedPort]:
+    """Reserves the preferred ports of this machine, or as many free ones when one of them is taken."""
     try:
-        each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        each.bind((host.strip("[]"), port))
+        return _reserve_all(preferred)
     except OSError:
-        each.close()
-        raise
-    return each
+        return _reserve_all([0] * len(preferred))
+
+
+def _reserve_all(ports: Sequence[int]) -> list[ReservedPort]:
+    with ExitStack() as held:
+        reserved = [held.enter_context(ReservedPort(port)) for port in ports]
+        held.pop_all()
+    return reserved

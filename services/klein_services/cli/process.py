@@ -1,8 +1,9 @@
-"""The suite's processes by name."""
+"""Child processes of the suite: names, start, end, logs."""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,31 +21,31 @@ from klein_services.cli.errors import CliError
 STAGES = ("text-encoder", "denoiser", "vae-decoder")
 ORCHESTRATOR = "orchestrator"
 PROCESSES = (*STAGES, ORCHESTRATOR)
-
-
 TAIL_LINES = 12
 
 
 @dataclass(frozen=True)
 class ChildSpec:
-    """What is to be started."""
+    """Description of a process to start."""
 
     stage: str
-    """The stage's name, for example `vae-decoder`."""
+    """Name of the process, for example `vae-decoder`."""
     address: str
-    """Where clients on this machine reach it."""
+    """Address that clients on this machine use."""
     environment: Mapping[str, str]
-    """All of the child's environment variables."""
+    """All environment variables of the child."""
     log_file: Path
+    appends_log: bool = False
+    """Whether the log file keeps the lines of the process that this one replaces."""
 
 
 class Child:
-    """A running stage. It ends when its parent does, whatever ends that."""
+    """A running stage or orchestrator. It ends when its parent does, however the parent ends."""
 
     def __init__(self, spec: ChildSpec) -> None:
         self.spec = spec
-        with spec.log_file.open("wb") as log:
-            # A session of its own: Ctrl-C in a terminal reaches only the parent, which stops stages in order.
+        with spec.log_file.open("ab" if spec.appends_log else "wb") as log:
+            # A new session: Ctrl-C in a terminal reaches only the parent, which stops the children in order.
             self._process = subprocess.Popen(
                 [sys.executable, "-X", "faulthandler", "-m", "klein_services.cli.stage_process", spec.stage],
                 env=dict(spec.environment),
@@ -68,21 +69,29 @@ class Child:
 
     @property
     def exit_code(self) -> int | None:
-        """`None` while it runs; negative when a signal ended it."""
+        """`None` while the process runs; negative when a signal ended it."""
         return self._process.poll()
 
+    @property
+    def ending(self) -> str:
+        """How the process ended, for messages."""
+        code = self.exit_code
+        if code is not None and code < 0:
+            return f"by signal {signal.Signals(-code).name}"
+        return f"with exit code {code}"
+
     def terminate(self) -> None:
-        """Asks it to finish what it does and stop."""
+        """Asks the process to finish its requests and stop."""
         if self.exit_code is None:
             self._process.terminate()
 
     def kill(self) -> None:
-        """Ends it at once."""
+        """Ends the process at once."""
         if self.exit_code is None:
             self._process.kill()
 
     def wait(self, timeout_seconds: float) -> bool:
-        """Waits for its end; whether it came in time."""
+        """Waits for the end of the process; returns whether it came in time."""
         try:
             self._process.wait(timeout_seconds)
         except subprocess.TimeoutExpired:
@@ -92,19 +101,28 @@ class Child:
         return True
 
     def log_tail(self) -> list[str]:
-        """The last lines that it wrote."""
+        """Returns the last lines of the log file."""
         with self.spec.log_file.open(encoding="utf-8", errors="replace") as log:
             return [line.rstrip() for line in deque(log, TAIL_LINES)]
 
 
 class StageDied(CliError):
-    """A stage ended by itself; says which, how, and its last words."""
+    """A process ended by itself. Names it, shows its last log lines and their file.
 
-    def __init__(self, child: Child) -> None:
+    Args:
+        child: the process that ended.
+        deaths: how often it ended and was restarted, this time included.
+        flags: `KLEIN_` variable → flag of the command that set it, which replaces it in the log lines.
+    """
+
+    def __init__(self, child: Child, deaths: int = 1, flags: Mapping[str, str] | None = None) -> None:
         self.stage = child.stage
-        self.tail = child.log_tail()
+        self.tail = [with_flags(line, flags or {}) for line in child.log_tail()]
+        reason = next((line.strip() for line in reversed(self.tail) if line.strip()), "it wrote no log")
         super().__init__(
-            f"The {child.stage} ended {_ending(child.exit_code)}.",
+            f"The {child.stage} ended {child.ending}."
+            if deaths == 1
+            else f"The {child.stage} ended {deaths} times in a row, at last {child.ending}: {reason}",
             f"Its last lines are above, all of them in {child.spec.log_file}.",
         )
 
@@ -114,10 +132,9 @@ class StageDied(CliError):
         super().show(console)
 
 
-def _ending(exit_code: int | None) -> str:
-    if exit_code is not None and exit_code < 0:
-        return f"by signal {signal.Signals(-exit_code).name}"
-    return f"with exit code {exit_code}"
+def with_flags(text: str, flags: Mapping[str, str]) -> str:
+    """Replaces `KLEIN_` variables in a text by the flags that set them."""
+    return re.sub(r"\bKLEIN_[A-Z_]+", lambda match: flags.get(match[0], match[0]), text)
 
 
 def wait_for_all(children: list[Child], seconds: float) -> list[Child]:
@@ -127,11 +144,11 @@ def wait_for_all(children: list[Child], seconds: float) -> list[Child]:
 
 
 def inherited_environment() -> dict[str, str]:
-    """This process's environment with what lets Python children import the same packages."""
+    """Returns this process's environment plus what lets Python children import the same packages."""
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path),
-        # Else -m puts the current folder first, whose packages may have our names.
+        # Without it -m puts the current folder first, where packages may have the same names.
         "PYTHONSAFEPATH": "1",
         "PYTHONUNBUFFERED": "1",
     }

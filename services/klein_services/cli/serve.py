@@ -1,9 +1,8 @@
-"""`klein serve STAGE`: one stage in this process, every setting of it a flag."""
+"""`klein serve STAGE`: one stage in this process, with a flag for each of its settings."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
 import os
 from collections.abc import Callable
@@ -15,8 +14,8 @@ from typer.core import TyperCommand, TyperGroup
 from klein_services.cli.errors import CliError, with_period
 from klein_services.cli.exit_codes import MISUSED
 from klein_services.cli.model_store import find_model
-from klein_services.cli.process import PROCESSES, STAGES
-from klein_services.cli.stage_process import run_stage
+from klein_services.cli.process import PROCESSES, STAGES, with_flags
+from klein_services.cli.stage_process import run_stage, settings_class
 from klein_services.cli.suite import require_torch
 from klein_services.runtime.settings import (
     EMBEDDED_MODEL,
@@ -32,7 +31,7 @@ _SHORT_FLAGS = {"model_path": "--model"}
 
 
 class StageGroup(TyperGroup):
-    """A command for each stage, made from the stage's settings when it is asked for."""
+    """One command per stage, made from the stage's settings on first use."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(PROCESSES)
@@ -41,24 +40,11 @@ class StageGroup(TyperGroup):
         return _command(cmd_name) if cmd_name in PROCESSES else None
 
 
-def settings_class(stage: str) -> type[ServerSettings]:
-    """Finds the one class of a stage's settings module that derives from ServerSettings."""
-    module = importlib.import_module(f"klein_services.{stage.replace('-', '_')}.settings")
-    found = [
-        each
-        for each in vars(module).values()
-        if inspect.isclass(each) and issubclass(each, ServerSettings) and each.__module__ == module.__name__
-    ]
-    if len(found) != 1:
-        raise TypeError(f"{module.__name__} has {len(found)} settings classes; exactly one is needed")
-    return found[0]
-
-
 def run_serve(stage: str, overrides: dict[str, str], *, check_config: bool) -> int:
-    """Runs a stage in this process, or only shows what it would be told; returns the exit code.
+    """Runs a stage in this process, or shows and checks its settings; returns the exit code.
 
     Raises:
-        CliError: a setting has a value that it cannot have, or there is no such model.
+        CliError: a setting has an invalid value, or the model does not exist.
     """
     environment = dict(os.environ)
     if stage in STAGES:
@@ -68,7 +54,8 @@ def run_serve(stage: str, overrides: dict[str, str], *, check_config: bool) -> i
         loaded.settings.check()
     except SettingsError as error:
         hint = f"`klein serve {stage} --help` shows every setting."
-        raise CliError(with_period(str(error)), hint, MISUSED) from error
+        flags = {variable_name(name): flag_of(name) for name in overrides}
+        raise CliError(with_period(with_flags(str(error), flags)), hint, MISUSED) from error
     if check_config:
         typer.echo(describe(loaded))
         for sentence in misspelled(type(loaded.settings), environment):
@@ -82,7 +69,7 @@ def run_serve(stage: str, overrides: dict[str, str], *, check_config: bool) -> i
 def _with_found_model(
     overrides: dict[str, str], environment: dict[str, str]
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Puts the folder of a pulled model where its name was given.
+    """Replaces the name of a pulled model by its folder, in the flags or the environment.
 
     Raises:
         CliError: there is no such folder or file, and no model of that name was pulled.
@@ -134,10 +121,13 @@ def _with_flags(stage: str, settings: type[ServerSettings]) -> Callable[..., Non
     return run
 
 
+def flag_of(setting: str) -> str:
+    """Returns the flag of a setting, the short one where there are two."""
+    return _SHORT_FLAGS.get(setting, f"--{setting.replace('_', '-')}")
+
+
 def _flag(field: dataclasses.Field[Any]) -> Any:
-    flags = ["--" + field.name.replace("_", "-")]
-    if field.name in _SHORT_FLAGS:
-        flags.insert(0, _SHORT_FLAGS[field.name])
+    flags = list(dict.fromkeys([flag_of(field.name), f"--{field.name.replace('_', '-')}"]))
     choices = field.metadata.get("choices") or ()
     default = f" [dim]\\[default: {field.default}][/]" if field.default != "" else ""
     help_text = f"{field.metadata.get('help', '')}.{default}"

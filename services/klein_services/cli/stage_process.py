@@ -7,6 +7,7 @@ that end, and the stage reads the end of the file.
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import signal
 import sys
@@ -14,26 +15,42 @@ import threading
 import time
 from collections.abc import Mapping
 
-LONGEST_GOODBYE_SECONDS = 5.0
+from klein_services.runtime.settings import ServerSettings
+
+STOP_SECONDS = 5.0
+"""Time for a stage whose parent is gone to stop by itself."""
+
+
+def settings_class(stage: str) -> type[ServerSettings]:
+    """Returns the one class of a stage's settings module that derives from ServerSettings."""
+    module = importlib.import_module(f"klein_services.{stage.replace('-', '_')}.settings")
+    found = [
+        each
+        for each in vars(module).values()
+        if inspect.isclass(each) and issubclass(each, ServerSettings) and each.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        raise TypeError(f"{module.__name__} has {len(found)} settings classes; exactly one is needed")
+    return found[0]
 
 
 def run_stage(stage: str, environment: Mapping[str, str], overrides: Mapping[str, str]) -> int:
-    """Runs a stage in this process until it is told to stop; returns its exit code."""
+    """Runs a stage in this process until SIGTERM or SIGINT; returns its exit code."""
     module = importlib.import_module(f"klein_services.{stage.replace('-', '_')}.__main__")
     exit_code: int = module.main(environment, overrides)
     return exit_code
 
 
 def end_with_parent() -> None:
-    """Stops this process soon after its standard input ends, by force if it does not stop by itself."""
-    threading.Thread(target=_outlast_parent, name="parent-watch", daemon=True).start()
+    """Stops this process when its standard input ends, by force if it does not stop by itself."""
+    threading.Thread(target=_wait_for_parent_s_end, name="parent-watch", daemon=True).start()
 
 
-def _outlast_parent() -> None:
+def _wait_for_parent_s_end() -> None:
     while os.read(sys.stdin.fileno(), 4096):
         pass
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(LONGEST_GOODBYE_SECONDS)
+    time.sleep(STOP_SECONDS)
     os.kill(os.getpid(), signal.SIGKILL)
 
 

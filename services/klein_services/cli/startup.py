@@ -1,4 +1,4 @@
-"""What each process is doing while a suite starts."""
+"""Start of a suite in a terminal: progress, followed logs, stop signals."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from klein_services.cli.health import Readiness
+from klein_services.cli.probes import StartupPhase
 from klein_services.cli.process import PROCESSES
 from klein_services.cli.suite import Suite
+
+_COLORS = dict(zip(PROCESSES, ("cyan", "magenta", "green", "yellow"), strict=True))
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def wait_with_progress(
@@ -28,10 +31,16 @@ def wait_with_progress(
     cancelled: Callable[[], bool] = lambda: False,
     on_poll: Callable[[], None] = lambda: None,
 ) -> float | None:
-    """Waits until the suite is ready while showing how far each process is.
+    """Waits until the suite is ready and shows the phase of each process.
+
+    Args:
+        suite: the suite, started.
+        console: where the progress goes: live lines on a terminal, else one line per process.
+        cancelled: called at each poll; true ends the wait.
+        on_poll: called at each poll.
 
     Returns:
-        Seconds that it took, or `None` when `cancelled` said so first.
+        Seconds that it took, or `None` when `cancelled` returned true first.
 
     Raises:
         StageDied: a process ended instead.
@@ -39,8 +48,8 @@ def wait_with_progress(
     """
     progress = LoadingProgress()
 
-    def show(states: Mapping[str, Readiness]) -> None:
-        for process in progress.update(states):
+    def show(phases: Mapping[str, StartupPhase]) -> None:
+        for process in progress.update(phases):
             if not console.is_terminal:
                 console.print(f"{process} ready after {progress.seconds:.1f} s", highlight=False)
         on_poll()
@@ -51,11 +60,11 @@ def wait_with_progress(
 
 
 class LoadingProgress:
-    """A line for each process: a spinner, and when it was ready."""
+    """Live display with a line per process: a spinner, then the time at which it was ready."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
-        self._states: Mapping[str, Readiness] = dict.fromkeys(PROCESSES, Readiness.STARTING)
+        self._phases: Mapping[str, StartupPhase] = dict.fromkeys(PROCESSES, StartupPhase.STARTING)
         self._ready_after: dict[str, float] = {}
         self._spinner = Spinner("dots")
 
@@ -64,33 +73,30 @@ class LoadingProgress:
         return time.monotonic() - self._started
 
     def live(self, console: Console) -> Live:
-        """The lines as a display that refreshes itself inside a `with` block."""
+        """Returns the display, which refreshes itself inside a `with` block."""
         return Live(console=console, refresh_per_second=10, get_renderable=self.render)
 
-    def update(self, states: Mapping[str, Readiness]) -> list[str]:
-        """Takes the new states; returns the processes that have become ready."""
-        self._states = dict(states)
-        ready = {process for process, state in states.items() if state is Readiness.READY}
+    def update(self, phases: Mapping[str, StartupPhase]) -> list[str]:
+        """Stores the new phases; returns the processes that have become ready."""
+        self._phases = dict(phases)
+        ready = {process for process, phase in phases.items() if phase is StartupPhase.READY}
         new = sorted(ready - self._ready_after.keys())
         self._ready_after |= dict.fromkeys(new, self.seconds)
         return new
 
     def render(self) -> RenderableType:
         grid = Table.grid(padding=(0, 1))
-        for process, state in self._states.items():
+        for process, phase in self._phases.items():
             ready_after = self._ready_after.get(process)
             if ready_after is None:
-                grid.add_row(self._spinner, process, state.value)
+                grid.add_row(self._spinner, process, phase.value)
             else:
                 grid.add_row(Text("✓", "green"), process, f"ready after {ready_after:.1f} s")
         return grid
 
 
-_COLORS = dict(zip(PROCESSES, ("cyan", "magenta", "green", "yellow"), strict=True))
-
-
 class FollowedLogs:
-    """Shows what was logged since it was last asked; nothing where `console` is None."""
+    """Prints new lines of the log files; nothing when `console` is `None`."""
 
     def __init__(self, folder: Path, console: Console | None) -> None:
         self._console = console
@@ -116,11 +122,8 @@ class FollowedLogs:
         return complete.decode(errors="replace").splitlines()
 
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
 class StopSignals:
-    """Counts signals that ask this process to stop, inside a `with` block of the main thread."""
+    """Counts signals to stop this process, inside a `with` block of the main thread."""
 
     def __init__(self) -> None:
         self._requested = threading.Event()
@@ -142,11 +145,11 @@ class StopSignals:
 
     @property
     def insisted(self) -> bool:
-        """Whether a second signal came."""
+        """Whether a second signal arrived."""
         return self._insisted.is_set()
 
     def wait(self, seconds: float) -> bool:
-        """Waits for the first signal; whether it came."""
+        """Waits for the first signal; returns whether it arrived."""
         return self._requested.wait(seconds)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

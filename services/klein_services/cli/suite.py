@@ -1,4 +1,4 @@
-"""All four processes of the suite on this machine: their start, their life, their end.
+"""The suite's four processes on this machine: their settings, start, readiness and end.
 
 Used by `klein up`, the demo, the end-to-end tests and the benchmarks.
 """
@@ -11,7 +11,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -19,11 +20,11 @@ from types import TracebackType
 from klein_core.checkpoint.files import TOKENIZER
 from klein_core.pico import WEIGHTS
 from klein_core.quantization.constants import NO_QUANTIZATION
-from klein_services.cli.errors import CliError
+from klein_services.cli.errors import CliError, with_period
 from klein_services.cli.exit_codes import MISUSED
-from klein_services.cli.health import Probes, Readiness
 from klein_services.cli.model_store import COMPONENTS, PICO, model_files, require_model
-from klein_services.cli.ports import LOOPBACK, free_ports, is_free
+from klein_services.cli.ports import LOOPBACK, ReservedPort, reserve_all_or_free, reserve_public
+from klein_services.cli.probes import Probes, StartupPhase
 from klein_services.cli.process import (
     ORCHESTRATOR,
     PROCESSES,
@@ -33,52 +34,71 @@ from klein_services.cli.process import (
     StageDied,
     inherited_environment,
     wait_for_all,
+    with_flags,
 )
+from klein_services.cli.stage_process import settings_class
 from klein_services.runtime.channels import host_for_url
+from klein_services.runtime.settings import SettingsError, load_settings
 
-FIRST_METRICS_PORT = 9464
+METRICS_PORTS = range(9464, 9464 + len(PROCESSES))
 GRACE_SECONDS = 5.0
 POLL_SECONDS = 0.05
+PICO_LIMITS = {"KLEIN_DEFAULT_SIZE_PX": "128", "KLEIN_MAXIMUM_PIXEL_COUNT": str(256 * 256)}
+"""Sizes that pico was trained on; larger images are meaningless."""
 _EVERY_ADDRESS = ("", "0.0.0.0", "[::]", "::")
+_COMMON_FLAGS = {
+    "KLEIN_HOST": "--host",
+    "KLEIN_PORT": "--port",
+    "KLEIN_MODEL_PATH": "--model",
+    "KLEIN_TOKENIZER_PATH": "--tokenizer",
+    "KLEIN_VARIANT": "--variant",
+    "KLEIN_DEVICE": "--device",
+    "KLEIN_DTYPE": "--dtype",
+    "KLEIN_QUANTIZATION": "--quantization",
+    "KLEIN_ADAPTERS_FOLDER": "--adapters",
+    "KLEIN_OFFLOAD": "--offload",
+    "KLEIN_THREADS": "--threads",
+}
+"""Variable → flag of `klein up` that sets it for every process."""
 
-OnChange = Callable[[Mapping[str, Readiness]], None]
+OnChange = Callable[[Mapping[str, StartupPhase]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteOptions:
-    """How the suite is to run."""
+    """Options of a suite."""
 
     model: str = PICO
     """`pico`, a model's folder in the diffusers layout, one that was pulled by name, or one safetensors file."""
     parts: Mapping[str, Path] = field(default_factory=dict)
-    """Component (`transformer`, `vae`, `text_encoder`, `tokenizer`) → its own file or folder, not the model's."""
+    """Component (`transformer`, `vae`, `text_encoder`, `tokenizer`) → file or folder that replaces the model's."""
     variant: str = ""
-    """Which published model it is, where no model_index.json tells."""
+    """Name of the published model that a bare transformer is."""
     host: str = LOOPBACK
-    """Where the public API listens."""
+    """Address that the public API listens on."""
     port: int = 0
-    """The public API's port; 0 takes a free one."""
+    """Port of the public API; 0 takes a free one."""
     device: str = "auto"
     dtype: str = "checkpoint"
     quantization: str = NO_QUANTIZATION
-    """What plain weights of text encoder and transformer are made into."""
+    """Format that plain weights of text encoder and transformer are converted to."""
     offload: str = "none"
-    """`blocks` leaves the denoiser's blocks in the machine's memory."""
+    """`blocks` keeps the denoiser's blocks in host memory."""
     threads: int = 0
-    """Threads that each stage computes with; 0 takes `default_threads`."""
+    """CPU threads of each stage; 0 takes `default_threads`."""
     log_folder: Path | None = None
-    """`None` makes a folder among the temporary files, which goes when all ended well."""
+    """`None` creates a temporary folder, which is removed after a clean end."""
     adapters: Path | None = None
     """Folder of the adapters that requests may name."""
     settings: Mapping[str, str] = field(default_factory=dict)
-    """More KLEIN_* variables for every process."""
+    """Further `KLEIN_` variables for every process."""
 
 
 class Suite:
-    """Four processes that live and end together. Leaving the `with` block stops them.
+    """Four processes that start and end together. Leaving the `with` block stops them.
 
     Raises:
-        CliError: the model is not there.
+        CliError: the model is missing, a setting cannot be used, or the port is taken.
     """
 
     def __init__(self, options: SuiteOptions) -> None:
@@ -87,20 +107,27 @@ class Suite:
         self.files = model_files(options.model, options.parts, options.variant)
         self.model_name = require_model(self.files)
         if options.adapters is not None and not options.adapters.is_dir():
-            raise CliError(f"--adapters {options.adapters} is no folder.", exit_code=MISUSED)
-        self.log_folder = options.log_folder or Path(tempfile.mkdtemp(prefix="klein-"))
-        _make_log_folder(self.log_folder)
-        *stage_ports, free = free_ports(len(PROCESSES))
-        self.ports = dict(zip(PROCESSES, (*stage_ports, options.port or free), strict=True))
-        self.metrics_ports = _metrics_ports()
+            raise CliError(f"--adapters {options.adapters} is not a folder.", exit_code=MISUSED)
         self.children: dict[str, Child] = {}
         self._killed: list[str] = []
+        with ExitStack() as held:
+            reserved = [held.enter_context(ReservedPort()) for _ in STAGES]
+            reserved.append(held.enter_context(reserve_public(options.port, options.host)))
+            metrics = [held.enter_context(each) for each in reserve_all_or_free(METRICS_PORTS)]
+            self.ports = {process: each.port for process, each in zip(PROCESSES, reserved, strict=True)}
+            self.metrics_ports = {
+                process: each.port for process, each in zip(PROCESSES, metrics, strict=True)
+            }
+            for process in PROCESSES:
+                self._check_settings(process)
+            self.log_folder = _made_log_folder(options.log_folder)
+            self._reservations = held.pop_all()
 
     @property
     def target(self) -> str:
-        """Where clients on this machine reach the public API."""
+        """Address of the public API for clients on this machine."""
         host = LOOPBACK if self.options.host in _EVERY_ADDRESS else self.options.host
-        return f"{host_for_url(host)}:{self.ports['orchestrator']}"
+        return f"{host_for_url(host)}:{self.ports[ORCHESTRATOR]}"
 
     def __enter__(self) -> Suite:
         try:
@@ -122,51 +149,61 @@ class Suite:
         self,
         *,
         timeout_seconds: float = math.inf,
-        on_change: OnChange = lambda states: None,
+        on_change: OnChange = lambda phases: None,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> bool:
-        """Waits until all four serve; false when `cancelled` said so first.
+        """Waits until all four serve; returns false when `cancelled` returned true first.
 
         Raises:
             StageDied: one ended instead.
             CliError: the time passed.
         """
-        states = dict.fromkeys(PROCESSES, Readiness.STARTING)
+        phases = dict.fromkeys(PROCESSES, StartupPhase.STARTING)
         end = time.monotonic() + timeout_seconds
         with Probes({process: child.address for process, child in self.children.items()}) as probes:
             while not cancelled():
                 self.raise_if_died()
-                waiting = [name for name, state in states.items() if state is not Readiness.READY]
-                # A stage that is too busy to answer has not gone back to the start.
-                states |= {
-                    name: state
-                    for name, state in probes.check(waiting).items()
-                    if state is not Readiness.STARTING
+                waiting = [name for name, phase in phases.items() if phase is not StartupPhase.READY]
+                # A stage that is too busy to answer has not gone back to its start.
+                phases |= {
+                    name: phase
+                    for name, phase in probes.check(waiting).items()
+                    if phase is not StartupPhase.STARTING
                 }
-                on_change(states)
-                if all(state is Readiness.READY for state in states.values()):
+                on_change(phases)
+                late = [
+                    f"{name} ({phase.value})"
+                    for name, phase in phases.items()
+                    if phase is not StartupPhase.READY
+                ]
+                if not late:
                     return True
                 if time.monotonic() > end:
                     raise CliError(
-                        f"{_late(states)} not ready after {timeout_seconds:.0f} s.", self.logs_hint
+                        f"{', '.join(late)} not ready after {timeout_seconds:.0f} s.",
+                        f"The logs are in {self.log_folder}.",
                     )
                 time.sleep(POLL_SECONDS)
         return False
 
     def raise_if_died(self) -> None:
-        """Raises StageDied when one of the four no longer runs."""
+        """Raises StageDied when one of the four has ended."""
         for child in self.children.values():
             if child.exit_code is not None:
-                raise StageDied(child)
+                raise StageDied(child, flags=self.flags(child.stage))
+
+    def restart(self, process: str) -> None:
+        """Starts a process that ended once more, on the same ports; its log goes on in the same file."""
+        self.children[process] = Child(replace(self._child_spec(process), appends_log=True))
 
     def stop(self, *, insisted: Callable[[], bool] = lambda: False) -> list[str]:
         """Stops what runs, the orchestrator first so that its requests can end; kills what takes too long.
 
         Args:
-            insisted: asked all the time; true means to kill at once.
+            insisted: called at each poll; true kills at once.
 
         Returns:
-            The names of those that had to be killed, now or before.
+            Names of the processes that had to be killed, in this call or before.
         """
         running = [child for child in self.children.values() if child.exit_code is None]
         for group in (
@@ -174,11 +211,23 @@ class Suite:
             [child for child in running if child.stage != ORCHESTRATOR],
         ):
             self._killed += _stop_together(group, insisted)
+        self._reservations.close()
         return self._killed
 
-    @property
-    def logs_hint(self) -> str:
-        return f"The logs are in {self.log_folder}."
+    def flags(self, process: str) -> dict[str, str]:
+        """Returns `KLEIN_` variable → flag of `klein up`, for the settings that the flags set."""
+        if process == ORCHESTRATOR:
+            return _COMMON_FLAGS
+        return _COMMON_FLAGS | {"KLEIN_WEIGHTS_PATH": f"--{COMPONENTS[process].replace('_', '-')}"}
+
+    def _check_settings(self, process: str) -> None:
+        """Raises CliError for settings that would stop a process at its start, by the flags that set them."""
+        environment = inherited_environment() | self._settings(process)
+        try:
+            load_settings(settings_class(process), environment, {}).settings.check()
+        except SettingsError as error:
+            sentence = with_period(with_flags(str(error), self.flags(process)))
+            raise CliError(sentence, "`klein up --help` shows every flag.", MISUSED) from error
 
     def _child_spec(self, process: str) -> ChildSpec:
         environment = inherited_environment() | self._settings(process)
@@ -193,7 +242,7 @@ class Suite:
             "KLEIN_METRICS_PORT": str(self.metrics_ports[process]),
             "KLEIN_MODEL_NAME": self.model_name,
             "KLEIN_LOG_FORMAT": os.environ.get("KLEIN_LOG_FORMAT", "console"),
-            # Nobody balances over these processes, so there is nobody to wait for before they stop.
+            # No load balancer has to notice before these processes stop.
             "KLEIN_DRAIN_DELAY_SECONDS": "0",
             "KLEIN_GRACE_SECONDS": f"{GRACE_SECONDS:g}",
         }
@@ -205,7 +254,7 @@ class Suite:
             f"KLEIN_{stage.replace('-', '_').upper()}_TARGET": f"{LOOPBACK}:{self.ports[stage]}"
             for stage in STAGES
         }
-        # Exactly this suite, whatever table the person's own shell names.
+        # Exactly this suite, whatever routing table the user's shell names.
         targets["KLEIN_ROUTING_TABLE"] = ""
         return targets | (PICO_LIMITS if self.files.model == WEIGHTS else {})
 
@@ -213,7 +262,7 @@ class Suite:
         parts, model = self.options.parts, self.files.model
         return {
             "KLEIN_MODEL_PATH": PICO if model in (None, WEIGHTS) else str(model),
-            # Empty is unset: what the person's own shell says is of another model.
+            # An empty value masks the user's own variable, which may be for another model.
             "KLEIN_WEIGHTS_PATH": str(parts.get(COMPONENTS[stage], "")),
             "KLEIN_TOKENIZER_PATH": str(parts.get(TOKENIZER, "")),
             "KLEIN_VARIANT": self.options.variant,
@@ -226,15 +275,11 @@ class Suite:
         }
 
 
-PICO_LIMITS = {"KLEIN_DEFAULT_SIZE_PX": "128", "KLEIN_MAXIMUM_PIXEL_COUNT": str(256 * 256)}
-"""What pico was trained on; it makes nonsense of larger pictures."""
-
-
 def default_threads() -> int:
-    """Half of the cores that this process may use.
+    """Returns half of the cores that this process may use.
 
-    Stages mostly take turns, but threads that fight for a core wait for each other at every operation: one too
-    many costs more than one too few. Where cores run two threads each, half of them is one for each real core.
+    Stages mostly take turns, but threads that compete for a core wait for each other at every operation: one too
+    many costs more than one too few. Where each core runs two threads, half of them is one per physical core.
     """
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, usable // 2)
@@ -249,25 +294,22 @@ def require_torch() -> None:
         )
 
 
-def _make_log_folder(folder: Path) -> None:
+def _made_log_folder(folder: Path | None) -> Path:
+    """Creates the folder of the logs, by default a temporary one; raises CliError when that fails."""
     try:
+        if folder is None:
+            return Path(tempfile.mkdtemp(prefix="klein-"))
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        if folder is None:
+            raise CliError(
+                f"No temporary folder can be made for the logs: {error.strerror}.",
+                "--log-folder takes another folder, and TMPDIR names the one for temporary files.",
+            ) from error
         raise CliError(
             f"--log-folder {folder} cannot be made: {error.strerror}.", exit_code=MISUSED
         ) from error
-
-
-def _metrics_ports() -> dict[str, int]:
-    wanted = range(FIRST_METRICS_PORT, FIRST_METRICS_PORT + len(PROCESSES))
-    ports = list(wanted) if all(is_free(port) for port in wanted) else free_ports(len(PROCESSES))
-    return dict(zip(PROCESSES, ports, strict=True))
-
-
-def _late(states: Mapping[str, Readiness]) -> str:
-    return ", ".join(
-        f"{name} ({state.value})" for name, state in states.items() if state is not Readiness.READY
-    )
+    return folder
 
 
 def _stop_together(children: list[Child], insisted: Callable[[], bool]) -> list[str]:

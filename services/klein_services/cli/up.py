@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import shlex
 
 from rich.console import Console
+from rich.text import Text
 
+from klein_services.cli.errors import CliError
 from klein_services.cli.exit_codes import FAILED
-from klein_services.cli.ports import DEFAULT_PORT, LOOPBACK, require_free
+from klein_services.cli.ports import DEFAULT_PORT, LOOPBACK
 from klein_services.cli.process import PROCESSES
+from klein_services.cli.restarts import Restarts
 from klein_services.cli.startup import FollowedLogs, StopSignals, wait_with_progress
+from klein_services.cli.status import list_models
 from klein_services.cli.suite import Suite, SuiteOptions
 
 WATCH_SECONDS = 0.1
+DESCRIPTION_SECONDS = 10.0
 
 
 def run_up(options: SuiteOptions, console: Console, *, verbose: bool) -> int:
-    """Runs the suite until a signal comes; returns the exit code.
+    """Runs the suite until a signal to stop; returns the exit code.
 
     Raises:
-        StageDied: one of the four ended by itself; the others were stopped.
+        StageDied: a process ended before it was ready, or too often after; the others were stopped.
         CliError: the suite cannot start.
     """
-    require_free(options.port, options.host)
     suite = Suite(options)
     logs = FollowedLogs(suite.log_folder, console if verbose else None)
     with StopSignals() as signals, suite:
@@ -34,18 +39,24 @@ def run_up(options: SuiteOptions, console: Console, *, verbose: bool) -> int:
                 suite, console, cancelled=lambda: signals.requested, on_poll=logs.show_new
             )
             if seconds is not None:
-                console.print(how_to_call(suite, seconds), highlight=False, soft_wrap=True)
-                _watch(suite, signals, logs)
+                for text in (
+                    f"Ready after {seconds:.1f} s at {suite.target}.",
+                    about_model(suite),
+                    how_to_call(suite),
+                ):
+                    console.print(Text(text), soft_wrap=True)
+                _watch(suite, signals, logs, console)
         finally:
             exit_code = _stop(suite, signals, console)
             logs.show_new()
     return exit_code
 
 
-def _watch(suite: Suite, signals: StopSignals, logs: FollowedLogs) -> None:
-    while not signals.wait(WATCH_SECONDS):
-        suite.raise_if_died()
-        logs.show_new()
+def _watch(suite: Suite, signals: StopSignals, logs: FollowedLogs, console: Console) -> None:
+    with Restarts(suite, lambda line: console.print(Text(line, "yellow"), soft_wrap=True)) as restarts:
+        while not signals.wait(WATCH_SECONDS):
+            restarts.check()
+            logs.show_new()
 
 
 def _stop(suite: Suite, signals: StopSignals, console: Console) -> int:
@@ -58,15 +69,26 @@ def _stop(suite: Suite, signals: StopSignals, console: Console) -> int:
     return 0
 
 
-def how_to_call(suite: Suite, seconds: float) -> str:
-    """What a person can do now that the suite runs."""
+def about_model(suite: Suite) -> str:
+    """Returns the name of the suite's model and, when the orchestrator answers, its description."""
+    try:
+        models = asyncio.run(list_models(suite.target, DESCRIPTION_SECONDS)).models
+    except CliError:
+        # The suite serves; a description that comes too late is no reason to stop it.
+        return suite.model_name
+    description = next((each.description for each in models if each.name == suite.model_name), "")
+    return f"{suite.model_name}: {description}" if description else suite.model_name
+
+
+def how_to_call(suite: Suite) -> str:
+    """Returns commands that call the suite, and the addresses of its metrics."""
     address = shlex.quote(suite.target)
     target = "" if suite.target == f"{LOOPBACK}:{DEFAULT_PORT}" else f" --target {address}"
     metrics = "\n".join(
         f"    {process:<13} http://127.0.0.1:{suite.metrics_ports[process]}/metrics" for process in PROCESSES
     )
     return f"""
-Ready after {seconds:.1f} s at {suite.target}. Call it:
+Call it:
     klein generate "a large red heart on a yellow background"{target} -o heart.png
     klein status{target}
     grpcurl -plaintext -d '{{"spec": {{"prompt": "a blue star"}}}}' {address} \\

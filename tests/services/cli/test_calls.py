@@ -17,7 +17,7 @@ from klein_api.v1 import stage_service_pb2 as stage_api
 from klein_core.errors import InvalidInput, Violation
 from klein_core.params import DEFAULT_LIMITS, size_violations
 from klein_services.cli.main import main
-from klein_services.cli.ports import free_ports
+from klein_services.cli.ports import ReservedPort
 from klein_services.cli.process import inherited_environment
 from klein_services.runtime.errors import (
     QueueFull,
@@ -289,9 +289,10 @@ def test_output_that_takes_nothing_is_told(target: str, orchestrator: Orchestrat
 
 
 def test_nothing_running_is_one_sentence_and_a_hint(klein: Klein, tmp_path: Path) -> None:
-    target = f"127.0.0.1:{free_ports(1)[0]}"
     for arguments in (["generate", "a star", "-o", str(tmp_path / "p.png")], ["status"]):
-        exit_code, out, err = klein(*arguments, "--target", target)
+        with ReservedPort() as reserved:
+            target = f"127.0.0.1:{reserved.port}"
+            exit_code, out, err = klein(*arguments, "--target", target)
         assert (exit_code, out) == (1, "")
         assert err.splitlines() == [
             f"Error: Nothing answers at {target}.",
@@ -352,7 +353,7 @@ def test_the_timeout_ends_the_call(
     )
     assert exit_code == 1
     assert "--timeout" in err
-    assert orchestrator.cancelled.wait(5)
+    assert orchestrator.cancelled.wait(30)
 
 
 def test_control_c_cancels_the_call(target: str, orchestrator: Orchestrator, tmp_path: Path) -> None:
@@ -377,10 +378,10 @@ def test_control_c_cancels_the_call(target: str, orchestrator: Orchestrator, tmp
         # Background jobs of a shell ignore it, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
-        assert orchestrator.called.wait(20)
+        assert orchestrator.called.wait(60)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=10)
-    assert orchestrator.cancelled.wait(5)
+        _, err = process.communicate(timeout=60)
+    assert orchestrator.cancelled.wait(30)
     assert process.returncode == 130
     assert err.splitlines()[-1] == "Cancelled."
     assert "Traceback" not in err

@@ -19,7 +19,7 @@ import safetensors.torch
 from klein_core.model_registry import PUBLISHED_MODELS, SMALL_DECODER
 from klein_core.pipeline import Pipeline
 from klein_services.cli.model_store import model_files, require_model
-from klein_services.cli.ports import free_ports
+from klein_services.cli.ports import ReservedPort
 from klein_services.cli.process import inherited_environment
 from tests.services.fakes.hub_server import Hub, Repository, serving
 from tests.tiny.checkpoint import save_tiny_checkpoint
@@ -385,7 +385,8 @@ def test_a_hub_that_does_not_help_is_told_in_a_sentence(pull, hub, models, tmp_p
     missing = pull("nobody/nothing")
     assert missing.exit_code == 1
     assert "nobody/nothing does not exist at http://127.0.0.1" in missing.err
-    unreachable = pull(NAME, HF_ENDPOINT=f"http://127.0.0.1:{free_ports(1)[0]}")
+    with ReservedPort() as reserved:
+        unreachable = pull(NAME, HF_ENDPOINT=f"http://127.0.0.1:{reserved.port}")
     assert "cannot be reached" in unreachable.err
     assert "HF_ENDPOINT" in unreachable.err
     assert "HF_HUB_OFFLINE is set" in pull(NAME, HF_HUB_OFFLINE="1").err

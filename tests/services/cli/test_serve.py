@@ -37,6 +37,19 @@ def test_a_bad_flag_value_is_one_sentence_with_its_name(capsys: pytest.CaptureFi
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--device", "gpu"), ("--dtype", "f8"), ("--weights-path", "nowhere.safetensors")]
+)
+def test_a_flag_that_would_stop_the_start_is_refused_by_its_name(
+    flag: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert klein("serve", "denoiser", flag, value) == 2
+    err = " ".join(capsys.readouterr().err.split())
+    assert flag in err
+    assert value in err
+    assert "KLEIN_" not in err
+
+
 def test_a_bad_variable_is_one_sentence_with_its_name(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

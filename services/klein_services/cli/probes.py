@@ -1,4 +1,4 @@
-"""Whether the stages of a suite serve, asked through the standard health service."""
+"""Probes of a suite's processes through the standard gRPC health service."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _OPTIONS = (
 )
 
 
-class Readiness(Enum):
-    """How far a stage is."""
+class StartupPhase(Enum):
+    """Phase of a process between its start and its first request."""
 
     STARTING = "starting"
     LOADING = "loading"
@@ -33,14 +33,15 @@ class Readiness(Enum):
 
 
 class Probes:
-    """Health checks of several stages."""
+    """Health checks of several processes, given by name with their addresses."""
 
     def __init__(self, addresses: Mapping[str, str]) -> None:
         self._channels = {
-            stage: grpc.insecure_channel(address, options=_OPTIONS) for stage, address in addresses.items()
+            process: grpc.insecure_channel(address, options=_OPTIONS)
+            for process, address in addresses.items()
         }
         self._stubs = {
-            stage: health_pb2_grpc.HealthStub(channel) for stage, channel in self._channels.items()
+            process: health_pb2_grpc.HealthStub(channel) for process, channel in self._channels.items()
         }
 
     def __enter__(self) -> Probes:
@@ -49,26 +50,30 @@ class Probes:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the channels."""
         for channel in self._channels.values():
             channel.close()
 
-    def check(self, stages: Iterable[str]) -> dict[str, Readiness]:
-        """Asks several stages at once; takes at most half a second."""
+    def check(self, processes: Iterable[str]) -> dict[str, StartupPhase]:
+        """Checks several processes at once; takes at most half a second."""
         calls = {
-            stage: self._stubs[stage].Check.future(
-                health_pb2.HealthCheckRequest(service=SERVICES[stage]), timeout=PROBE_SECONDS
+            process: self._stubs[process].Check.future(
+                health_pb2.HealthCheckRequest(service=SERVICES[process]), timeout=PROBE_SECONDS
             )
-            for stage in stages
+            for process in processes
         }
-        return {stage: _readiness(call) for stage, call in calls.items()}
+        return {process: _phase(call) for process, call in calls.items()}
 
 
-def _readiness(call: grpc.Future[health_pb2.HealthCheckResponse]) -> Readiness:
+def _phase(call: grpc.Future[health_pb2.HealthCheckResponse]) -> StartupPhase:
     try:
         answer = call.result()
     except grpc.RpcError as error:
-        # NOT_FOUND: it listens and has not said yet what it serves.
+        # NOT_FOUND: the process listens but has not registered its service yet.
         listens = error.code() is grpc.StatusCode.NOT_FOUND
-        return Readiness.LOADING if listens else Readiness.STARTING
+        return StartupPhase.LOADING if listens else StartupPhase.STARTING
     serving = answer.status == health_pb2.HealthCheckResponse.SERVING
-    return Readiness.READY if serving else Readiness.LOADING
+    return StartupPhase.READY if serving else StartupPhase.LOADING
