@@ -1,4 +1,4 @@
-"""From settings to a denoiser that is ready: load, warm up, measure."""
+"""DenoiserApplication: loads the model, warms it up, and serves it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from klein_api.v1 import denoiser_service_pb2_grpc, stage_service_pb2
-from klein_core.checkpoint.config import PipelineIndex, read_sampling
+from klein_core.checkpoint.config import read_sampling
 from klein_core.checkpoint.files import ModelFiles
 from klein_core.checkpoint.key_mapping import TEXT_ENCODER, TRANSFORMER
 from klein_core.checkpoint.weights import weights_digest
@@ -24,17 +24,16 @@ from klein_core.variants import TextEncoderConfig, default_guidance_scale, defau
 from klein_services.denoiser.adapters import AdapterRegistry
 from klein_services.denoiser.engine import Engine
 from klein_services.denoiser.estimates import StepTimes
-from klein_services.denoiser.job import OPERATION, STAGE
 from klein_services.denoiser.reference_kv_cache import ReferenceCaches
-from klein_services.denoiser.request import Model, RequestLimits
-from klein_services.denoiser.request_planner import Workload
+from klein_services.denoiser.request import DenoiseLimits, ServedModel
+from klein_services.denoiser.request_planner import RequestPlanner
 from klein_services.denoiser.request_state import CacheReferences, Step
-from klein_services.denoiser.scheduler import Scheduler, SchedulerConfig
+from klein_services.denoiser.scheduled_request import OPERATION, STAGE
+from klein_services.denoiser.scheduler import Load, Scheduler, SchedulerConfig
 from klein_services.denoiser.servicer import SERVICE_NAME, Denoiser, DenoiserServicer
 from klein_services.denoiser.settings import OFFLOAD_BLOCKS, DenoiserSettings
 from klein_services.denoiser.warmup import BUDGET_SIDE_PX, measure_budget, synchronize, warm_up
 from klein_services.runtime import stage
-from klein_services.runtime.errors import StageUnavailable
 from klein_services.runtime.settings import SettingsError
 from klein_services.runtime.stage import Application
 from klein_services.runtime.tensors import (
@@ -46,153 +45,8 @@ from klein_services.runtime.tensors import (
 )
 from klein_services.runtime.worker import Worker
 
-
-def load_denoiser(settings: DenoiserSettings, preparation: Worker) -> Denoiser:
-    """Loads the checkpoint and warms it up. Slow: not for the event loop.
-
-    Raises:
-        CheckpointError: the checkpoint cannot be loaded.
-        SettingsError: there is no such device, or a warm-up size is none.
-    """
-    set_threads(settings.threads)
-    device = resolve_device(settings.device)
-    sizes_px = settings.sizes_px(on_gpu=device.type == "cuda")
-    files = settings.model_files(TRANSFORMER)
-    sampling = read_sampling(files)
-    report_memory(STAGE, device)
-    transformer = load_transformer(settings, files, device)
-    workload = Workload(
-        model=_model(settings, sampling, transformer), device=device, text_tokens=_text_tokens(files)
-    )
-    step, cache_references = step_of(transformer), cache_of(transformer)
-    adapters = AdapterRegistry.of(settings, transformer)
-    return assemble(settings, workload, step, sizes_px, preparation, adapters, cache_references)
-
-
-def load_transformer(settings: DenoiserSettings, files: ModelFiles, device: torch.device) -> FlowTransformer:
-    """Loads the network onto the device, or leaves its blocks in the machine's memory.
-
-    Raises:
-        CheckpointError: the checkpoint cannot be loaded.
-        SettingsError: blocks are to stay where they would be anyway.
-    """
-    streams = settings.offload == OFFLOAD_BLOCKS
-    if streams and device.type != "cuda":
-        raise SettingsError(
-            f"KLEIN_OFFLOAD is {settings.offload!r}, which is for CUDA devices; on {device} weights are in the "
-            "machine's memory already"
-        )
-    transformer = FlowTransformer.from_folder(
-        files,
-        device="cpu" if streams else device,
-        dtype=resolve_dtype(settings.dtype),
-        quantization=settings.quantization,
-    )
-    if streams:
-        offload_blocks(transformer, device)
-    return transformer
-
-
-def assemble(
-    settings: DenoiserSettings,
-    workload: Workload,
-    step: Step,
-    sizes_px: Sequence[tuple[int, int]],
-    preparation: Worker,
-    adapters: AdapterRegistry,
-    cache_references: CacheReferences | None = None,
-) -> Denoiser:
-    """Puts a denoiser together around any `step`, after warming it up with images of `sizes_px`."""
-    times = StepTimes()
-    warm_up(step, workload.sample, workload.sample_tokens, sizes_px, times)
-    caches = ReferenceCaches[ReferenceCache](settings.reference_cache_mib * 1024**2)
-    scheduler = Scheduler(_scheduler_limits(settings, workload, step, times), times, caches)
-    return Denoiser(
-        engine=Engine(scheduler, step, cache_references),
-        model=workload.model,
-        workload=workload,
-        limits=RequestLimits(
-            image_count=settings.image_limit,
-            reference_count=settings.reference_limit,
-            reference_tokens=settings.reference_token_limit,
-            text_tokens=settings.text_token_limit,
-            adapter_count=settings.adapter_limit,
-        ),
-        receive_timeout_seconds=settings.receive_timeout_seconds,
-        adapters=adapters,
-        preparation=preparation,
-    )
-
-
-def step_of(transformer: FlowTransformer) -> Step:
-    """Returns what the engine's thread calls."""
-
-    def step(trajectories: Sequence[Trajectory]) -> None:
-        with torch.inference_mode():
-            packed_step(transformer, trajectories)
-            synchronize(transformer.device)
-
-    return step
-
-
-def cache_of(transformer: FlowTransformer) -> CacheReferences:
-    """Returns what the engine's thread calls for references that it has not seen."""
-
-    def cache(references: Sequence[Tensor], adapters: tuple[ScaledAdapter, ...]) -> ReferenceCache:
-        with torch.inference_mode():
-            made = transformer.reference_cache(references, adapters)
-            synchronize(transformer.device)
-        return made
-
-    return cache
-
-
-def _scheduler_limits(
-    settings: DenoiserSettings, workload: Workload, step: Step, times: StepTimes
-) -> SchedulerConfig:
-    return SchedulerConfig(
-        queue_limit=settings.queue_limit,
-        token_budget=_token_budget(settings, workload, step, times),
-        step_image_limit=settings.step_image_limit,
-        memory_limit_bytes=settings.memory_limit_mib * 1024**2,
-        ageing_seconds=settings.ageing_seconds,
-        aged_share=settings.aged_share,
-    )
-
-
-def _token_budget(settings: DenoiserSettings, workload: Workload, step: Step, times: StepTimes) -> int:
-    """Returns 0, one image at a time, where results must not depend on who shares a step."""
-    if not settings.packs(on_gpu=workload.device.type == "cuda"):
-        return 0
-    if settings.token_budget:
-        return settings.token_budget
-    image_tokens = workload.sample_tokens(BUDGET_SIDE_PX, BUDGET_SIDE_PX)
-    return measure_budget(step, workload.sample, image_tokens, settings.step_image_limit, times)
-
-
-def _model(settings: DenoiserSettings, sampling: PipelineIndex, transformer: FlowTransformer) -> Model:
-    token_bytes = bytes_per_token(transformer.config, transformer.dtype)
-    return Model(
-        name=settings.model_name,
-        is_distilled=sampling.is_distilled,
-        embedding_channels=transformer.config.joint_attention_dim,
-        latent_channels=transformer.config.in_channels,
-        dtype=transformer.dtype,
-        weights_digest=weights_digest(transformer),
-        cached_token_bytes=token_bytes if sampling.uses_reference_cache else 0,
-    )
-
-
-def _text_tokens(files: ModelFiles) -> int:
-    """Returns the sequence length of the model's text encoder, klein's where it is not told."""
-    folder = files.model
-    path = folder / TEXT_ENCODER / "config.json" if folder else None
-    default = TextEncoderConfig.sequence_length
-    return int(read_json(path).get("max_sequence_length", default)) if path and path.exists() else default
-
-
-NEWCOMER_SIDE_PX = 1024
-"""Size of the request whose wait DescribeStage tells."""
+PROBE_SIDE_PX = 1024
+"""Size of the probe request, whose waiting time DescribeStage reports."""
 
 
 class DenoiserApplication(Application):
@@ -207,13 +61,13 @@ class DenoiserApplication(Application):
         self._settings = settings
         self._denoiser: Denoiser | None = None
         self._preparation = Worker(f"{STAGE}-preparation", settings.queue_limit)
+        self._servicer = DenoiserServicer()
         self._stage = stage.DescribeStageServicer(
-            stage=STAGE, model=settings.model_name, load=self._load_told, complete=self._tell_adapters
+            stage=STAGE, model=settings.model_name, load=self._stage_load, complete=self._describe_adapters
         )
 
     def register(self, server: grpc.aio.Server) -> None:
-        servicer = DenoiserServicer(self._require_loaded)
-        denoiser_service_pb2_grpc.add_DenoiserServiceServicer_to_server(servicer, server)
+        denoiser_service_pb2_grpc.add_DenoiserServiceServicer_to_server(self._servicer, server)
         self._stage.register(server)
 
     async def load(self) -> None:
@@ -221,7 +75,7 @@ class DenoiserApplication(Application):
         loaded = await self._preparation.run(lambda: load_denoiser(self._settings, self._preparation))
         denoiser = loaded.value
         denoiser.engine.start()
-        self._denoiser = denoiser
+        self._denoiser = self._servicer.denoiser = denoiser
         model = denoiser.model
         facts = stage_service_pb2.DenoiserFacts(
             distilled=model.is_distilled,
@@ -236,7 +90,7 @@ class DenoiserApplication(Application):
             facts.description = described.description
             facts.subject_words.extend(described.subject_words)
         self._stage.loaded(
-            device=str(denoiser.workload.device),
+            device=str(denoiser.planner.device),
             dtype=dtype_name(model.dtype),
             weights_digest=model.weights_digest,
             facts=facts,
@@ -252,28 +106,159 @@ class DenoiserApplication(Application):
         self._preparation.close()
 
     def utilization(self) -> float | None:
-        """Returns admitted requests over those that one step takes."""
-        if self._denoiser is None:
-            return 0.0
-        load = self._denoiser.engine.load(self._denoiser.workload.newcomer(NEWCOMER_SIDE_PX))
-        return (load.queued_count + load.running_count) / load.capacity
+        """Returns admitted requests over the number of probe requests that fit into one step."""
+        load = self._load()
+        return 0.0 if load is None else (load.queued_count + load.running_count) / load.capacity
 
-    def _load_told(self) -> stage_service_pb2.StageLoad:
-        told = stage_service_pb2.StageLoad(queue_limit=self._settings.queue_limit)
+    def _load(self) -> Load | None:
+        """Returns how busy the engine is; `None` before the model is loaded."""
         if self._denoiser is None:
-            return told
-        load = self._denoiser.engine.load(self._denoiser.workload.newcomer(NEWCOMER_SIDE_PX))
-        told.queued_count, told.running_count = load.queued_count, load.running_count
-        if load.estimated_wait_seconds is not None:
-            told.estimated_wait.CopyFrom(stage.duration(load.estimated_wait_seconds))
-        return told
+            return None
+        return self._denoiser.engine.load(self._denoiser.planner.probe(PROBE_SIDE_PX))
 
-    async def _tell_adapters(self, description: stage_service_pb2.DescribeStageResponse) -> None:
-        """Adds what the folder holds now, which changes while the stage serves."""
+    def _stage_load(self) -> stage_service_pb2.StageLoad:
+        stage_load = stage_service_pb2.StageLoad(queue_limit=self._settings.queue_limit)
+        load = self._load()
+        if load is not None:
+            stage_load.queued_count, stage_load.running_count = load.queued_count, load.running_count
+            if load.estimated_wait_seconds is not None:
+                stage_load.estimated_wait.CopyFrom(stage.duration(load.estimated_wait_seconds))
+        return stage_load
+
+    async def _describe_adapters(self, description: stage_service_pb2.DescribeStageResponse) -> None:
+        """Adds the adapters in the folder now: the folder may change while the stage serves."""
         if self._denoiser is not None:
             description.denoiser.adapters.extend(await self._denoiser.adapters.descriptions())
 
-    def _require_loaded(self) -> Denoiser:
-        if self._denoiser is None:
-            raise StageUnavailable("the model is not loaded")
-        return self._denoiser
+
+def load_denoiser(settings: DenoiserSettings, preparation: Worker) -> Denoiser:
+    """Loads the checkpoint and warms it up. Slow: call it off the event loop.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be loaded.
+        SettingsError: the device does not exist, or a setting does not fit it.
+    """
+    set_threads(settings.threads)
+    device = resolve_device(settings.device)
+    sizes_px = settings.sizes_px(on_gpu=device.type == "cuda")
+    files = settings.model_files(TRANSFORMER)
+    sampling = read_sampling(files)
+    report_memory(STAGE, device)
+    transformer = load_transformer(settings, files, device)
+    token_bytes = bytes_per_token(transformer.config, transformer.dtype)
+    model = ServedModel(
+        name=settings.model_name,
+        is_distilled=sampling.is_distilled,
+        embedding_channels=transformer.config.joint_attention_dim,
+        latent_channels=transformer.config.in_channels,
+        dtype=transformer.dtype,
+        weights_digest=weights_digest(transformer),
+        cached_token_bytes=token_bytes if sampling.uses_reference_cache else 0,
+    )
+    planner = RequestPlanner(model=model, device=device, text_tokens=prompt_length(files))
+    step, cache_references = step_of(transformer), cache_of(transformer)
+    adapters = AdapterRegistry.of(settings, transformer)
+    return assemble(settings, planner, step, sizes_px, preparation, adapters, cache_references)
+
+
+def load_transformer(settings: DenoiserSettings, files: ModelFiles, device: torch.device) -> FlowTransformer:
+    """Loads the transformer onto the device, or with KLEIN_OFFLOAD=blocks into host memory.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be loaded.
+        SettingsError: blocks cannot be offloaded from this device.
+    """
+    offloads = settings.offload == OFFLOAD_BLOCKS
+    if offloads and device.type != "cuda":
+        raise SettingsError(
+            f"KLEIN_OFFLOAD is {settings.offload!r}, which is for CUDA devices; on {device} the weights are in "
+            "host memory already"
+        )
+    transformer = FlowTransformer.from_folder(
+        files,
+        device="cpu" if offloads else device,
+        dtype=resolve_dtype(settings.dtype),
+        quantization=settings.quantization,
+    )
+    if offloads:
+        offload_blocks(transformer, device)
+    return transformer
+
+
+def prompt_length(files: ModelFiles) -> int:
+    """Returns the text encoder's sequence length; klein's default if the checkpoint does not state it."""
+    folder = files.model
+    path = folder / TEXT_ENCODER / "config.json" if folder else None
+    default = TextEncoderConfig.sequence_length
+    return int(read_json(path).get("max_sequence_length", default)) if path and path.exists() else default
+
+
+def step_of(transformer: FlowTransformer) -> Step:
+    """Returns the function by which the engine steps trajectories."""
+
+    def step(trajectories: Sequence[Trajectory]) -> None:
+        with torch.inference_mode():
+            packed_step(transformer, trajectories)
+            synchronize(transformer.device)
+
+    return step
+
+
+def cache_of(transformer: FlowTransformer) -> CacheReferences:
+    """Returns the function by which the engine computes the cache of references."""
+
+    def cache(references: Sequence[Tensor], adapters: tuple[ScaledAdapter, ...]) -> ReferenceCache:
+        with torch.inference_mode():
+            computed = transformer.reference_cache(references, adapters)
+            synchronize(transformer.device)
+        return computed
+
+    return cache
+
+
+def assemble(
+    settings: DenoiserSettings,
+    planner: RequestPlanner,
+    step: Step,
+    sizes_px: Sequence[tuple[int, int]],
+    preparation: Worker,
+    adapters: AdapterRegistry,
+    cache_references: CacheReferences | None = None,
+) -> Denoiser:
+    """Warms up `step` with images of `sizes_px`, (width, height) each, and builds a denoiser around it."""
+    times = StepTimes()
+    warm_up(step, planner.sample, planner.sample_tokens, sizes_px, times)
+    config = SchedulerConfig(
+        queue_limit=settings.queue_limit,
+        token_budget=_token_budget(settings, planner, step, times),
+        step_image_limit=settings.step_image_limit,
+        memory_limit_bytes=settings.memory_limit_mib * 1024**2,
+        aging_seconds=settings.ageing_seconds,
+        starving_share=settings.aged_share,
+    )
+    caches = ReferenceCaches[ReferenceCache](settings.reference_cache_mib * 1024**2)
+    return Denoiser(
+        engine=Engine(Scheduler(config, times, caches), step, cache_references),
+        model=planner.model,
+        planner=planner,
+        limits=DenoiseLimits(
+            image_count=settings.image_limit,
+            reference_count=settings.reference_limit,
+            reference_tokens=settings.reference_token_limit,
+            text_tokens=settings.text_token_limit,
+            adapter_count=settings.adapter_limit,
+        ),
+        receive_timeout_seconds=settings.receive_timeout_seconds,
+        adapters=adapters,
+        preparation=preparation,
+    )
+
+
+def _token_budget(settings: DenoiserSettings, planner: RequestPlanner, step: Step, times: StepTimes) -> int:
+    """Returns the tokens of one step; 0, one image at a time, if results must not depend on other requests."""
+    if not settings.packs(on_gpu=planner.device.type == "cuda"):
+        return 0
+    if settings.token_budget:
+        return settings.token_budget
+    image_tokens = planner.sample_tokens(BUDGET_SIDE_PX, BUDGET_SIDE_PX)
+    return measure_budget(step, planner.sample, image_tokens, settings.step_image_limit, times)

@@ -1,4 +1,4 @@
-"""What a caught exception keeps alive."""
+"""Engine: the thread that runs the scheduler's batches on the device."""
 
 from __future__ import annotations
 
@@ -13,11 +13,17 @@ import torch
 from klein_core.denoiser.sampler import Trajectory
 from klein_core.errors import DeviceFault
 from klein_services.denoiser.events import EventChannel, Queued, Started
-from klein_services.denoiser.job import (
-    Job,
-    JobSpec,
-    Plan,
-    Unit,
+from klein_services.denoiser.request_state import (
+    CacheReferences,
+    RequestState,
+    Step,
+    post_progress,
+    post_result,
+)
+from klein_services.denoiser.scheduled_request import (
+    Batch,
+    ScheduledRequest,
+    WorkItem,
     observe_abandoned,
     observe_budget,
     observe_finished,
@@ -25,16 +31,279 @@ from klein_services.denoiser.job import (
     observe_started,
     observe_step,
 )
-from klein_services.denoiser.request_state import CacheReferences, Run, Step, tell_finished, tell_progress
 from klein_services.denoiser.scheduler import Load, Scheduler
 from klein_services.runtime.errors import DeadlinePassed, DeviceOutOfMemory, StageUnavailable, as_device_fault
 
+IDLE_SECONDS = 0.5
+"""Interval at which deadlines of requests without tensors are checked while the device is idle."""
+CLOSE_SECONDS = 5.0
+"""Most time that `close` waits for a running step."""
+_log = logging.getLogger("klein.denoiser")
+
+
+class Engine:
+    """Owns the scheduler and the engine thread. Every public method is thread-safe.
+
+    The lock is held between steps only, so callers never wait for the device.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        step: Step,
+        cache_references: CacheReferences | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`cache_references` is required for requests with a reference cache."""
+        self.clock = clock
+        self._scheduler = scheduler
+        self._step = step
+        self._cache_references = cache_references
+        self._changed = threading.Condition()
+        self._channels: dict[ScheduledRequest, EventChannel] = {}
+        self._states: dict[ScheduledRequest, RequestState] = {}
+        self._positions: dict[ScheduledRequest, int] = {}
+        self._unavailable: Exception | None = None
+        # A daemon: a step that cannot be interrupted must not keep a stopped process alive.
+        self._thread = threading.Thread(target=self._loop, name="denoiser-steps", daemon=True)
+
+    def start(self) -> None:
+        """Starts the engine thread."""
+        observe_budget(self._scheduler.budget.tokens)
+        self._thread.start()
+
+    def admit(self, request: ScheduledRequest, channel: EventChannel) -> None:
+        """Reserves a place in the queue; `submit` or `cancel` must follow.
+
+        Raises:
+            QueueFull, DeadlineUnreachable: see `Scheduler.admit`.
+            StageUnavailable: the engine is closing.
+            DeviceFault: the device was lost, which ends the server.
+        """
+        with self._changed:
+            if self._unavailable is not None:
+                raise self._unavailable
+            self._scheduler.admit(request, self.clock())
+            self._channels[request] = channel
+            self._publish_queue_positions()
+            self._changed.notify()
+
+    def submit(self, request: ScheduledRequest, state: RequestState) -> None:
+        """Hands over an admitted request's tensors, so that it may be scheduled. No effect once it has left.
+
+        Raises:
+            QueueFull, DeadlineUnreachable: see `Scheduler.activate`.
+        """
+        with self._changed:
+            if request in self._channels:
+                self._scheduler.activate(
+                    request,
+                    self.clock(),
+                    image_tokens=state.image_tokens,
+                    memory_bytes=state.memory_bytes,
+                    cache=state.cache,
+                )
+                self._states[request] = state
+                self._changed.notify()
+
+    def cancel(self, request: ScheduledRequest) -> None:
+        """Removes a request at the next step boundary; no effect once it has left."""
+        with self._changed:
+            self._scheduler.cancel(request)
+            self._changed.notify()
+
+    def load(self, probe: ScheduledRequest) -> Load:
+        """Returns how busy the engine is, and how long the probe request would wait."""
+        with self._changed:
+            return self._scheduler.load(probe)
+
+    def close(self) -> None:
+        """Stops the thread after the running step; the remaining requests fail with StageUnavailable."""
+        with self._changed:
+            self._unavailable = self._unavailable or StageUnavailable("the denoiser is shutting down")
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join(CLOSE_SECONDS)
+
+    def _loop(self) -> None:
+        with torch.inference_mode():
+            while (batch := self._next_batch()) is not None:
+                for request in batch.starting:
+                    queue_seconds = (request.started_at or request.admitted_at) - request.admitted_at
+                    observe_started(queue_seconds)
+                    self._channels[request].post(Started(queue_seconds))
+                if self._execute(batch):
+                    self._grow_budget(batch)
+
+    def _next_batch(self) -> Batch | None:
+        """Waits until there is work; returns `None` once the engine is closed."""
+        with self._changed:
+            while self._unavailable is None:
+                self._drop_abandoned(self._scheduler.reap(self.clock()))
+                batch = self._scheduler.schedule(self.clock())
+                self._publish_queue_positions()
+                if batch is not None:
+                    return batch
+                self._changed.wait(IDLE_SECONDS if self._channels else None)
+            self._fail(self._scheduler.requests, self._unavailable)
+        return None
+
+    def _execute(self, batch: Batch) -> bool:
+        """Runs a batch, item by item after a failure; returns whether the first attempt succeeded."""
+        error = self._attempt(batch)
+        if error is not None:
+            self._recover(batch, error)
+        return error is None
+
+    def _attempt(self, batch: Batch) -> Exception | None:
+        """Runs a batch and posts its events; returns the error of the step instead of raising it.
+
+        A retry within an `except` block would run while the error's traceback still holds the failed step's frames.
+        """
+        begun = self.clock()
+        try:
+            self._compute(batch)
+            seconds = self.clock() - begun
+            with self._changed:
+                finished = self._scheduler.on_step_done(batch, seconds)
+        except Exception as error:
+            # Whatever keeps the error must not keep the step's tensors: the retry needs their memory.
+            clear_traceback_frames(error)
+            return error
+        observe_step(batch, seconds, self._scheduler.budget.tokens)
+        self._post_step(batch, finished)
+        return None
+
+    def _compute(self, batch: Batch) -> None:
+        for item in batch.items:
+            if item.image is None:
+                self._compute_cache(item.request)
+        trajectories = [
+            self._trajectory(item.request, item.image) for item in batch.items if item.image is not None
+        ]
+        if trajectories:
+            self._step(trajectories)
+
+    def _compute_cache(self, request: ScheduledRequest) -> None:
+        caches, wanted = self._scheduler.caches, request.cache
+        if wanted is None or request.has_cache:  # it was computed before the rest of the batch failed
+            return
+        if self._cache_references is None:
+            raise RuntimeError("a request has a reference cache, but the model does not cache references")
+        state = self._states[request]
+        caches.make_room(wanted.size_bytes)
+        caches.add(wanted.key, self._cache_references(state.cached_references, state.adapters))
+        request.has_cache = True
+
+    def _trajectory(self, request: ScheduledRequest, image: int) -> Trajectory:
+        trajectory = self._states[request].trajectories[image]
+        if request.has_cache and request.cache is not None:
+            trajectory.reference_cache = self._scheduler.caches.get(request.cache.key)
+        return trajectory
+
+    def _post_step(self, batch: Batch, finished: Sequence[ScheduledRequest]) -> None:
+        """Posts events of the requests in a batch; an error here fails only the request it occurs in."""
+        for request in dict.fromkeys(item.request for item in batch.items if item.image is not None):
+            channel, state = self._channels[request], self._states[request]
+            try:
+                if request not in finished:
+                    if request.next_image == 0:
+                        post_progress(request, state, channel)
+                    continue
+                if request.is_abandoned(self.clock()):
+                    with self._changed:
+                        self._drop_abandoned([request])
+                    continue
+                post_result(request, state, channel, self.clock())
+                observe_finished(request)
+                with self._changed:
+                    self._forget(request)
+            except Exception as error:
+                clear_traceback_frames(error)
+                self._fail_with_fault([request], as_device_fault(error))
+
+    def _recover(self, batch: Batch, error: Exception) -> None:
+        """Retries the items of a failed batch one by one, or fails their requests where a retry cannot help."""
+        fault = as_device_fault(error)
+        items = [item for item in batch.items if item.request in self._states]
+        is_full = isinstance(fault, DeviceOutOfMemory)
+        has_freed_memory = is_full and self._scheduler.caches.drop_unused()
+        may_help = not _is_device_lost(fault) and (len(items) > 1 or has_freed_memory)
+        if not may_help or not all(map(self._is_unchanged, items)):
+            self._fail_with_fault((item.request for item in items), fault)
+            return
+        _log.warning("a step failed; retrying its requests one by one", exc_info=error)
+        if is_full and len(items) > 1:
+            budget = self._scheduler.budget
+            with self._changed:
+                budget.cut(batch.tokens)
+            observe_budget(budget.tokens)
+            _log.warning("out of memory: steps are limited to %d tokens", budget.tokens)
+        for item in items:
+            # A retry before this one may have failed the request.
+            if item.request in self._states:
+                self._execute(Batch((item,)))
+
+    def _is_unchanged(self, item: WorkItem) -> bool:
+        """Returns whether the failed step left the image at the step before it, so that it can be repeated."""
+        if item.image is None:
+            return True
+        return self._trajectory(item.request, item.image).step_index == item.request.steps_done
+
+    def _grow_budget(self, batch: Batch) -> None:
+        """Lets a reduced token budget grow back after enough full steps."""
+        budget = self._scheduler.budget
+        with self._changed:
+            has_grown = budget.record_success(batch.tokens)
+        if has_grown:
+            observe_budget(budget.tokens)
+            _log.info("memory suffices: steps are limited to %d tokens again", budget.tokens)
+
+    def _fail_with_fault(self, requests: Iterable[ScheduledRequest], fault: Exception) -> None:
+        """Fails requests. A lost device also stops the loop, which fails all others."""
+        with self._changed:
+            self._fail(requests, fault)
+            if _is_device_lost(fault):
+                self._unavailable = fault
+
+    def _fail(self, requests: Iterable[ScheduledRequest], error: BaseException) -> None:
+        for request in dict.fromkeys(requests):
+            self._scheduler.remove([request])
+            if request in self._channels:
+                self._channels[request].fail(error)
+                self._forget(request)
+
+    def _drop_abandoned(self, requests: Iterable[ScheduledRequest]) -> None:
+        """Drops cancelled and expired requests. Their clients may already have disconnected."""
+        for request in requests:
+            observe_abandoned(request, is_late=request.is_expired(self.clock()))
+            self._channels[request].fail(DeadlinePassed())
+            self._forget(request)
+
+    def _forget(self, request: ScheduledRequest) -> None:
+        """Releases everything held for a request that has left the scheduler."""
+        if request.has_cache and request.cache is not None:
+            self._scheduler.caches.release(request.cache.key)
+            request.has_cache = False
+        for by_request in (self._channels, self._states, self._positions):
+            by_request.pop(request, None)
+        observe_load(self._scheduler.queued_count, self._scheduler.running_count)
+
+    def _publish_queue_positions(self) -> None:
+        """Posts the position of each waiting request whose position has changed."""
+        for position, request in enumerate(self._scheduler.requests):
+            if not request.is_started and self._positions.get(request) != position:
+                self._positions[request] = position
+                self._channels[request].post(Queued(position, self._scheduler.estimated_wait(request)))
+        observe_load(self._scheduler.queued_count, self._scheduler.running_count)
+
 
 def clear_traceback_frames(error: BaseException) -> None:
-    """Drops the locals of all finished calls that an error, its causes and its contexts came through.
+    """Frees the locals of all frames that an exception, its causes and its contexts passed through.
 
-    A traceback keeps frames and frames keep their locals: for a step, gigabytes on the device, as long as anybody keeps
-    the error. Files and lines, which logs show, stay.
+    A traceback keeps its frames, and their locals: after a failed step, gigabytes on the device for as long as the
+    exception lives. File names and line numbers, which logs show, stay.
     """
     pending: list[BaseException | None] = [error]
     seen: set[int] = set()
@@ -46,269 +315,5 @@ def clear_traceback_frames(error: BaseException) -> None:
             pending += [each.__cause__, each.__context__]
 
 
-IDLE_SECONDS = 0.5
-"""How often requests that wait for their tensors are looked at while the device has nothing to do."""
-CLOSE_SECONDS = 5.0
-"""How long `close` waits for a step that runs."""
-_log = logging.getLogger("klein.denoiser")
-
-
-class Engine:
-    """Owns the scheduler and the thread; every public method may be called from any thread.
-
-    The lock is held between two steps only, so callers never wait for the device.
-    """
-
-    def __init__(
-        self,
-        scheduler: Scheduler,
-        step: Step,
-        cache_references: CacheReferences | None = None,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """`cache_references` is needed by requests whose spec names a cache."""
-        self.clock = clock
-        self._scheduler = scheduler
-        self._step = step
-        self._cache_references = cache_references
-        self._changed = threading.Condition()
-        self._outboxes: dict[Job, EventChannel] = {}
-        self._runs: dict[Job, Run] = {}
-        self._positions: dict[Job, int] = {}
-        self._unavailable: Exception | None = None
-        # A daemon: a step that cannot be interrupted must not keep a stopped process alive.
-        self._thread = threading.Thread(target=self._loop, name="denoiser-steps", daemon=True)
-
-    def start(self) -> None:
-        """Begins to take steps."""
-        observe_budget(self._scheduler.budget.tokens)
-        self._thread.start()
-
-    def admit(self, spec: JobSpec, outbox: EventChannel) -> Job:
-        """Reserves a place in the queue; `submit` must follow, or `cancel`.
-
-        Raises:
-            QueueFull, DeadlineUnreachable: see the scheduler.
-            StageUnavailable: the engine is closing.
-            DeviceFault: the device was lost, which ends the server.
-        """
-        with self._changed:
-            if self._unavailable is not None:
-                raise self._unavailable
-            job = self._scheduler.admit(spec, self.clock())
-            self._outboxes[job] = outbox
-            self._tell_positions()
-            self._changed.notify()
-        return job
-
-    def submit(self, job: Job, spec: JobSpec, run: Run) -> None:
-        """Hands over an admitted request's tensors; it joins between two steps. No effect once it has left.
-
-        Raises:
-            QueueFull, DeadlineUnreachable: `spec`, which now knows the tensors' sizes, asks for too much.
-        """
-        with self._changed:
-            if job in self._outboxes:
-                self._scheduler.make_ready(job, spec, self.clock())
-                self._runs[job] = run
-                self._changed.notify()
-
-    def cancel(self, job: Job) -> None:
-        """Lets a request leave at the next step boundary; no effect once it has left."""
-        with self._changed:
-            self._scheduler.cancel(job)
-            self._changed.notify()
-
-    def load(self, newcomer: JobSpec) -> Load:
-        """Tells how busy the engine is, and how long a `newcomer` would wait."""
-        with self._changed:
-            return self._scheduler.load(newcomer, self.clock())
-
-    def close(self) -> None:
-        """Ends the loop after the step that runs; requests that are left fail as unavailable."""
-        with self._changed:
-            self._unavailable = self._unavailable or StageUnavailable("the denoiser is shutting down")
-            self._changed.notify()
-        if self._thread.is_alive():
-            self._thread.join(CLOSE_SECONDS)
-
-    def _loop(self) -> None:
-        with torch.inference_mode():
-            while (plan := self._next()) is not None:
-                self._tell_started(plan)
-                if self._execute(plan):
-                    self._book_success(plan)
-
-    def _next(self) -> Plan | None:
-        """Waits for something to do; `None` means that the engine is closed."""
-        with self._changed:
-            while self._unavailable is None:
-                self._dismiss(self._scheduler.sweep(self.clock()))
-                plan = self._scheduler.choose(self.clock())
-                self._tell_positions()
-                if plan is not None:
-                    return plan
-                self._changed.wait(IDLE_SECONDS if self._outboxes else None)
-            self._fail(self._scheduler.jobs, self._unavailable)
-        return None
-
-    def _execute(self, plan: Plan) -> bool:
-        """Does a plan, in smaller ones if it must; returns whether it was done as it is."""
-        error = self._attempt(plan)
-        if error is not None:
-            self._recover(plan, error)
-        return error is None
-
-    def _attempt(self, plan: Plan) -> Exception | None:
-        """Does a plan and tells of it; returns why it could not be done, for the callers concerned."""
-        begun = self.clock()
-        try:
-            self._compute(plan)
-            seconds = self.clock() - begun
-            with self._changed:
-                finished = self._scheduler.complete(plan, seconds)
-        except Exception as error:
-            # Whoever keeps the error must not keep the step's tensors: the next try needs their memory.
-            clear_traceback_frames(error)
-            return error
-        observe_step(plan, seconds, self._scheduler.budget.tokens)
-        self._report(plan, finished)
-        return None
-
-    def _compute(self, plan: Plan) -> None:
-        for unit in plan.units:
-            if unit.image is None:
-                self._make_cache(unit.job)
-        trajectories = [
-            self._trajectory(unit.job, unit.image) for unit in plan.units if unit.image is not None
-        ]
-        if trajectories:
-            self._step(trajectories)
-
-    def _make_cache(self, job: Job) -> None:
-        caches, wanted = self._scheduler.caches, job.spec.cache
-        if wanted is None or job.has_cache:  # the second time that a failed plan's units are tried
-            return
-        if self._cache_references is None:
-            raise RuntimeError("a request names a reference cache, which this model has no use for")
-        run = self._runs[job]
-        caches.make_room(wanted.size_bytes)
-        caches.add(wanted.key, self._cache_references(run.cached_references, run.adapters))
-        job.has_cache = True
-
-    def _report(self, plan: Plan, finished: Sequence[Job]) -> None:
-        """Tells the requests whose step is complete; what fails here fails its own request only."""
-        for job in dict.fromkeys(unit.job for unit in plan.units if unit.image is not None):
-            try:
-                self._tell(job, is_finished=job in finished)
-            except Exception as error:
-                clear_traceback_frames(error)
-                self._give_up([job], as_device_fault(error))
-
-    def _tell(self, job: Job, *, is_finished: bool) -> None:
-        outbox, run = self._outboxes[job], self._runs[job]
-        if is_finished and job.is_unwanted(self.clock()):
-            with self._changed:
-                self._dismiss([job])
-        elif is_finished:
-            tell_finished(job, run, outbox, self.clock())
-            observe_finished(job)
-            with self._changed:
-                self._forget(job)
-        elif job.next_image == 0:
-            tell_progress(job, run, outbox)
-
-    def _recover(self, plan: Plan, error: Exception) -> None:
-        """Finds who is concerned: everybody when the device is lost, else those who fail on their own too."""
-        fault = as_device_fault(error)
-        units = [unit for unit in plan.units if unit.job in self._runs]
-        is_full = isinstance(fault, DeviceOutOfMemory)
-        has_gained_memory = is_full and self._scheduler.caches.drop_unused()
-        may_help = not _is_lost(fault) and (len(units) > 1 or has_gained_memory)
-        if not may_help or not all(map(self._is_untouched, units)):
-            self._give_up((unit.job for unit in units), fault)
-            return
-        _log.warning("a step failed; its requests are tried one by one", exc_info=error)
-        if is_full and len(units) > 1:
-            self._cut_budget(plan)
-        self._execute_singly(units)
-
-    def _give_up(self, jobs: Iterable[Job], fault: Exception) -> None:
-        """Fails requests; a lost device ends the loop, and with it everybody else."""
-        with self._changed:
-            self._fail(jobs, fault)
-            if _is_lost(fault):
-                self._unavailable = fault
-
-    def _execute_singly(self, units: Sequence[Unit]) -> None:
-        for unit in units:
-            if unit.job in self._runs:
-                self._execute(Plan((unit,)))
-
-    def _is_untouched(self, unit: Unit) -> bool:
-        """Whether the failed step left the image as it was."""
-        if unit.image is None:
-            return True
-        return self._trajectory(unit.job, unit.image).step_index == unit.job.steps_done
-
-    def _cut_budget(self, plan: Plan) -> None:
-        budget = self._scheduler.budget
-        with self._changed:
-            budget.cut(plan.tokens)
-        observe_budget(budget.tokens)
-        _log.warning("out of memory: steps are now at most %d tokens", budget.tokens)
-
-    def _book_success(self, plan: Plan) -> None:
-        budget = self._scheduler.budget
-        with self._changed:
-            has_grown = budget.book_success(plan.tokens)
-        if has_grown:
-            observe_budget(budget.tokens)
-            _log.info("memory suffices: steps are at most %d tokens again", budget.tokens)
-
-    def _fail(self, jobs: Iterable[Job], error: BaseException) -> None:
-        for job in dict.fromkeys(jobs):
-            self._scheduler.remove([job])
-            if job in self._outboxes:
-                self._outboxes[job].fail(error)
-                self._forget(job)
-
-    def _dismiss(self, jobs: Iterable[Job]) -> None:
-        """Lets go of requests that were cancelled or expired; nobody may be left to hear of it."""
-        for job in jobs:
-            observe_abandoned(job, is_late=job.is_expired(self.clock()))
-            self._outboxes[job].fail(DeadlinePassed())
-            self._forget(job)
-
-    def _forget(self, job: Job) -> None:
-        if job.has_cache and job.spec.cache is not None:
-            self._scheduler.caches.release(job.spec.cache.key)
-            job.has_cache = False
-        for known in (self._outboxes, self._runs, self._positions):
-            known.pop(job, None)
-        observe_load(self._scheduler.queued_count, self._scheduler.running_count)
-
-    def _tell_positions(self) -> None:
-        for position, job in enumerate(self._scheduler.jobs):
-            if not job.is_started and self._positions.get(job) != position:
-                self._positions[job] = position
-                self._outboxes[job].post(Queued(position, self._scheduler.estimated_wait(job)))
-        observe_load(self._scheduler.queued_count, self._scheduler.running_count)
-
-    def _tell_started(self, plan: Plan) -> None:
-        for job in plan.starting:
-            queue_seconds = (job.started_at or job.admitted_at) - job.admitted_at
-            observe_started(queue_seconds)
-            self._outboxes[job].post(Started(queue_seconds))
-
-    def _trajectory(self, job: Job, image: int) -> Trajectory:
-        trajectory = self._runs[job].trajectories[image]
-        if job.has_cache and job.spec.cache is not None:
-            trajectory.reference_cache = self._scheduler.caches.get(job.spec.cache.key)
-        return trajectory
-
-
-def _is_lost(fault: Exception) -> bool:
-    """Whether the device itself is gone."""
+def _is_device_lost(fault: Exception) -> bool:
     return isinstance(fault, DeviceFault) and not isinstance(fault, DeviceOutOfMemory)

@@ -1,4 +1,4 @@
-"""What happens to a request, on its way from the step loop to the request's handler."""
+"""Events of a request, the channel from the engine's thread to the handler, and their response messages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Queued:
 
     position: int
     wait_seconds: float | None
-    """Until it starts; `None` when nothing was measured."""
+    """Estimated time until it starts; `None` before such sizes were measured."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Preview:
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """Every image's latents after `step` steps: (rows, columns, channels) each."""
+    """All images' latents after `step` steps: (rows, columns, channels) each."""
 
     step: int
     latents: tuple[Tensor, ...]
@@ -56,7 +56,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, eq=False)
 class Finished:
-    """Every image's final latents, (rows, columns, channels) each, and what they cost."""
+    """All images' final latents, (rows, columns, channels) each, and the times that they took."""
 
     latents: tuple[Tensor, ...]
     queue_seconds: float
@@ -67,7 +67,10 @@ Event = Queued | Started | StepDone | Preview | Checkpoint | Finished
 
 
 class EventChannel:
-    """Events of one request: at most one of each kind, so a slow reader costs neither time nor memory."""
+    """Conflating channel of one request: it holds the newest event of each kind.
+
+    A client that reads slowly misses intermediate events, and holds up neither the engine nor memory.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -78,14 +81,14 @@ class EventChannel:
         self._filled = asyncio.Event()
 
     def post(self, event: Event) -> None:
-        """Adds an event, in place of an older one of its kind. For any thread."""
+        """Adds an event and drops an unread one of the same kind. Thread-safe."""
         with self._lock:
             self._pending.pop(type(event), None)
             self._pending[type(event)] = event
             self._signal()
 
     def fail(self, failure: BaseException) -> None:
-        """Ends the request with an error. For any thread."""
+        """Makes `take` raise `failure` from now on. Thread-safe."""
         with self._lock:
             self._failure = failure
             self._signal()
@@ -94,7 +97,7 @@ class EventChannel:
         """Waits for events and returns them, oldest first.
 
         Raises:
-            BaseException: whatever the request failed with.
+            BaseException: the failure passed to `fail`.
         """
         await self._filled.wait()
         with self._lock:
@@ -107,40 +110,44 @@ class EventChannel:
         return events
 
     def _signal(self) -> None:
+        # One wake-up of the loop until the next `take`, however many events are posted.
         if not self._is_signalled:
             self._is_signalled = True
             self._loop.call_soon_threadsafe(self._filled.set)
 
 
 Message = api.DenoiseLatentsResponse | bytes
-"""A message, or its serialized form where it carries much."""
+"""A response message; those that carry tensors are serialized already."""
 
 
 class Responses:
-    """Makes the messages of one request.
+    """Converts the events of one request to response messages.
 
     Args:
         step_count: steps of the whole schedule.
-        first_step: steps that were done elsewhere.
+        first_step: steps already done before this request resumed.
     """
 
     def __init__(self, step_count: int, first_step: int) -> None:
         self._step_count = step_count
         self._first_step = first_step
-        self._told_step = first_step
+        self._reported_step = first_step
 
-    def of(self, event: Event) -> Iterator[Message]:
-        """Yields an event's messages; tensors are cut into frames as they are taken."""
+    def messages(self, event: Event) -> Iterator[Message]:
+        """Yields the messages of an event. Tensors are cut into frames lazily, one per iteration."""
         match event:
             case Queued():
-                yield api.DenoiseLatentsResponse(queued=_queued(event))
+                queued = api.DenoiseQueued(position=event.position)
+                if event.wait_seconds is not None:
+                    queued.estimated_wait.CopyFrom(duration(event.wait_seconds))
+                yield api.DenoiseLatentsResponse(queued=queued)
             case Started():
-                started = api.DenoiseStarted(
-                    queue_duration=duration(event.queue_seconds), step_count=self._step_count
-                )
+                queue_duration = duration(event.queue_seconds)
+                started = api.DenoiseStarted(queue_duration=queue_duration, step_count=self._step_count)
                 yield api.DenoiseLatentsResponse(started=started)
             case StepDone():
                 yield from self._step(event.step)
+            # On the wire a preview or checkpoint belongs to the last step message before it.
             case Preview():
                 yield from self._step(event.step)
                 yield from _frames(api.DenoiseLatentsResponse.PREVIEW_FIELD_NUMBER, [event.latents])
@@ -148,29 +155,19 @@ class Responses:
                 yield from self._step(event.step)
                 yield from _frames(api.DenoiseLatentsResponse.CHECKPOINT_FIELD_NUMBER, event.latents)
             case Finished():
-                yield from self._finished(event)
+                yield from _frames(api.DenoiseLatentsResponse.LATENTS_FIELD_NUMBER, event.latents)
+                summary = api.DenoiseSummary(
+                    queue_duration=duration(event.queue_seconds),
+                    compute_duration=duration(event.compute_seconds),
+                    step_count=self._step_count - self._first_step,
+                )
+                yield api.DenoiseLatentsResponse(summary=summary)
 
     def _step(self, step: int) -> Iterator[Message]:
-        """Yields a step once; a preview or checkpoint belongs to the last step that was sent."""
-        if step > self._told_step:
-            self._told_step = step
+        """Yields a step message unless that step was reported before."""
+        if step > self._reported_step:
+            self._reported_step = step
             yield api.DenoiseLatentsResponse(step=api.DenoiseStep(step=step, step_count=self._step_count))
-
-    def _finished(self, event: Finished) -> Iterator[Message]:
-        yield from _frames(api.DenoiseLatentsResponse.LATENTS_FIELD_NUMBER, event.latents)
-        summary = api.DenoiseSummary(
-            queue_duration=duration(event.queue_seconds),
-            compute_duration=duration(event.compute_seconds),
-            step_count=self._step_count - self._first_step,
-        )
-        yield api.DenoiseLatentsResponse(summary=summary)
-
-
-def _queued(event: Queued) -> api.DenoiseQueued:
-    queued = api.DenoiseQueued(position=event.position)
-    if event.wait_seconds is not None:
-        queued.estimated_wait.CopyFrom(duration(event.wait_seconds))
-    return queued
 
 
 def _frames(field_number: int, images: Sequence[Tensor]) -> Iterator[bytes]:

@@ -1,4 +1,4 @@
-"""The reference caches on the device, by what they were computed from.
+"""LRU of reference caches (keys and values of reference tokens) on the device, keyed by what they are computed from.
 
 Torch-free. Not thread-safe: only the engine's thread changes it.
 """
@@ -16,7 +16,7 @@ HIT, MISS = "hit", "miss"
 
 
 class Sized(Protocol):
-    """What is kept."""
+    """An object with a size in bytes."""
 
     @property
     def size_bytes(self) -> int: ...
@@ -32,10 +32,10 @@ class _Entry(Generic[_Cache]):
 
 
 class ReferenceCaches(Generic[_Cache]):
-    """Keeps the most recently used caches, those in use always, within `limit_bytes`.
+    """Keeps caches in use, and the most recently used others, within `limit_bytes`.
 
-    A cache larger than that is made when no other is in use and dropped after its last use. Requests that share
-    references share a cache, so a hit gives the same bits.
+    A cache larger than the limit is allowed while no other is in use, and dropped after its last use. Requests with the
+    same references and adapters share one cache, so a hit gives bit-identical results.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -47,30 +47,32 @@ class ReferenceCaches(Generic[_Cache]):
         return key in self._entries
 
     def is_used(self, key: str) -> bool:
-        """Whether a request uses it now."""
+        """Returns whether a request uses the cache now."""
         entry = self._entries.get(key)
         return entry is not None and entry.users > 0
 
     def get(self, key: str) -> _Cache:
-        """Returns a cache that is there."""
+        """Returns a cache. Raises KeyError when it is absent."""
         return self._entries[key].cache
 
     def acquire(self, key: str) -> None:
-        """Takes a cache that is there into use: a hit."""
+        """Adds a user to a cache, which pins it, and counts a hit. Raises KeyError when it is absent."""
         CACHE_REQUESTS.labels(REFERENCE_CACHE, HIT).inc()
         self._entries[key].users += 1
         self._entries.move_to_end(key)
 
     def has_room(self, size_bytes: int, other_bytes: int = 0) -> bool:
-        """Whether a cache may come into use beside those that are; always if none are.
+        """Returns whether a cache of `size_bytes` fits next to those in use; always true when none is.
 
-        `other_bytes` are those of caches that are being made or that were promised room.
+        Args:
+            size_bytes: size of the cache.
+            other_bytes: bytes of caches that are being computed or have a reservation.
         """
         used = other_bytes + sum(entry.cache.size_bytes for entry in self._entries.values() if entry.users)
         return used == 0 or used + size_bytes <= self._limit_bytes
 
     def make_room(self, size_bytes: int) -> None:
-        """Drops what is not in use, the least recently used first, until so much more fits or nothing is left."""
+        """Drops unused caches, least recently used first, until `size_bytes` more fit or no unused one is left."""
         for key in [key for key, entry in self._entries.items() if not entry.users]:
             if self.size_bytes + size_bytes <= self._limit_bytes:
                 return
@@ -78,13 +80,13 @@ class ReferenceCaches(Generic[_Cache]):
             self._drop(key)
 
     def add(self, key: str, cache: _Cache) -> None:
-        """Takes a new cache into use: what a miss ends with."""
+        """Stores a new cache with one user, and counts a miss."""
         CACHE_REQUESTS.labels(REFERENCE_CACHE, MISS).inc()
         self._entries[key] = _Entry(cache, users=1)
-        self._count(cache.size_bytes)
+        self._add_bytes(cache.size_bytes)
 
     def release(self, key: str) -> None:
-        """Ends one use. What would not fit alone is not kept."""
+        """Removes a user from a cache. An unused cache above the limit is dropped."""
         entry = self._entries[key]
         entry.users -= 1
         if not entry.users and entry.cache.size_bytes > self._limit_bytes:
@@ -92,14 +94,14 @@ class ReferenceCaches(Generic[_Cache]):
         self.make_room(0)
 
     def drop_unused(self) -> bool:
-        """Gives up all that is not in use, for want of memory; returns whether there was any."""
+        """Drops all unused caches, to free device memory; returns whether there were any."""
         size_bytes = self.size_bytes
         self.make_room(self._limit_bytes + 1)
         return self.size_bytes < size_bytes
 
     def _drop(self, key: str) -> None:
-        self._count(-self._entries.pop(key).cache.size_bytes)
+        self._add_bytes(-self._entries.pop(key).cache.size_bytes)
 
-    def _count(self, byte_count: int) -> None:
+    def _add_bytes(self, byte_count: int) -> None:
         self.size_bytes += byte_count
         CACHE_BYTES.labels(REFERENCE_CACHE).inc(byte_count)

@@ -1,125 +1,27 @@
-"""Takes the frames of several tensors, in any order of tensors, and refuses what was not expected."""
+"""Request: validation of the spec to `DenoiseParams`, and assembly of the tensors that follow it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from klein_api.v1 import denoiser_service_pb2, image_pb2, tensor_pb2
+from klein_api.v1 import denoiser_service_pb2, image_pb2
 from klein_core.errors import InvalidInput, Violation
 from klein_core.params import DEFAULT_LIMITS, AdapterChoice, GenerationParams, Limits
 from klein_core.variants import default_step_count
-from klein_services.denoiser.job import Urgency
+from klein_services.denoiser.scheduled_request import Urgency
 from klein_services.runtime.frames import FrameReader
 from klein_services.runtime.stage import require_model
 from klein_services.runtime.tensors import check_spec, frames_tensor
 
-WIDEST_ELEMENT_BYTES = 4
-"""So that a wrong element type is refused for what it is and not for its size."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Expectation:
-    """One tensor that must come."""
-
-    field: str
-    shape: tuple[int | None, ...]
-    """Extents, `None` for any; the last is channels."""
-    rows_limit: int
-    """Most vectors of channels, the product of all other extents; shared by all of a `pool`."""
-    dtype: torch.dtype
-    pool: str = ""
-    like: str = ""
-    """Another tensor that must have the same shape."""
-
-
-class TensorIntake:
-    """The tensors of one request while they arrive."""
-
-    def __init__(self, expectations: Sequence[Expectation]) -> None:
-        self._expected = {expectation.field: expectation for expectation in expectations}
-        self._readers = {
-            field: FrameReader(field, limit_bytes=_limit_bytes(expectation))
-            for field, expectation in self._expected.items()
-        }
-
-    def add(self, field: str, frame: tensor_pb2.TensorFrame) -> None:
-        """Takes a frame of the tensor `field`.
-
-        Raises:
-            InvalidInput: nobody asked for that tensor, or the frame does not fit.
-        """
-        reader = self._readers.get(field)
-        if reader is None:
-            raise InvalidInput.of(
-                field, f"is not expected with this spec; expected: {', '.join(self._expected)}"
-            )
-        reader.add(frame)
-        if frame.HasField("spec"):
-            self._check_shape(self._expected[field], reader)
-
-    def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Returns all tensors by field. Reads every element, so call it off the event loop.
-
-        Raises:
-            InvalidInput: tensors are missing, incomplete or hold NaN or infinity; names all of them.
-        """
-        violations: list[Violation] = []
-        made: dict[str, Tensor] = {}
-        for field, reader in self._readers.items():
-            try:
-                made[field] = _finite_tensor(reader, dtype)
-            except InvalidInput as error:
-                violations += error.violations
-        if violations:
-            raise InvalidInput(violations)
-        return made
-
-    def _check_shape(self, expectation: Expectation, reader: FrameReader) -> None:
-        check_spec(reader, shape=expectation.shape, dtypes=(expectation.dtype,))
-        others = [
-            self._readers[field].spec.shape
-            for field, other in self._expected.items()
-            if expectation.pool and other.pool == expectation.pool and self._has_spec(field)
-        ]
-        rows = sum(math.prod(shape[:-1]) for shape in others or [reader.spec.shape])
-        if rows > expectation.rows_limit:
-            name = expectation.pool or expectation.field
-            raise InvalidInput.of(name, f"has {rows} tokens; at most {expectation.rows_limit} are allowed")
-        self._check_likeness(expectation)
-
-    def _check_likeness(self, arrived: Expectation) -> None:
-        """Compares the pair that the new tensor completes, whichever of the two came first."""
-        for field, expectation in self._expected.items():
-            pair = (field, expectation.like)
-            if expectation.like and arrived.field in pair and all(self._has_spec(name) for name in pair):
-                own, other = (self._readers[name].spec.shape for name in pair)
-                if own != other:
-                    raise InvalidInput.of(
-                        field, f"has shape {list(own)}; {expectation.like} has {list(other)}"
-                    )
-
-    def _has_spec(self, field: str) -> bool:
-        return self._readers[field].has_spec
-
-
-def _limit_bytes(expectation: Expectation) -> int:
-    return expectation.rows_limit * (expectation.shape[-1] or 1) * WIDEST_ELEMENT_BYTES
-
-
-def _finite_tensor(reader: FrameReader, dtype: torch.dtype) -> Tensor:
-    tensor = frames_tensor(reader, dtypes=(dtype,))
-    if not torch.isfinite(tensor).all():
-        raise InvalidInput.of(reader.field, "holds NaN or infinity; all elements must be finite")
-    return tensor
-
-
+_LARGEST_ELEMENT_BYTES = 4
+"""Element size for byte limits: a tensor of a wrong, wider type is then refused for its type, not its size."""
 _PROTO_NAMES = {"seed": "seeds", "image_count": "seeds", "references": "reference_count"}
-"""Names of `GenerationParams`' violations → fields of DenoiseSpec."""
+"""Fields in `GenerationParams`' violations → fields of DenoiseSpec."""
 _URGENCIES = {
     image_pb2.PRIORITY_UNSPECIFIED: Urgency.STANDARD,
     image_pb2.PRIORITY_INTERACTIVE: Urgency.INTERACTIVE,
@@ -129,8 +31,8 @@ _URGENCIES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
-    """What requests are checked against."""
+class ServedModel:
+    """Facts of the loaded model that requests are validated against."""
 
     name: str
     is_distilled: bool
@@ -140,12 +42,12 @@ class Model:
     weights_digest: str = ""
     """See `klein_core.checkpoint.weights`."""
     cached_token_bytes: int = 0
-    """What a reference token's cached keys and values take; 0 where the model takes references as tokens."""
+    """Bytes of one reference token's cached keys and values; 0 if the model does not cache references."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RequestLimits:
-    """What one request may ask."""
+class DenoiseLimits:
+    """Limits of a single request."""
 
     image_count: int
     reference_count: int
@@ -155,10 +57,10 @@ class RequestLimits:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
-    """A valid DenoiseSpec, defaults filled in."""
+class DenoiseParams:
+    """A validated DenoiseSpec with defaults filled in."""
 
-    params: GenerationParams
+    generation: GenerationParams
     urgency: Urgency
     preview_interval_steps: int
     checkpoint_interval_steps: int
@@ -166,8 +68,8 @@ class Order:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Conditioning:
-    """A request's tensors, in the model's dtype."""
+class RequestTensors:
+    """A request's tensors in host memory, in the model's dtype."""
 
     prompt_embedding: Tensor
     """(text tokens, embedding channels)"""
@@ -178,24 +80,43 @@ class Conditioning:
     """(rows, columns, latent channels) for each seed; empty without a resume step"""
 
 
-def read_order(spec: denoiser_service_pb2.DenoiseSpec, model: Model, limits: RequestLimits) -> Order:
-    """Checks a whole spec.
+def parse_spec(
+    spec: denoiser_service_pb2.DenoiseSpec, model: ServedModel, limits: DenoiseLimits
+) -> DenoiseParams:
+    """Validates a spec and returns its parameters.
 
     Raises:
-        UnknownModel: it names another model.
-        InvalidInput: fields are outside their limits; names all of them.
+        UnknownModel: the spec names a model other than the served one.
+        InvalidInput: fields are outside their limits; lists all violations.
     """
     require_model(spec.model, model.name)
     violations: list[Violation] = []
     try:
-        params = _params(spec, model, limits)
+        generation = GenerationParams(
+            width_px=spec.width_px,
+            height_px=spec.height_px,
+            is_distilled=model.is_distilled,
+            seeds=tuple(spec.seeds),
+            step_count=spec.step_count if spec.HasField("step_count") else None,
+            guidance_scale=spec.guidance_scale if spec.HasField("guidance_scale") else None,
+            reference_count=spec.reference_count,
+            adapters=tuple(
+                AdapterChoice(adapter.name, adapter.scale if adapter.HasField("scale") else 1.0)
+                for adapter in spec.adapters
+            ),
+            limits=Limits(
+                reference_count=limits.reference_count,
+                image_count=limits.image_count,
+                adapter_count=limits.adapter_count,
+            ),
+        )
     except InvalidInput as error:
         violations += [Violation(_PROTO_NAMES.get(v.field, v.field), v.description) for v in error.violations]
-    violations += _own_violations(spec, model)
+    violations += _denoiser_violations(spec, model)
     if violations:
         raise InvalidInput(violations)
-    return Order(
-        params=params,
+    return DenoiseParams(
+        generation=generation,
         urgency=_URGENCIES[spec.priority],
         preview_interval_steps=spec.preview_interval_steps,
         checkpoint_interval_steps=spec.checkpoint_interval_steps,
@@ -203,91 +124,8 @@ def read_order(spec: denoiser_service_pb2.DenoiseSpec, model: Model, limits: Req
     )
 
 
-class RequestReader:
-    """Takes the parts of one request in any order that the API allows.
-
-    Args:
-        model: what the tensors must fit.
-        limits: what a request may ask.
-        on_order: called with the valid spec before any tensor is taken; may refuse by raising.
-    """
-
-    def __init__(self, model: Model, limits: RequestLimits, on_order: Callable[[Order], None]) -> None:
-        self._model = model
-        self._limits = limits
-        self._on_order = on_order
-        self._order: Order | None = None
-        self._intake = TensorIntake([])
-
-    def accept(self, request: denoiser_service_pb2.DenoiseLatentsRequest) -> None:
-        """Takes the next part.
-
-        Raises:
-            UnknownModel, InvalidInput: the part is wrong or not expected.
-        """
-        part = request.WhichOneof("part")
-        if part == "spec":
-            self._begin(request.spec)
-        elif self._order is None:
-            raise InvalidInput.of("spec", f"must come first, before {part or 'an empty part'}")
-        elif part is None:
-            raise InvalidInput.of("part", "is not set; this server knows no other part than those of its API")
-        else:
-            self._intake.add(*_named_frame(request, part))
-
-    def finish(self) -> Conditioning:
-        """Returns the tensors; checks and copies them, so call it off the event loop.
-
-        Raises:
-            InvalidInput: tensors are missing, incomplete or hold NaN or infinity; names all of them.
-        """
-        if self._order is None:
-            raise InvalidInput.of("spec", "is missing: the stream ended before its first part")
-        params, resume_step = self._order.params, self._order.resume_step
-        tensors = self._intake.tensors(self._model.dtype)
-        # They are copies; the frames would be held, and counted nowhere, for as long as the call lasts.
-        self._intake = TensorIntake([])
-        return Conditioning(
-            prompt_embedding=tensors["prompt_embedding"],
-            negative_prompt_embedding=tensors.get("negative_prompt_embedding"),
-            references=tuple(tensors[f"reference_latents[{i}]"] for i in range(params.reference_count)),
-            resume_latents=tuple(
-                tensors[f"resume_latents[{i}]"] for i in range(len(params.seeds) if resume_step else 0)
-            ),
-        )
-
-    def _begin(self, spec: denoiser_service_pb2.DenoiseSpec) -> None:
-        if self._order is not None:
-            raise InvalidInput.of("spec", "comes twice; a request has one")
-        order = read_order(spec, self._model, self._limits)
-        self._on_order(order)
-        self._order = order
-        self._intake = TensorIntake(list(_expectations(order, self._model, self._limits)))
-
-
-def _params(spec: denoiser_service_pb2.DenoiseSpec, model: Model, limits: RequestLimits) -> GenerationParams:
-    return GenerationParams(
-        width_px=spec.width_px,
-        height_px=spec.height_px,
-        is_distilled=model.is_distilled,
-        seeds=tuple(spec.seeds),
-        step_count=spec.step_count if spec.HasField("step_count") else None,
-        guidance_scale=spec.guidance_scale if spec.HasField("guidance_scale") else None,
-        reference_count=spec.reference_count,
-        adapters=tuple(
-            AdapterChoice(adapter.name, adapter.scale if adapter.HasField("scale") else 1.0)
-            for adapter in spec.adapters
-        ),
-        limits=Limits(
-            reference_count=limits.reference_count,
-            image_count=limits.image_count,
-            adapter_count=limits.adapter_count,
-        ),
-    )
-
-
-def _own_violations(spec: denoiser_service_pb2.DenoiseSpec, model: Model) -> Iterator[Violation]:
-    """What `GenerationParams` does not know of."""
+def _denoiser_violations(spec: denoiser_service_pb2.DenoiseSpec, model: ServedModel) -> Iterator[Violation]:
+    """Yields violations of the fields that are not in `GenerationParams`."""
     for name in ("preview_interval_steps", "checkpoint_interval_steps"):
         if getattr(spec, name) < 0:
             yield Violation(name, f"is {getattr(spec, name)}; must be at least 0, and 0 means none")
@@ -300,37 +138,132 @@ def _own_violations(spec: denoiser_service_pb2.DenoiseSpec, model: Model) -> Ite
         yield Violation("priority", f"is {spec.priority}; must be one of {known}")
 
 
-def _expectations(order: Order, model: Model, limits: RequestLimits) -> Iterator[Expectation]:
-    params = order.params
-    embedding = (None, model.embedding_channels)
-    image = (params.rows, params.columns, model.latent_channels)
-    prompt = Expectation(
-        field="prompt_embedding", shape=embedding, rows_limit=limits.text_tokens, dtype=model.dtype
+@dataclass(frozen=True, kw_only=True)
+class ExpectedTensor:
+    """One tensor that a request must send."""
+
+    field: str
+    shape: tuple[int | None, ...]
+    """Extents; `None` allows any, except for the last, which is channels."""
+    token_limit: int
+    """Most vectors of channels (product of the other extents), in total over all tensors of one `pool`."""
+    dtype: torch.dtype
+    pool: str = ""
+    same_shape_as: str = ""
+    """Field of another tensor that must have the same shape."""
+
+
+class TensorReader:
+    """Assembles a request's tensors from their frames.
+
+    The frames of different tensors may be interleaved in any order. Shapes are checked as soon as a tensor's first
+    frame arrives, so a request that is too large is refused before it takes memory.
+    """
+
+    def __init__(self, params: DenoiseParams, model: ServedModel, limits: DenoiseLimits) -> None:
+        self._params = params
+        self._dtype = model.dtype
+        self._expected = {tensor.field: tensor for tensor in _expected_tensors(params, model, limits)}
+        self._readers = {
+            field: FrameReader(
+                field, limit_bytes=tensor.token_limit * (tensor.shape[-1] or 1) * _LARGEST_ELEMENT_BYTES
+            )
+            for field, tensor in self._expected.items()
+        }
+
+    def add(self, part: denoiser_service_pb2.DenoiseLatentsRequest) -> None:
+        """Adds a part that carries a frame.
+
+        Raises:
+            InvalidInput: the request has no such tensor, or the frame does not fit it.
+        """
+        field = str(part.WhichOneof("part"))
+        frame = getattr(part, field)
+        if isinstance(frame, denoiser_service_pb2.IndexedTensorFrame):
+            field, frame = f"{field}[{frame.index}]", frame.frame
+        reader = self._readers.get(field)
+        if reader is None:
+            raise InvalidInput.of(
+                field, f"is not expected with this spec; expected: {', '.join(self._expected)}"
+            )
+        reader.add(frame)
+        if frame.HasField("spec"):
+            self._check_shape(self._expected[field], reader)
+
+    def tensors(self) -> RequestTensors:
+        """Returns all tensors. Copies and checks every element: call it off the event loop.
+
+        Raises:
+            InvalidInput: tensors are missing, incomplete or hold NaN or infinity; lists all violations.
+        """
+        violations: list[Violation] = []
+        tensors: dict[str, Tensor] = {}
+        for field, reader in self._readers.items():
+            try:
+                tensors[field] = frames_tensor(reader, dtypes=(self._dtype,))
+            except InvalidInput as error:
+                violations += error.violations
+                continue
+            if not torch.isfinite(tensors[field]).all():
+                violations.append(Violation(field, "holds NaN or infinity; all elements must be finite"))
+        if violations:
+            raise InvalidInput(violations)
+        generation = self._params.generation
+        resume_count = len(generation.seeds) if self._params.resume_step else 0
+        return RequestTensors(
+            prompt_embedding=tensors["prompt_embedding"],
+            negative_prompt_embedding=tensors.get("negative_prompt_embedding"),
+            references=tuple(tensors[f"reference_latents[{i}]"] for i in range(generation.reference_count)),
+            resume_latents=tuple(tensors[f"resume_latents[{i}]"] for i in range(resume_count)),
+        )
+
+    def _check_shape(self, expected: ExpectedTensor, reader: FrameReader) -> None:
+        """Checks a tensor whose spec has just arrived."""
+        check_spec(reader, shape=expected.shape, dtypes=(expected.dtype,))
+        shapes = {field: each.spec.shape for field, each in self._readers.items() if each.has_spec}
+        pooled = [
+            shape
+            for field, shape in shapes.items()
+            if field == expected.field or (expected.pool and self._expected[field].pool == expected.pool)
+        ]
+        tokens = sum(math.prod(shape[:-1]) for shape in pooled)
+        if tokens > expected.token_limit:
+            name = expected.pool or expected.field
+            raise InvalidInput.of(name, f"has {tokens} tokens; at most {expected.token_limit} are allowed")
+        # Compared when the second of the two arrives, whichever that is.
+        for field, tensor in self._expected.items():
+            other = tensor.same_shape_as
+            if other and field in shapes and other in shapes and shapes[field] != shapes[other]:
+                raise InvalidInput.of(
+                    field, f"has shape {list(shapes[field])}; {other} has {list(shapes[other])}"
+                )
+
+
+def _expected_tensors(
+    params: DenoiseParams, model: ServedModel, limits: DenoiseLimits
+) -> Iterator[ExpectedTensor]:
+    generation = params.generation
+    prompt = ExpectedTensor(
+        field="prompt_embedding",
+        shape=(None, model.embedding_channels),
+        token_limit=limits.text_tokens,
+        dtype=model.dtype,
     )
     yield prompt
-    if params.uses_guidance:
-        yield replace(prompt, field="negative_prompt_embedding", like="prompt_embedding")
-    for index in range(params.reference_count):
-        yield Expectation(
+    if generation.uses_guidance:
+        yield replace(prompt, field="negative_prompt_embedding", same_shape_as="prompt_embedding")
+    for index in range(generation.reference_count):
+        yield ExpectedTensor(
             field=f"reference_latents[{index}]",
             shape=(None, None, model.latent_channels),
-            rows_limit=limits.reference_tokens,
+            token_limit=limits.reference_tokens,
             dtype=model.dtype,
             pool="reference_latents",
         )
-    for index in range(len(params.seeds) if order.resume_step else 0):
-        yield Expectation(
+    for index in range(len(generation.seeds) if params.resume_step else 0):
+        yield ExpectedTensor(
             field=f"resume_latents[{index}]",
-            shape=image,
-            rows_limit=params.rows * params.columns,
+            shape=(generation.rows, generation.columns, model.latent_channels),
+            token_limit=generation.rows * generation.columns,
             dtype=model.dtype,
         )
-
-
-def _named_frame(
-    request: denoiser_service_pb2.DenoiseLatentsRequest, part: str
-) -> tuple[str, tensor_pb2.TensorFrame]:
-    value = getattr(request, part)
-    if isinstance(value, denoiser_service_pb2.IndexedTensorFrame):
-        return f"{part}[{value.index}]", value.frame
-    return part, value

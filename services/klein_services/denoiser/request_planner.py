@@ -1,4 +1,4 @@
-"""What a request means for the device: tokens, memory and trajectories."""
+"""RequestPlanner: computes what a request costs, and prepares its tensors and trajectories for the engine."""
 
 from __future__ import annotations
 
@@ -13,48 +13,82 @@ from klein_core.denoiser.adapters.adapter import ScaledAdapter
 from klein_core.denoiser.sampler import Trajectory, initial_noise
 from klein_core.params import SIZE_MULTIPLE_PX
 from klein_core.variants import default_guidance_scale
-from klein_services.denoiser.job import CacheSpec, JobSpec
-from klein_services.denoiser.request import Conditioning, Model, Order
-from klein_services.denoiser.request_state import Run
+from klein_services.denoiser.request import DenoiseParams, RequestTensors, ServedModel
+from klein_services.denoiser.request_state import RequestState
+from klein_services.denoiser.scheduled_request import CacheSpec, ScheduledRequest
 from klein_services.denoiser.warmup import STEPS_NEEDED
 
 CACHED_TOKENS_PER_TOKEN = 8
-"""Cached reference tokens that make a step about as much longer as one token of its own.
+"""Cached reference tokens that cost about as much step time as one ordinary token.
 
-An attended token costs 4·q·d operations a layer, where q are the step's tokens, and one of its own 26·d² besides: a
-seventeenth for 512² on klein-9B, a sixth for 1024².
+Attending to a cached token costs 4·q·d operations per layer, where q is the step's token count; an ordinary token
+costs 26·d² in addition: for klein-9B, 17 times as much at 512² and 6 times at 1024².
 """
 
 
 @dataclass(frozen=True, kw_only=True)
-class Workload:
-    """Turns orders into jobs.
+class RequestPlanner:
+    """Plans requests for one model on one device.
 
     Args:
-        model: the model that is served.
-        device: where trajectories live.
-        text_tokens: what a prompt embedding is taken to have before it has come.
+        model: the served model.
+        device: the device of the trajectories.
+        text_tokens: prompt length assumed until the embedding arrives.
     """
 
-    model: Model
+    model: ServedModel
     device: torch.device
     text_tokens: int
 
-    def expected(self, order: Order, deadline: float | None) -> JobSpec:
-        """Returns the job as far as the spec tells; references count nothing yet, so it is a lower bound."""
-        return self._job(order, deadline, self.text_tokens, reference_tokens=0)
+    def scheduled_request(self, params: DenoiseParams, deadline: float | None) -> ScheduledRequest:
+        """Returns the request with a lower bound of its cost: the sizes of its references are not known yet.
 
-    def newcomer(self, side_px: int) -> JobSpec:
-        """Returns the job of a plain request for one square image."""
-        return JobSpec(image_tokens=self.sample_tokens(side_px, side_px), step_count=1)
+        Args:
+            params: the validated spec.
+            deadline: time on the engine's clock when the client stops waiting.
+        """
+        generation = params.generation
+        return ScheduledRequest(
+            image_tokens=self._image_tokens(params, self.text_tokens, attended_tokens=0),
+            step_count=generation.steps,
+            image_count=len(generation.seeds),
+            first_step=params.resume_step,
+            urgency=params.urgency,
+            deadline=deadline,
+            memory_bytes=self._memory_bytes(params, self.text_tokens, reference_tokens=0),
+        )
+
+    def request_state(
+        self, params: DenoiseParams, tensors: RequestTensors, adapters: tuple[ScaledAdapter, ...] = ()
+    ) -> RequestState:
+        """Moves the tensors to the device and generates the noise. Slow: call it off the event loop."""
+        reference_tokens = sum(latents.shape[0] * latents.shape[1] for latents in tensors.references)
+        cache = self._cache_spec(tensors.references, reference_tokens, adapters)
+        attended_tokens = reference_tokens if cache is None else reference_tokens // CACHED_TOKENS_PER_TOKEN
+        text_tokens = len(tensors.prompt_embedding)
+        references = tuple(reference.to(self.device) for reference in tensors.references)
+        return RequestState(
+            trajectories=self._trajectories(params, tensors, () if cache else references, adapters),
+            image_tokens=self._image_tokens(params, text_tokens, attended_tokens),
+            memory_bytes=self._memory_bytes(params, text_tokens, reference_tokens),
+            cache=cache,
+            cached_references=references if cache else (),
+            adapters=adapters,
+            preview_interval_steps=params.preview_interval_steps,
+            checkpoint_interval_steps=params.checkpoint_interval_steps,
+        )
+
+    def probe(self, side_px: int) -> ScheduledRequest:
+        """Returns the probe request: one square image without references, to estimate waiting times with."""
+        return ScheduledRequest(image_tokens=self.sample_tokens(side_px, side_px), step_count=1)
 
     def sample_tokens(self, width_px: int, height_px: int) -> int:
         """Returns the tokens of one step of `sample`."""
         target = (width_px // SIZE_MULTIPLE_PX) * (height_px // SIZE_MULTIPLE_PX)
-        return _image_tokens(self.text_tokens, target, uses_guidance=not self.model.is_distilled)
+        return (self.text_tokens + target) * (1 if self.model.is_distilled else 2)
 
     def sample(self, width_px: int, height_px: int) -> Trajectory:
-        """Makes up an image to warm up with, guided where requests are by default."""
+        """Returns a trajectory to warm up with, guided if requests are by default."""
         embedding = torch.zeros(
             self.text_tokens, self.model.embedding_channels, dtype=self.model.dtype, device=self.device
         )
@@ -69,118 +103,80 @@ class Workload:
             guidance_scale=default_guidance_scale(self.model.is_distilled),
         )
 
-    def prepared(
-        self,
-        order: Order,
-        deadline: float | None,
-        conditioning: Conditioning,
-        adapters: tuple[ScaledAdapter, ...] = (),
-    ) -> tuple[JobSpec, Run]:
-        """Returns the job as it is and its trajectories, noise made. Slow: not for the event loop."""
-        references = tuple(reference.to(self.device) for reference in conditioning.references)
-        cache = self._cache(conditioning.references, adapters)
-        tokens = sum(map(_tokens, references))
-        job = self._job(order, deadline, len(conditioning.prompt_embedding), tokens, cache)
-        run = Run(
-            trajectories=self._trajectories(order, conditioning, () if cache else references, adapters),
-            cached_references=references if cache else (),
-            adapters=adapters,
-            preview_interval_steps=order.preview_interval_steps,
-            checkpoint_interval_steps=order.checkpoint_interval_steps,
-        )
-        return job, run
-
-    def _cache(self, references: Sequence[Tensor], adapters: tuple[ScaledAdapter, ...]) -> CacheSpec | None:
+    def _cache_spec(
+        self, references: Sequence[Tensor], tokens: int, adapters: tuple[ScaledAdapter, ...]
+    ) -> CacheSpec | None:
+        """Returns the reference cache that a request needs; `None` if its references are ordinary tokens."""
         model = self.model
         if not model.cached_token_bytes or not references:
             return None
-        tokens = sum(map(_tokens, references))
+        salt = (model.name, model.weights_digest, *(adapter.identity for adapter in adapters))
         return CacheSpec(
-            key=references_key(
-                references, model.name, model.weights_digest, *(adapter.identity for adapter in adapters)
-            ),
+            key=references_key(references, *salt),
             tokens=tokens,
             size_bytes=tokens * model.cached_token_bytes,
         )
 
     def _trajectories(
         self,
-        order: Order,
-        conditioning: Conditioning,
+        params: DenoiseParams,
+        tensors: RequestTensors,
         references: tuple[Tensor, ...],
         adapters: tuple[ScaledAdapter, ...],
     ) -> list[Trajectory]:
-        """Makes one trajectory for each image: the unit that is stepped, alone or packed with others."""
-        params = order.params
-        negative = conditioning.negative_prompt_embedding
-        prompt = conditioning.prompt_embedding.to(self.device)
+        """Returns one trajectory per image."""
+        generation = params.generation
+        negative = tensors.negative_prompt_embedding
+        prompt = tensors.prompt_embedding.to(self.device)
         negative = None if negative is None else negative.to(self.device)
+        channels, dtype = self.model.latent_channels, self.model.dtype
+        initial_latents = tensors.resume_latents or [
+            initial_noise(seed, generation.rows, generation.columns, channels, dtype)
+            for seed in generation.seeds
+        ]
         return [
             Trajectory(
                 latents=latents.to(self.device),
-                step_count=params.steps,
-                step_index=order.resume_step,
+                step_count=generation.steps,
+                step_index=params.resume_step,
                 prompt_embedding=prompt,
                 negative_prompt_embedding=negative,
-                guidance_scale=params.guidance,
+                guidance_scale=generation.guidance,
                 references=references,
                 adapters=adapters,
             )
-            for latents in conditioning.resume_latents or self._noises(order)
+            for latents in initial_latents
         ]
 
-    def _noises(self, order: Order) -> list[Tensor]:
-        params, model = order.params, self.model
-        return [
-            initial_noise(seed, params.rows, params.columns, model.latent_channels, model.dtype)
-            for seed in params.seeds
-        ]
+    def _image_tokens(self, params: DenoiseParams, text_tokens: int, attended_tokens: int) -> int:
+        """Returns the tokens of one step of one image, which attends to `attended_tokens` of references."""
+        generation = params.generation
+        target = generation.rows * generation.columns
+        return (text_tokens + target + attended_tokens) * (2 if generation.uses_guidance else 1)
 
-    def _job(
-        self,
-        order: Order,
-        deadline: float | None,
-        text_tokens: int,
-        reference_tokens: int,
-        cache: CacheSpec | None = None,
-    ) -> JobSpec:
-        params, channels = order.params, self.model.latent_channels
-        target = params.rows * params.columns
-        attended = reference_tokens if cache is None else reference_tokens // CACHED_TOKENS_PER_TOKEN
-        spans = 2 if params.uses_guidance else 1
-        elements = spans * text_tokens * self.model.embedding_channels
-        elements += (reference_tokens + spans * len(params.seeds) * target) * channels
-        return JobSpec(
-            image_tokens=_image_tokens(text_tokens, target + attended, params.uses_guidance),
-            step_count=params.steps,
-            image_count=len(params.seeds),
-            first_step=order.resume_step,
-            urgency=order.urgency,
-            deadline=deadline,
-            memory_bytes=elements * self.model.dtype.itemsize,
-            cache=cache,
+    def _memory_bytes(self, params: DenoiseParams, text_tokens: int, reference_tokens: int) -> int:
+        """Returns the bytes of a request's embeddings, references and latents."""
+        generation = params.generation
+        spans = 2 if generation.uses_guidance else 1
+        latent_tokens = (
+            reference_tokens + spans * len(generation.seeds) * generation.rows * generation.columns
         )
+        elements = spans * text_tokens * self.model.embedding_channels
+        elements += latent_tokens * self.model.latent_channels
+        return elements * self.model.dtype.itemsize
 
 
-def references_key(references: Sequence[Tensor], *circumstances: str) -> str:
-    """Returns a digest of references, in their order, and of whatever else decides what is computed from them.
+def references_key(references: Sequence[Tensor], *salt: str) -> str:
+    """Returns a SHA-256 digest of references, in their order, and of a salt.
 
-    SHA-256: requests share what is kept under it, so nobody may be able to make two contents collide.
+    Requests of different clients share the cache under this key, so collisions must not be constructible.
 
     Args:
-        references: on the host, of any shapes.
-        circumstances: the model, for one.
+        references: tensors of any shapes in host memory.
+        salt: everything else that the cache depends on, such as the model and the adapters.
     """
-    digest = hashlib.sha256(repr(circumstances).encode())
+    digest = hashlib.sha256(repr(salt).encode())
     for reference in references:
         digest.update(f"{reference.dtype} {tuple(reference.shape)}\n".encode())
         digest.update(reference.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _image_tokens(text: int, image: int, uses_guidance: bool) -> int:
-    return (text + image) * (2 if uses_guidance else 1)
-
-
-def _tokens(latents: Tensor) -> int:
-    return latents.shape[0] * latents.shape[1]

@@ -1,4 +1,4 @@
-"""What a request brings to the step loop, and what the loop asks of the device."""
+"""RequestState: a request's tensors and trajectories, and the events that its steps post."""
 
 from __future__ import annotations
 
@@ -11,43 +11,51 @@ from klein_core.denoiser.adapters.adapter import ScaledAdapter
 from klein_core.denoiser.reference_cache import ReferenceCache
 from klein_core.denoiser.sampler import Trajectory
 from klein_services.denoiser.events import Checkpoint, EventChannel, Finished, Preview, StepDone
-from klein_services.denoiser.job import Job
+from klein_services.denoiser.scheduled_request import CacheSpec, ScheduledRequest
 from klein_services.runtime.tensors import host_tensor
 
 Step = Callable[[Sequence[Trajectory]], None]
-"""Does one step of every trajectory and returns when the device is done."""
+"""Advances every trajectory by one step; returns when the device has finished."""
 CacheReferences = Callable[[Sequence[Tensor], tuple[ScaledAdapter, ...]], ReferenceCache]
-"""Computes what images with some adapters attend to of their references, and returns when the device is done."""
+"""Computes the keys and values of references under some adapters; returns when the device has finished."""
 
 
 @dataclass(eq=False, kw_only=True)
-class Run:
-    """A request's tensors and wishes."""
+class RequestState:
+    """One request's tensors on the device, what they cost, and which events the client asked for."""
 
     trajectories: list[Trajectory]
-    """One for each image; their state is all that a paused request needs."""
+    """One per image. A paused request needs nothing else to go on."""
+    image_tokens: int
+    """Tokens of one step of one image: text, target and references, twice with guidance."""
+    memory_bytes: int = 0
+    """Bytes of all tensors."""
+    cache: CacheSpec | None = None
+    """Reference cache that the trajectories get before their first step, for models that cache references."""
     cached_references: tuple[Tensor, ...] = ()
-    """References whose cache the trajectories get before their first step, where the model takes them so."""
+    """References that `cache` is computed from: (rows, columns, latent channels) each."""
     adapters: tuple[ScaledAdapter, ...] = ()
-    """Those of the trajectories."""
+    """Adapters of the trajectories, and of the cache."""
     preview_interval_steps: int = 0
+    """Steps from one preview to the next; 0 posts none."""
     checkpoint_interval_steps: int = 0
+    """Steps from one checkpoint to the next; 0 posts none."""
 
 
-def tell_progress(job: Job, run: Run, outbox: EventChannel) -> None:
-    """Tells the step that all images have done, with a preview and a checkpoint where they are wanted."""
-    step = job.steps_done
-    outbox.post(StepDone(step))
-    if run.preview_interval_steps and step % run.preview_interval_steps == 0:
-        outbox.post(Preview(step, host_tensor(run.trajectories[0].preview())))
-    if run.checkpoint_interval_steps and step % run.checkpoint_interval_steps == 0:
-        latents = tuple(host_tensor(trajectory.latents) for trajectory in run.trajectories)
-        outbox.post(Checkpoint(step, latents))
+def post_progress(request: ScheduledRequest, state: RequestState, channel: EventChannel) -> None:
+    """Posts the step that all images have just done, with a preview and a checkpoint when they are due."""
+    step = request.steps_done
+    channel.post(StepDone(step))
+    if state.preview_interval_steps and step % state.preview_interval_steps == 0:
+        channel.post(Preview(step, host_tensor(state.trajectories[0].preview())))
+    if state.checkpoint_interval_steps and step % state.checkpoint_interval_steps == 0:
+        latents = tuple(host_tensor(trajectory.latents) for trajectory in state.trajectories)
+        channel.post(Checkpoint(step, latents))
 
 
-def tell_finished(job: Job, run: Run, outbox: EventChannel, now: float) -> None:
-    """Tells the last step, the final latents and what they cost."""
-    outbox.post(StepDone(job.spec.step_count))
-    started_at = job.admitted_at if job.started_at is None else job.started_at
-    latents = tuple(host_tensor(trajectory.latents) for trajectory in run.trajectories)
-    outbox.post(Finished(latents, started_at - job.admitted_at, now - started_at))
+def post_result(request: ScheduledRequest, state: RequestState, channel: EventChannel, now: float) -> None:
+    """Posts the last step, then the final latents and the times that they took."""
+    channel.post(StepDone(request.step_count))
+    started_at = request.admitted_at if request.started_at is None else request.started_at
+    latents = tuple(host_tensor(trajectory.latents) for trajectory in state.trajectories)
+    channel.post(Finished(latents, started_at - request.admitted_at, now - started_at))

@@ -1,9 +1,10 @@
-"""DenoiserService: parse, hand over to the step loop, tell what happens."""
+"""DenoiserService: one linear handler that reads a request, admits it, submits it and streams its events."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -12,13 +13,21 @@ import grpc
 from klein_api.v1 import denoiser_service_pb2 as api
 from klein_api.v1 import denoiser_service_pb2_grpc
 from klein_core.denoiser.adapters.adapter import ScaledAdapter
+from klein_core.params import AdapterChoice
 from klein_services.denoiser.adapters import AdapterRegistry
 from klein_services.denoiser.engine import Engine
 from klein_services.denoiser.events import EventChannel, Finished, Message, Responses
-from klein_services.denoiser.job import Job
-from klein_services.denoiser.request import Model, Order, RequestLimits, RequestReader
-from klein_services.denoiser.request_planner import Workload
-from klein_services.runtime.admission import receive
+from klein_services.denoiser.request import (
+    DenoiseLimits,
+    DenoiseParams,
+    ServedModel,
+    TensorReader,
+    parse_spec,
+)
+from klein_services.denoiser.request_planner import RequestPlanner
+from klein_services.denoiser.scheduled_request import ScheduledRequest
+from klein_services.runtime.request_parts import RequestParts, read_parts
+from klein_services.runtime.stage import deadline_of
 from klein_services.runtime.worker import Worker
 
 SERVICE_NAME = "klein_api.v1.DenoiserService"
@@ -27,105 +36,95 @@ _Context: TypeAlias = "grpc.aio.ServicerContext[api.DenoiseLatentsRequest, api.D
 
 @dataclass(frozen=True, kw_only=True)
 class Denoiser:
-    """A loaded model and what runs it."""
+    """A loaded model with everything that serves its requests."""
 
     engine: Engine
-    model: Model
-    workload: Workload
-    limits: RequestLimits
+    model: ServedModel
+    planner: RequestPlanner
+    limits: DenoiseLimits
     receive_timeout_seconds: float
     adapters: AdapterRegistry
     preparation: Worker
-    """Where tensors are checked and noise is made: neither on the event loop nor between steps."""
+    """Thread that checks tensors and generates noise: work too slow for the event loop or between steps."""
 
 
 class DenoiserServicer(denoiser_service_pb2_grpc.DenoiserServiceServicer):
-    """Serves one denoiser; `denoiser` returns it once it is loaded, and calls come only then."""
+    """Implements DenoiserService; called only while the stage serves, so `denoiser` is loaded."""
 
-    def __init__(self, denoiser: Callable[[], Denoiser]) -> None:
-        self._denoiser = denoiser
+    def __init__(self) -> None:
+        self.denoiser: Denoiser
+        """Set once the model is loaded."""
 
-    async def DenoiseLatents(  # type: ignore[override] # messages may come serialized
+    async def DenoiseLatents(  # type: ignore[override] # some messages are serialized already
         self, request_iterator: AsyncIterator[api.DenoiseLatentsRequest], context: _Context
     ) -> AsyncIterator[Message]:
-        denoiser = self._denoiser()
-        request = _Request(denoiser, context.time_remaining())
-        # Beside the finally, which waits for the generator's end when a call is cut off while it sends.
-        context.add_done_callback(request.cancel)  # type: ignore[arg-type] # the stubs want a class
-        try:
-            timeout_seconds = denoiser.receive_timeout_seconds
-            await receive(request_iterator, request.accept, timeout_seconds=timeout_seconds)
-            await request.submit()
-            async for response in request.responses():
-                yield response
-        finally:
-            request.cancel()
+        denoiser, deadline = self.denoiser, deadline_of(context)
+        async with read_parts(request_iterator, timeout_seconds=denoiser.receive_timeout_seconds) as parts:
+            params = parse_spec((await parts.spec_part()).spec, denoiser.model, denoiser.limits)
+            request = denoiser.planner.scheduled_request(params, deadline)
+            channel = EventChannel(asyncio.get_running_loop())
+            with _admitted(denoiser.engine, request, channel, context):
+                await _submit(denoiser, request, params, parts)
+                responses = Responses(params.generation.steps, params.resume_step)
+                is_finished = False
+                while not is_finished:
+                    for event in await channel.take():
+                        is_finished = isinstance(event, Finished)
+                        for message in responses.messages(event):
+                            yield message
 
 
-class _Request:
-    """One call: it reserves a place when its spec has come and takes it when its tensors have."""
+@contextmanager
+def _admitted(
+    engine: Engine, request: ScheduledRequest, channel: EventChannel, context: _Context
+) -> Iterator[None]:
+    """Holds the request's place in the engine; cancels the request when the block or the call ends.
 
-    def __init__(self, denoiser: Denoiser, remaining_seconds: float | None) -> None:
-        self._denoiser = denoiser
-        self._outbox = EventChannel(asyncio.get_running_loop())
-        clock = denoiser.engine.clock
-        self._deadline = None if remaining_seconds is None else clock() + remaining_seconds
-        self._reader = RequestReader(denoiser.model, denoiser.limits, self._reserve)
-        self._reservation: tuple[Order, Job] | None = None
-        self._adapters: asyncio.Task[tuple[ScaledAdapter, ...]] | None = None
-
-    def accept(self, request: api.DenoiseLatentsRequest) -> None:
-        """Takes the next part; raises what is wrong with it or, as soon as that is known, with an adapter."""
-        self._reader.accept(request)
-        if self._adapters is not None and self._adapters.done():
-            self._adapters.result()
-
-    def _reserve(self, order: Order) -> None:
-        spec = self._denoiser.workload.expected(order, self._deadline)
-        self._reservation = (order, self._denoiser.engine.admit(spec, self._outbox))
-        if order.params.adapters:
-            # They load while the tensors arrive.
-            self._adapters = asyncio.create_task(self._denoiser.adapters.load(order.params.adapters))
-            self._adapters.add_done_callback(_heard)
-
-    async def submit(self) -> None:
-        """Waits for the adapters, checks the tensors, makes the noise and joins the queue."""
-        adapters = () if self._adapters is None else await self._adapters
-        await self._denoiser.preparation.run(lambda: self._prepare(adapters))
-
-    def _prepare(self, adapters: tuple[ScaledAdapter, ...]) -> None:
-        conditioning = self._reader.finish()
-        order, job = self._admitted()
-        spec, run = self._denoiser.workload.prepared(order, self._deadline, conditioning, adapters)
-        self._denoiser.engine.submit(job, spec, run)
-
-    async def responses(self) -> AsyncIterator[Message]:
-        """Yields everything that happens until the request is finished."""
-        order, _ = self._admitted()
-        messages = Responses(order.params.steps, order.resume_step)
-        is_finished = False
-        while not is_finished:
-            for event in await self._outbox.take():
-                is_finished = isinstance(event, Finished)
-                for message in messages.of(event):
-                    yield message
-
-    def _admitted(self) -> tuple[Order, Job]:
-        if self._reservation is None:
-            raise RuntimeError("a request without a spec passed its checks")
-        return self._reservation
-
-    def cancel(self, _context: object = None) -> None:
-        """Leaves at the next step boundary; no effect after the end."""
-        if self._adapters is not None:
-            self._adapters.cancel()
-            # gRPC keeps the call's objects for a while; the adapters' memory must not wait for that.
-            self._adapters = None
-        if self._reservation is not None:
-            self._denoiser.engine.cancel(self._reservation[1])
+    Raises as `Engine.admit`.
+    """
+    engine.admit(request, channel)
+    # In addition to the finally: while a response is being sent, gRPC ends the generator only after the call.
+    context.add_done_callback(lambda _: engine.cancel(request))  # type: ignore[arg-type] # the stubs want a class
+    try:
+        yield
+    finally:
+        engine.cancel(request)
 
 
-def _heard(adapters: asyncio.Task[tuple[ScaledAdapter, ...]]) -> None:
-    """Takes note of a failure that nobody may be left to hear of."""
-    if not adapters.cancelled():
-        adapters.exception()
+async def _submit(
+    denoiser: Denoiser,
+    request: ScheduledRequest,
+    params: DenoiseParams,
+    parts: RequestParts[api.DenoiseLatentsRequest],
+) -> None:
+    """Reads the tensors while the adapters load, and submits both to the engine.
+
+    A function, not a part of the handler: frames and tensors must not stay in its locals while the client reads.
+    """
+    reader = TensorReader(params, denoiser.model, denoiser.limits)
+    with _loading(denoiser.adapters, params.generation.adapters) as loading:
+        async for part in parts:
+            if loading.done():
+                loading.result()  # raises for an unusable adapter before all tensors have arrived
+            reader.add(part)
+        adapters = await loading
+
+    def prepare() -> None:
+        state = denoiser.planner.request_state(params, reader.tensors(), adapters)
+        denoiser.engine.submit(request, state)
+
+    await denoiser.preparation.run(prepare)
+
+
+@contextmanager
+def _loading(
+    registry: AdapterRegistry, choices: Sequence[AdapterChoice]
+) -> Iterator[asyncio.Task[tuple[ScaledAdapter, ...]]]:
+    """Loads adapters in the background; cancels loading when the block ends first."""
+    task = asyncio.create_task(registry.load(choices))
+    # Retrieves the exception so asyncio does not warn "Task exception was never retrieved" when the block fails first.
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
+    try:
+        yield task
+    finally:
+        task.cancel()

@@ -1,4 +1,4 @@
-"""Steps of made-up requests before the first real one: they warm the device up and measure it."""
+"""Warm-up: steps of synthetic requests before the first real one, which also measure the device."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from klein_services.denoiser.request_state import Step
 from klein_services.runtime.errors import DeviceOutOfMemory, as_device_fault
 
 BUDGET_SIDE_PX = 512
-"""Size of the images that a budget is measured with: typical, and small enough to resolve it."""
+"""Size of the images that the token budget is measured with: typical, and small enough to resolve it."""
 GAIN = 1.05
-"""A step of twice the tokens must do at least so many times the tokens a second to be worth its latency."""
+"""Least gain in tokens per second for which a step of twice the tokens is worth its latency."""
 ROUNDS = 2
-"""Timed steps of one kind; the fastest counts, as nothing makes a step faster than it is."""
+"""Timed steps of one kind; the fastest counts, since interference only ever slows a step down."""
+STEPS_NEEDED = ROUNDS + 1
+"""Steps that a warm-up trajectory must have."""
 _log = logging.getLogger("klein.denoiser")
 
 Make = Callable[[int, int], Trajectory]
-"""Makes a trajectory of a width and a height in pixels."""
+"""Creates a trajectory of a width and a height in pixels."""
 
 
 def warm_up(
@@ -33,14 +35,14 @@ def warm_up(
     sizes_px: Sequence[tuple[int, int]],
     times: StepTimes,
 ) -> None:
-    """Steps one image of each size and books how long it takes.
+    """Steps one image of each size and records how long it takes.
 
     Args:
         step: does one step of some trajectories.
-        make: makes a trajectory of a size.
-        tokens: tokens of such a trajectory's step.
+        make: creates a trajectory of a width and a height.
+        tokens: returns the tokens of such a trajectory's step.
         sizes_px: (width, height) pairs.
-        times: what is told.
+        times: where the times are recorded.
     """
     for width_px, height_px in sizes_px:
         seconds = step_seconds(step, [make(width_px, height_px)])
@@ -49,13 +51,14 @@ def warm_up(
 
 
 def measure_budget(step: Step, make: Make, image_tokens: int, image_limit: int, times: StepTimes) -> int:
-    """Returns the tokens of the largest step that still pays: doubles images until throughput stops to grow.
+    """Returns the tokens of the largest step that pays: doubles the images until throughput stops growing.
 
     Args:
-        step, make: as for `warm_up`.
+        step: does one step of some trajectories.
+        make: creates a trajectory of a width and a height.
         image_tokens: tokens of one image of `BUDGET_SIDE_PX` squared.
         image_limit: most images in a step.
-        times: what is told how long each step took.
+        times: where the times are recorded.
     """
     best_count, best_rate = 1, 0.0
     for count in (2**power for power in range(int(math.log2(image_limit)) + 1)):
@@ -65,7 +68,7 @@ def measure_budget(step: Step, make: Make, image_tokens: int, image_limit: int, 
         except Exception as error:
             if not isinstance(as_device_fault(error), DeviceOutOfMemory):
                 raise
-            # The step before fitted, and half of it is left for what the allocator cannot reuse.
+            # The step before did fit; half of it leaves room for memory that the allocator cannot reuse.
             best_count = max(1, best_count // 2)
             break
         times.observe([image_tokens] * count, seconds)
@@ -78,7 +81,7 @@ def measure_budget(step: Step, make: Make, image_tokens: int, image_limit: int, 
 
 
 def step_seconds(step: Step, trajectories: Sequence[Trajectory]) -> float:
-    """Returns the fastest of several steps, after one that does not count."""
+    """Returns the fastest of `ROUNDS` steps, after one that does not count."""
     step(trajectories)
     fastest = math.inf
     for _ in range(ROUNDS):
@@ -88,12 +91,8 @@ def step_seconds(step: Step, trajectories: Sequence[Trajectory]) -> float:
     return fastest
 
 
-STEPS_NEEDED = ROUNDS + 1
-"""Steps that a made-up trajectory must have."""
-
-
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done what it was told."""
+    """Waits until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

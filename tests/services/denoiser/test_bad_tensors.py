@@ -206,7 +206,7 @@ def respecified(**fields):
             id="resume without a step",
         ),
         pytest.param(spec(), [api.DenoiseLatentsRequest(spec=spec())], "spec", "twice", id="two specs"),
-        pytest.param(spec(), [api.DenoiseLatentsRequest()], "part", "not set", id="an empty part"),
+        pytest.param(spec(), [api.DenoiseLatentsRequest()], "part", "is empty", id="an empty part"),
     ],
 )
 async def test_tensors_that_do_not_fit_are_refused(folders, wish, parts, field, said):

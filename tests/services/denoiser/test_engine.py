@@ -1,4 +1,4 @@
-"""The step loop with a made-up device: what fails, whom it concerns, and what is booked."""
+"""Engine with a simulated device: failures, the requests that they affect, and metrics."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from klein_services.denoiser import estimates
 from klein_services.denoiser.engine import Engine, clear_traceback_frames
 from klein_services.denoiser.estimates import GROWTH_STEPS, StepBudget
 from klein_services.denoiser.events import Event, EventChannel, Finished, Preview, StepDone
-from klein_services.denoiser.job import OPERATION, STAGE, Job, JobSpec
-from klein_services.denoiser.request_state import Run
+from klein_services.denoiser.request_state import RequestState
+from klein_services.denoiser.scheduled_request import OPERATION, STAGE, ScheduledRequest
 from klein_services.denoiser.scheduler import Scheduler, SchedulerConfig
 from klein_services.runtime import metrics
 from klein_services.runtime.errors import DeadlinePassed, DeviceOutOfMemory
@@ -41,25 +41,26 @@ def advance(trajectories) -> None:
 
 
 class Caller:
-    """One request and everything that it hears."""
+    """One request and the events that it gets."""
 
     def __init__(
-        self, engine: Engine, *, step_count: int, kind=Trajectory, images: int = 1, deadline=None, **run
+        self, engine: Engine, *, step_count: int, kind=Trajectory, images: int = 1, deadline=None, **state
     ) -> None:
-        self.outbox = EventChannel(asyncio.get_running_loop())
-        spec = JobSpec(
+        self.channel = EventChannel(asyncio.get_running_loop())
+        self.request = ScheduledRequest(
             image_tokens=IMAGE_TOKENS, step_count=step_count, image_count=images, deadline=deadline
         )
-        self.job: Job = engine.admit(spec, self.outbox)
+        engine.admit(self.request, self.channel)
         trajectories = [trajectory(step_count, kind) for _ in range(images)]
-        engine.submit(self.job, spec, Run(trajectories=trajectories, **run))
+        state = RequestState(trajectories=trajectories, image_tokens=IMAGE_TOKENS, **state)
+        engine.submit(self.request, state)
 
     async def events(self) -> list[Event]:
         """Takes events until the last; raises what the request failed with."""
         heard: list[Event] = []
         async with asyncio.timeout(30):
             while not any(isinstance(event, Finished) for event in heard):
-                heard += await self.outbox.take()
+                heard += await self.channel.take()
         return heard
 
 
@@ -162,13 +163,13 @@ async def test_a_preview_that_fails_ends_its_own_request_only_and_no_step_is_rep
             await failing.events()
         assert isinstance((await finished.events())[-1], Finished)
         heard = await running.events()
-        load = engine.load(JobSpec(image_tokens=IMAGE_TOKENS, step_count=1))
+        load = engine.load(ScheduledRequest(image_tokens=IMAGE_TOKENS, step_count=1))
     assert steps == [3, 1]
     assert [event.step for event in heard if isinstance(event, StepDone | Preview)][-1] == 2
     assert (load.queued_count, load.running_count) == (0, 0)
 
 
-async def test_a_device_lost_while_it_is_reported_fails_everybody():
+async def test_a_device_lost_during_a_preview_fails_all_requests():
     with engine_of(advance, token_budget=0) as engine:
         lost = Caller(engine, step_count=2, kind=LostDuringPreview, preview_interval_steps=1)
         waiting = Caller(engine, step_count=2)
@@ -191,7 +192,7 @@ def booked() -> dict[str, float]:
 @pytest.mark.parametrize(
     ("ends", "missed"), [("cancelled", 0), ("late", 1), ("at its deadline", 1), ("in time", None)]
 )
-async def test_who_left_during_the_last_step_is_booked_as_abandoned(ends, missed):
+async def test_a_request_that_leaves_during_its_last_step_counts_as_abandoned(ends, missed):
     now, gate, steps = [0.0], threading.Event(), []
 
     def step(trajectories) -> None:
@@ -208,7 +209,7 @@ async def test_who_left_during_the_last_step_is_booked_as_abandoned(ends, missed
         engine.start()
         await eventually(lambda: len(steps) == 4)
         if ends == "cancelled":
-            engine.cancel(caller.job)
+            engine.cancel(caller.request)
         gate.set()
         if missed is None:
             assert isinstance((await caller.events())[-1], Finished)
@@ -242,7 +243,7 @@ async def test_out_of_memory_cuts_the_budget_which_full_steps_bring_back(monkeyp
         engine.start()
         for caller in callers:
             await caller.events()
-        assert engine.load(JobSpec(image_tokens=IMAGE_TOKENS, step_count=1)).capacity == 4
+        assert engine.load(ScheduledRequest(image_tokens=IMAGE_TOKENS, step_count=1)).capacity == 4
     # Four alone after the failure do not count; three of two images each do.
     assert steps[:9] == [4, 1, 1, 1, 1, 2, 2, 2, 4]
     assert [budget // IMAGE_TOKENS for budget in budgets[:9]] == [4, 2, 2, 2, 2, 2, 2, 2, 4]
@@ -255,24 +256,24 @@ def test_a_budget_grows_after_so_many_full_steps_and_never_beyond_its_first_valu
     budget.cut(failed_tokens=1000)
     assert budget.tokens == 45, "a step larger than the budget does not raise it"
     for _ in range(GROWTH_STEPS - 1):
-        assert not budget.book_success(23)
+        assert not budget.record_success(23)
     for _ in range(GROWTH_STEPS):
-        assert not budget.book_success(22), "half full or less"
-    assert budget.book_success(23)
+        assert not budget.record_success(22), "half full or less"
+    assert budget.record_success(23)
     assert budget.tokens == 90
     for _ in range(GROWTH_STEPS - 1):
-        assert not budget.book_success(200)
-    assert budget.book_success(200)
+        assert not budget.record_success(200)
+    assert budget.record_success(200)
     assert budget.tokens == 100
-    assert not any(budget.book_success(100) for _ in range(2 * GROWTH_STEPS))
+    assert not any(budget.record_success(100) for _ in range(2 * GROWTH_STEPS))
 
 
 def test_a_cut_starts_the_count_anew():
     budget = StepBudget(100, image_limit=8)
     budget.cut(80)
     for _ in range(GROWTH_STEPS - 1):
-        budget.book_success(40)
+        budget.record_success(40)
     budget.cut(40)
     assert budget.tokens == 20
-    assert not any(budget.book_success(20) for _ in range(GROWTH_STEPS - 1))
-    assert budget.book_success(20)
+    assert not any(budget.record_success(20) for _ in range(GROWTH_STEPS - 1))
+    assert budget.record_success(20)

@@ -1,4 +1,4 @@
-"""What is kept of references on the device: the bound, its exceptions, and what is counted."""
+"""ReferenceCaches: the byte limit, its exceptions, and the metrics."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from klein_services.denoiser.job import Plan, Urgency
 from klein_services.denoiser.reference_kv_cache import HIT, MISS, REFERENCE_CACHE, ReferenceCaches
 from klein_services.denoiser.request_planner import references_key
+from klein_services.denoiser.scheduled_request import Batch, Urgency
 from klein_services.denoiser.scheduler import SchedulerConfig
 from klein_services.runtime import metrics
 from tests.services.fakes.caching_device import LIMIT, Block, Device, cache
@@ -101,8 +101,8 @@ def test_a_key_is_the_content_in_its_order():
     assert len({key, *others}) == 8
 
 
-def kinds(plans: list[Plan]) -> list[list[int | None]]:
-    return [[unit.image for unit in plan.units] for plan in plans]
+def kinds(batches: list[Batch]) -> list[list[int | None]]:
+    return [[item.image for item in batch.items] for batch in batches]
 
 
 def test_a_cache_is_one_turn_before_the_first_step_and_not_made_again():
@@ -112,9 +112,9 @@ def test_a_cache_is_one_turn_before_the_first_step_and_not_made_again():
     device.submit(cache=cache("a"))
     device.submit()
     device.run()
-    assert kinds(device.plans) == [[None], *[[0], [1]] * 2, *[[0]] * 4]
-    assert [plan.tokens for plan in device.plans[:2]] == [20, 10]
-    assert [len(plan.starting) for plan in device.plans] == [1, 0, 0, 0, 0, 1, 0, 1, 0]
+    assert kinds(device.batches) == [[None], *[[0], [1]] * 2, *[[0]] * 4]
+    assert [batch.tokens for batch in device.batches[:2]] == [20, 10]
+    assert [len(batch.starting) for batch in device.batches] == [1, 0, 0, 0, 0, 1, 0, 1, 0]
 
 
 def test_packed_steps_carry_caches_beside_others_steps_within_the_budget():
@@ -124,7 +124,7 @@ def test_packed_steps_carry_caches_beside_others_steps_within_the_budget():
     device.submit(cache=cache("a"))
     device.submit(cache=cache("b", tokens=30))
     device.run()
-    assert kinds(device.plans) == [[0, None], [0, 0, 0], [0, 0, 0], [0, None], [0], [0]]
+    assert kinds(device.batches) == [[0, None], [0, 0, 0], [0, 0, 0], [0, None], [0], [0]]
 
 
 def test_a_cancelled_request_frees_its_cache_for_the_next():
@@ -164,7 +164,7 @@ def test_a_cache_that_is_not_there_yet_counts_in_what_a_request_still_needs():
         max_size=12,
     ),
 )
-def test_whoever_comes_everybody_ends_and_the_bound_holds(budget, arrivals):
+def test_every_request_ends_and_the_limit_holds(budget, arrivals):
     device = Device(SchedulerConfig(token_budget=budget), LIMIT)
     sizes = {"a": 30, "b": 45, "c": 60, "huge": 250}
     jobs = []

@@ -1,21 +1,19 @@
-"""What a request holds in memory: bounded by what it really brings, and held once."""
+"""Memory of a request: frames are released once tensors are assembled, and references are bounded."""
 
 from __future__ import annotations
 
 import asyncio
-import weakref
+import gc
 
 import grpc
 import pytest
-import torch
 
-from klein_services.denoiser.request import Model, RequestLimits, RequestReader
+from klein_services.denoiser.request import TensorReader
 from klein_services.runtime.status import explain
 from tests.services.fakes.denoiser_server import (
-    EMBEDDING_CHANNELS,
-    LATENT_CHANNELS,
     Tensors,
     denoise,
+    eventually,
     gated_steps,
     image,
     request,
@@ -25,23 +23,18 @@ from tests.services.fakes.denoiser_server import (
 )
 
 
-def test_frames_are_let_go_once_the_tensors_are_made():
-    model = Model(
-        name="tiny",
-        is_distilled=True,
-        embedding_channels=EMBEDDING_CHANNELS,
-        latent_channels=LATENT_CHANNELS,
-        dtype=torch.float32,
-    )
-    limits = RequestLimits(image_count=1, reference_count=1, reference_tokens=16, text_tokens=16)
-    reader = RequestReader(model, limits, on_order=lambda order: None)
-    given = Tensors()
-    for part in request(spec(), given):
-        reader.accept(part)
-    intake = weakref.ref(reader._intake)
-    conditioning = reader.finish()
-    assert torch.equal(conditioning.prompt_embedding, given.prompt_embedding)
-    assert intake() is None
+async def test_frames_are_released_before_the_first_step(tmp_path, monkeypatch):
+    folder = save_checkpoint(tmp_path, distilled=True)
+    with gated_steps(monkeypatch) as gate:
+        gate.hold()
+        async with running_denoiser(folder) as channel:
+            running = asyncio.create_task(denoise(channel, request(spec())))
+            await gate.blocked(0)
+            # The engine may step before the handler has returned from the submission.
+            await eventually(lambda: not any(type(each) is TensorReader for each in gc.get_objects()))
+            assert not running.done()
+            gate.release()
+            assert len((await running).latents) == 1
 
 
 async def test_references_that_take_more_memory_than_others_leave_are_refused_as_overload(

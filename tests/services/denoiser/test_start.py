@@ -1,4 +1,4 @@
-"""What the denoiser does before it serves: settings, warm-up, and how large a step may be."""
+"""Start of the denoiser: settings, warm-up and the token budget."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from klein_services.denoiser import application
 from klein_services.denoiser.adapters import AdapterRegistry
 from klein_services.denoiser.application import assemble
 from klein_services.denoiser.estimates import StepTimes
-from klein_services.denoiser.request import Model
-from klein_services.denoiser.request_planner import Workload
+from klein_services.denoiser.request import ServedModel
+from klein_services.denoiser.request_planner import RequestPlanner
 from klein_services.denoiser.settings import DenoiserSettings
 from klein_services.denoiser.warmup import measure_budget, warm_up
 from klein_services.runtime.settings import SettingsError, load_settings
@@ -27,8 +27,10 @@ from tests.services.fakes.denoiser_server import (
     spec,
 )
 
-MODEL = Model(name="tiny", is_distilled=True, embedding_channels=24, latent_channels=16, dtype=torch.float32)
-WORKLOAD = Workload(model=MODEL, device=torch.device("cpu"), text_tokens=512)
+MODEL = ServedModel(
+    name="tiny", is_distilled=True, embedding_channels=24, latent_channels=16, dtype=torch.float32
+)
+PLANNER = RequestPlanner(model=MODEL, device=torch.device("cpu"), text_tokens=512)
 
 
 class FakeDevice:
@@ -53,7 +55,7 @@ class FakeDevice:
 def test_the_budget_is_the_largest_step_that_pays_and_fits(monkeypatch, free_tokens, memory_tokens, images):
     device, times = FakeDevice(free_tokens, memory_tokens), StepTimes()
     monkeypatch.setattr(time, "perf_counter", lambda: device.now)
-    budget = measure_budget(device.step, WORKLOAD.sample, 1536, image_limit=64, times=times)
+    budget = measure_budget(device.step, PLANNER.sample, 1536, image_limit=64, times=times)
     assert budget == images * 1536
     for tokens in (1536, budget):
         assert times.seconds(1536, tokens) == pytest.approx(max(1536 / tokens * free_tokens, 1536) * 1e-6)
@@ -62,7 +64,7 @@ def test_the_budget_is_the_largest_step_that_pays_and_fits(monkeypatch, free_tok
 def test_warm_up_measures_each_size(monkeypatch):
     device, times = FakeDevice(1), StepTimes()
     monkeypatch.setattr(time, "perf_counter", lambda: device.now)
-    warm_up(device.step, WORKLOAD.sample, WORKLOAD.sample_tokens, [(64, 64), (1024, 512)], times)
+    warm_up(device.step, PLANNER.sample, PLANNER.sample_tokens, [(64, 64), (1024, 512)], times)
     assert times.seconds(512 + 16) == pytest.approx(528e-6)
     assert times.seconds(512 + 64 * 32) == pytest.approx(2560e-6)
     assert times.seconds(10**6) is None
@@ -89,9 +91,9 @@ def test_the_budget_is_none_when_exact_and_else_as_set_or_measured(monkeypatch, 
     monkeypatch.setattr(time, "perf_counter", lambda: device.now)
     preparation = Worker("test-preparation", 1)
     adapters = AdapterRegistry(DenoiserSettings(), {}, torch.device("cpu"), torch.float32)
-    denoiser = assemble(DenoiserSettings(**given), WORKLOAD, device.step, [], preparation, adapters)
+    denoiser = assemble(DenoiserSettings(**given), PLANNER, device.step, [], preparation, adapters)
     preparation.close()
-    assert denoiser.engine.load(WORKLOAD.newcomer(512)).capacity == max(1, budget // 1536)
+    assert denoiser.engine.load(PLANNER.probe(512)).capacity == max(1, budget // 1536)
 
 
 def test_settings_have_the_denoisers_port_and_refuse_what_they_cannot_have():
@@ -116,8 +118,8 @@ async def test_a_warmed_up_server_knows_the_wait_of_its_first_request(tmp_path, 
 
 
 def test_the_text_length_is_the_checkpoints_or_kleins(tmp_path):
-    assert application._text_tokens(ModelFiles.of(tmp_path)) == 512
-    assert application._text_tokens(ModelFiles.of(save_checkpoint(tmp_path, distilled=True))) == 7
+    assert application.prompt_length(ModelFiles.of(tmp_path)) == 512
+    assert application.prompt_length(ModelFiles.of(save_checkpoint(tmp_path, distilled=True))) == 7
 
 
 def test_blocks_are_offloaded_from_cuda_devices_only(tmp_path):

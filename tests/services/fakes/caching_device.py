@@ -1,78 +1,87 @@
-"""A simulated device that keeps reference caches, and a scheduler that decides for it."""
+"""Simulated device that keeps reference caches, driven by a real scheduler."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from klein_services.denoiser.job import CacheSpec, Job, JobSpec, Plan
 from klein_services.denoiser.reference_kv_cache import ReferenceCaches
+from klein_services.denoiser.scheduled_request import Batch, CacheSpec, ScheduledRequest
 from klein_services.denoiser.scheduler import Scheduler, SchedulerConfig
+from tests.services.fakes.simulated_device import activate
 
 LIMIT = 100
-"""Bytes of caches, where a test says nothing else."""
+"""Bytes of caches, unless a test sets another limit."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """So many bytes."""
+    """A cache of so many bytes."""
 
     size_bytes: int
 
 
 class Device:
-    """Runs a scheduler's plans as the engine does, with blocks for caches."""
+    """Runs a scheduler's batches as the engine does, with blocks for caches."""
 
-    def __init__(self, limits: SchedulerConfig, cache_bytes: int) -> None:
+    def __init__(self, config: SchedulerConfig, cache_bytes: int) -> None:
         self.caches: ReferenceCaches[Block] = ReferenceCaches(cache_bytes)
-        self.scheduler = Scheduler(limits, caches=self.caches)
-        self.plans: list[Plan] = []
+        self.scheduler = Scheduler(config, caches=self.caches)
+        self.batches: list[Batch] = []
         self.now = 0.0
         self.peak_bytes = 0
 
-    def spec(self, **fields) -> JobSpec:
-        return JobSpec(**{"image_tokens": 10, "step_count": 2, **fields})
+    def request(self, **fields) -> ScheduledRequest:
+        return ScheduledRequest(**{"image_tokens": 10, "step_count": 2, **fields})
 
-    def submit(self, **fields) -> Job:
-        spec = self.spec(**fields)
-        job = self.scheduler.admit(spec, self.now)
-        self.scheduler.make_ready(job, spec, self.now)
-        return job
+    def admit(self, **fields) -> ScheduledRequest:
+        """Admits a request whose tensors have not come."""
+        request = self.request(**fields)
+        self.scheduler.admit(request, self.now)
+        return request
+
+    def activate(self, request: ScheduledRequest) -> None:
+        activate(self.scheduler, request, self.now)
+
+    def submit(self, **fields) -> ScheduledRequest:
+        request = self.admit(**fields)
+        self.activate(request)
+        return request
 
     def step(self) -> bool:
-        for job in self.scheduler.sweep(self.now):
-            self._leave(job)
-        plan = self.scheduler.choose(self.now)
-        if plan is None:
-            assert not self.scheduler.jobs, "somebody waits for ever"
+        for request in self.scheduler.reap(self.now):
+            self._leave(request)
+        batch = self.scheduler.schedule(self.now)
+        if batch is None:
+            assert not self.scheduler.requests, "a request waits for ever"
             return False
-        self.plans.append(plan)
-        for unit in plan.units:
-            self._do(unit.job, unit.image)
-        self.now += plan.tokens * 0.001
-        for job in self.scheduler.complete(plan, plan.tokens * 0.001):
-            self._leave(job)
+        self.batches.append(batch)
+        for item in batch.items:
+            self._do(item.request, item.image)
+        self.now += batch.tokens * 0.001
+        for request in self.scheduler.on_step_done(batch, batch.tokens * 0.001):
+            self._leave(request)
         return True
 
     def run(self) -> None:
         while self.step():
             pass
 
-    def _do(self, job: Job, image: int | None) -> None:
-        cache = job.spec.cache
+    def _do(self, request: ScheduledRequest, image: int | None) -> None:
+        cache = request.cache
         if image is None:
-            assert not job.has_cache
+            assert not request.has_cache
             self.caches.make_room(cache.size_bytes)
             self.caches.add(cache.key, Block(cache.size_bytes))
-            job.has_cache = True
+            request.has_cache = True
             self.peak_bytes = max(self.peak_bytes, self.caches.size_bytes)
         elif cache is not None:
-            assert job.has_cache
+            assert request.has_cache
             assert self.caches.get(cache.key).size_bytes == cache.size_bytes
 
-    def _leave(self, job: Job) -> None:
-        if job.has_cache:
-            self.caches.release(job.spec.cache.key)
-            job.has_cache = False
+    def _leave(self, request: ScheduledRequest) -> None:
+        if request.has_cache:
+            self.caches.release(request.cache.key)
+            request.has_cache = False
 
 
 def cache(key: str, size_bytes: int = 40, tokens: int = 20) -> CacheSpec:

@@ -1,4 +1,4 @@
-"""A device whose steps take a time in proportion to their tokens, and a scheduler that decides for it."""
+"""Simulated device whose steps take time in proportion to their tokens, driven by a real scheduler."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections import Counter
 
 from hypothesis import strategies as st
 
-from klein_services.denoiser.job import Job, JobSpec, Plan, Urgency
+from klein_services.denoiser.scheduled_request import Batch, ScheduledRequest, Urgency
 from klein_services.denoiser.scheduler import Scheduler, SchedulerConfig
 
 SECONDS_PER_TOKEN = 0.001
 
-specs = st.builds(
-    JobSpec,
+requests = st.builds(
+    ScheduledRequest,
     image_tokens=st.integers(1, 300),
     step_count=st.integers(1, 5),
     image_count=st.integers(1, 4),
@@ -21,34 +21,45 @@ specs = st.builds(
 )
 
 
+def activate(scheduler: Scheduler, request: ScheduledRequest, now: float) -> None:
+    """Makes an admitted request ready at the cost with which it was admitted."""
+    scheduler.activate(
+        request,
+        now,
+        image_tokens=request.image_tokens,
+        memory_bytes=request.memory_bytes,
+        cache=request.cache,
+    )
+
+
 class Device:
-    """Runs a scheduler against simulated time and notes everything that it decides."""
+    """Runs a scheduler in simulated time and records everything that it decides."""
 
-    def __init__(self, limits: SchedulerConfig) -> None:
-        self.scheduler = Scheduler(limits)
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.scheduler = Scheduler(config)
         self.now = 0.0
-        self.plans: list[Plan] = []
-        self.done: list[Job] = []
-        self.gone: list[Job] = []
-        self.units: Counter[tuple[int, int, int]] = Counter()
+        self.batches: list[Batch] = []
+        self.done: list[ScheduledRequest] = []
+        self.gone: list[ScheduledRequest] = []
+        self.items: Counter[tuple[int, int | None, int]] = Counter()
 
-    def submit(self, spec: JobSpec) -> Job:
-        job = self.scheduler.admit(spec, self.now)
-        self.scheduler.make_ready(job, spec, self.now)
-        return job
+    def submit(self, request: ScheduledRequest) -> ScheduledRequest:
+        self.scheduler.admit(request, self.now)
+        activate(self.scheduler, request, self.now)
+        return request
 
-    def step(self) -> Plan | None:
-        self.gone += self.scheduler.sweep(self.now)
-        plan = self.scheduler.choose(self.now)
-        if plan is None:
+    def step(self) -> Batch | None:
+        self.gone += self.scheduler.reap(self.now)
+        batch = self.scheduler.schedule(self.now)
+        if batch is None:
             return None
-        for unit in plan.units:
-            self.units[unit.job.sequence, unit.image, unit.job.steps_done] += 1
-        seconds = plan.tokens * SECONDS_PER_TOKEN
+        for item in batch.items:
+            self.items[item.request.sequence, item.image, item.request.steps_done] += 1
+        seconds = batch.tokens * SECONDS_PER_TOKEN
         self.now += seconds
-        self.plans.append(plan)
-        self.done += self.scheduler.complete(plan, seconds)
-        return plan
+        self.batches.append(batch)
+        self.done += self.scheduler.on_step_done(batch, seconds)
+        return batch
 
     def run(self) -> None:
         while self.step():
