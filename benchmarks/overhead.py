@@ -31,7 +31,8 @@ from benchmarks.stub_stages import SIDE_PX, STUBS
 from klein_api.v1 import image_service_pb2 as api
 from klein_api.v1.image_service_pb2_grpc import ImageServiceStub
 from klein_services.runtime.channels import IMAGE_MESSAGE_BYTES
-from klein_services.runtime.server import keep_large_blocks, running_server
+from klein_services.runtime.entry import keep_large_blocks
+from klein_services.runtime.server import running_server
 from klein_services.runtime.settings import load_settings
 
 STUB_BAR_MS = 25.0

@@ -27,7 +27,7 @@ from klein_services.runtime.frames import (
     TensorSpec,
     serialized_frames,
 )
-from klein_services.runtime.stage import Application, DescribeStageServicer
+from klein_services.runtime.stage import DescribeStageServicer, Service
 
 EMBEDDING = TensorSpec(DATA_TYPE_BF16, (512, 7680))
 LATENTS = TensorSpec(DATA_TYPE_BF16, (64, 64, 128))
@@ -38,7 +38,7 @@ _PROMPT_FRAME = FrameEnvelope(text_pb2.EncodePromptResponse.PROMPT_EMBEDDING_FIE
 _LATENTS_FRAME = FrameEnvelope(denoiser_pb2.DenoiseLatentsResponse.LATENTS_FIELD_NUMBER, index=0)
 
 
-class StubStage(Application):
+class StubStage(Service):
     """A stage of klein-4B's tensor sizes that computes nothing."""
 
     service: str

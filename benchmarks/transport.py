@@ -32,10 +32,11 @@ from klein_api.v1 import tensor_pb2, text_encoder_service_pb2_grpc
 from klein_api.v1 import text_encoder_service_pb2 as pb
 from klein_services.orchestrator.relay import FrameQueue
 from klein_services.runtime.channels import open_channel
+from klein_services.runtime.entry import keep_large_blocks
 from klein_services.runtime.frames import FrameEnvelope, FrameReader, TensorSpec, serialized_frames
 from klein_services.runtime.protowire import frame_deserializer
-from klein_services.runtime.server import keep_large_blocks, running_server
-from klein_services.runtime.stage import Application
+from klein_services.runtime.server import running_server
+from klein_services.runtime.stage import Service
 
 ONE_HOP_BAR = 2.5
 """One hop over a raw socket, at most."""
@@ -47,7 +48,7 @@ METHOD = "/klein_api.v1.TextEncoderService/EncodePrompt"
 ENVELOPE = FrameEnvelope(pb.EncodePromptResponse.PROMPT_EMBEDDING_FIELD_NUMBER)
 
 
-class Source(Application, text_encoder_service_pb2_grpc.TextEncoderServiceServicer):
+class Source(Service, text_encoder_service_pb2_grpc.TextEncoderServiceServicer):
     """Sends the same tensor to whoever asks."""
 
     name = "text-encoder"
@@ -73,7 +74,7 @@ class Source(Application, text_encoder_service_pb2_grpc.TextEncoderServiceServic
             connection.sendall(self._data)
 
 
-class Relay(Application):
+class Relay(Service):
     """Passes serialized messages of a source on, as they come."""
 
     name = "orchestrator"
@@ -106,7 +107,7 @@ class Relay(Application):
         await relay.finish()
 
 
-async def serve(application: Application) -> None:
+async def serve(application: Service) -> None:
     """Serves until standard input ends; prints the address first."""
     async with running_server(application) as address:
         sys.stdout.write(f"{address}\n")

@@ -50,8 +50,7 @@ def run_serve(stage: str, overrides: dict[str, str], *, check_config: bool) -> i
     if stage in STAGES:
         overrides, environment = _with_found_model(overrides, environment)
     try:
-        loaded = load_settings(settings_class(stage), environment, overrides)
-        loaded.settings.check()
+        loaded = load_settings(settings_class(stage), environment, overrides, check=True)
     except SettingsError as error:
         hint = f"`klein serve {stage} --help` shows every setting."
         flags = {variable_name(name): flag_of(name) for name in overrides}

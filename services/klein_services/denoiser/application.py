@@ -35,7 +35,7 @@ from klein_services.denoiser.settings import OFFLOAD_BLOCKS, DenoiserSettings
 from klein_services.denoiser.warmup import BUDGET_SIDE_PX, measure_budget, synchronize, warm_up
 from klein_services.runtime import stage
 from klein_services.runtime.settings import SettingsError
-from klein_services.runtime.stage import Application
+from klein_services.runtime.stage import Service
 from klein_services.runtime.tensors import (
     dtype_name,
     report_memory,
@@ -49,12 +49,12 @@ PROBE_SIDE_PX = 1024
 """Size of the probe request, whose waiting time DescribeStage reports."""
 
 
-class DenoiserApplication(Application):
+class DenoiserApplication(Service):
     """Serves the flow transformer of one checkpoint."""
 
     name = STAGE
     service_names = (SERVICE_NAME,)
-    open_service_names = (stage.SERVICE_NAME,)
+    open_service_names = (stage.STAGE_SERVICE,)
     operations = (OPERATION,)
 
     def __init__(self, settings: DenoiserSettings) -> None:

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from klein_services.runtime.settings import SettingsError, StageSettings, quantization_setting, setting
+from klein_services.runtime.settings import (
+    SettingsError,
+    StageSettings,
+    metrics_port_setting,
+    quantization_setting,
+    setting,
+)
 
 AUTOMATIC = "auto"
 OFFLOAD_BLOCKS = "blocks"
@@ -19,6 +26,7 @@ class DenoiserSettings(StageSettings):
     """Settings of `klein_services.denoiser`."""
 
     port: int = setting(50052, help="Port of the gRPC server; 0 takes a free one", minimum=0, maximum=65535)
+    metrics_port: int = metrics_port_setting(9465)
     receive_timeout_seconds: float = setting(
         300.0,
         help="Seconds within which a whole request must arrive; its tensors may still be computed elsewhere",
@@ -80,11 +88,14 @@ class DenoiserSettings(StageSettings):
         "auto is 1024x1024 on CUDA and 128x128 elsewhere",
     )
 
-    def check(self) -> None:
-        super().check()
-        self.sizes_px(on_gpu=False)
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        try:
+            self.sizes_px(on_gpu=False)
+        except SettingsError as error:
+            yield str(error)
         if self.adapters_folder and not Path(self.adapters_folder).is_dir():
-            raise SettingsError(f"KLEIN_ADAPTERS_FOLDER is {self.adapters_folder!r}; it must be a folder")
+            yield f"KLEIN_ADAPTERS_FOLDER is {self.adapters_folder!r}; it must be a folder"
 
     def packs(self, on_gpu: bool) -> bool:
         """Returns whether requests share steps."""

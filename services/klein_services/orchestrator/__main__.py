@@ -1,23 +1,15 @@
-"""Runs the orchestrator: `python -m klein_services.orchestrator`."""
+"""Entry point: `python -m klein_services.orchestrator` serves until SIGTERM, configured by KLEIN_ variables."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 
 from klein_services.orchestrator.servicer import Orchestrator
 from klein_services.orchestrator.settings import OrchestratorSettings
-from klein_services.runtime.server import run_module, start
+from klein_services.runtime.entry import EntryPoint
 
-
-def main(environment: Mapping[str, str], overrides: Mapping[str, object]) -> int:
-    """Serves and returns the exit code; overrides are settings by name."""
-    return start(OrchestratorSettings, _orchestrator, environment, overrides)
-
-
-def _orchestrator(settings: OrchestratorSettings) -> Orchestrator:
-    return Orchestrator(settings, settings.table())
-
+ENTRY = EntryPoint(OrchestratorSettings, lambda settings: Orchestrator(settings, settings.table()))
+main = ENTRY.main
 
 if __name__ == "__main__":
-    sys.exit(run_module(OrchestratorSettings, main, sys.argv[1:]))
+    sys.exit(ENTRY.cli_main(sys.argv[1:]))

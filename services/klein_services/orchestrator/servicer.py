@@ -33,7 +33,7 @@ from klein_services.runtime.admission import ConcurrencyLimit
 from klein_services.runtime.channels import IMAGE_MESSAGE_BYTES
 from klein_services.runtime.errors import DeadlinePassed
 from klein_services.runtime.grpc_quirks import write_response
-from klein_services.runtime.stage import Application
+from klein_services.runtime.stage import Service
 
 
 async def list_models(
@@ -158,7 +158,7 @@ class ImageApi(ImageServiceServicer):
 SERVICE_NAME = "klein_api.v1.ImageService"
 
 
-class Orchestrator(Application):
+class Orchestrator(Service):
     """Serves ImageService over the stages of a routing table; loads nothing and computes nothing."""
 
     name = "orchestrator"

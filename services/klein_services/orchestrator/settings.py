@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from klein_core.params import DEFAULT_LIMITS
 from klein_services.orchestrator.request import RequestLimits
 from klein_services.orchestrator.routing import RoutingTable, read_routing_table, single_route_table
 from klein_services.runtime.channels import IMAGE_MESSAGE_BYTES
-from klein_services.runtime.settings import ServerSettings, SettingsError, setting
+from klein_services.runtime.settings import ServerSettings, SettingsError, metrics_port_setting, setting
 
 _BYTES_PER_PIXEL = 3.03
 """Of an image file that does not compress: RGB, and what the format adds."""
@@ -20,6 +21,7 @@ class OrchestratorSettings(ServerSettings):
     """Routing, limits and cache; without a table one model is served, of the same name at every stage."""
 
     port: int = setting(50050, help="Port of the gRPC server; 0 takes a free one", minimum=0, maximum=65535)
+    metrics_port: int = metrics_port_setting(9467)
     queue_limit: int = setting(
         256, help="Requests in progress before more are refused", minimum=1, maximum=100000
     )
@@ -66,18 +68,17 @@ class OrchestratorSettings(ServerSettings):
         True, help="Whether the seed, model and steps are stored in the image files"
     )
 
-    def check(self) -> None:
-        """Checks what settings mean together.
-
-        Raises:
-            RoutingError: the routing table cannot be used; every problem is named.
-            SettingsError: a request that is allowed could have an answer too large to be sent.
-        """
-        largest = max(route.maximum_pixel_count for route in self.table().routes.values())
+    def problems(self) -> Iterator[str]:
+        try:
+            routes = self.table().routes
+        except SettingsError as error:
+            yield str(error)
+            return
+        largest = max(route.maximum_pixel_count for route in routes.values())
         answer_bytes = self.maximum_image_count * largest * _BYTES_PER_PIXEL
         if answer_bytes > IMAGE_MESSAGE_BYTES:
             fitting = int(IMAGE_MESSAGE_BYTES / largest / _BYTES_PER_PIXEL)
-            raise SettingsError(
+            yield (
                 f"KLEIN_MAXIMUM_IMAGE_COUNT is {self.maximum_image_count}; {fitting} images of {largest} pixels are "
                 f"what one answer of {IMAGE_MESSAGE_BYTES >> 20} MiB holds: allow fewer images or fewer pixels"
             )

@@ -1,4 +1,4 @@
-"""Whether a server takes work, for its handlers, its probes and its metrics alike."""
+"""State of a server, as its handlers, its health service and its metrics port report it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from klein_services.runtime.errors import StageUnavailable
 
 
 class State(Enum):
-    """Where a server is in its life; the value is what callers are told."""
+    """Phase of a server's life; the value is the reason that refused clients get."""
 
     LOADING = "the model is loading; retry in a while"
     SERVING = ""
@@ -21,8 +21,8 @@ class State(Enum):
     STOPPING = "the stage is stopping; another replica can do it"
 
 
-class Readiness:
-    """A server's state and the standard health service that shows it.
+class ServerHealth:
+    """A server's state, and the standard health service that publishes it.
 
     Args:
         stage: label of `klein_serving`.
@@ -36,17 +36,21 @@ class Readiness:
         self.state = State.LOADING
         self.servicer = health.HealthServicer()
 
-    async def enter(self, state: State) -> None:
-        """Goes to a state and tells whoever watches."""
+    @property
+    def is_serving(self) -> bool:
+        """Whether the server wants new calls; may be read on any thread."""
+        return self.state is State.SERVING
+
+    async def set_state(self, state: State) -> None:
+        """Changes the state and publishes it to the clients that watch it."""
         self.state = state
-        serving = state is State.SERVING
         kind = health_pb2.HealthCheckResponse
         for name in self.service_names:
-            await self.servicer.set(name, kind.SERVING if serving else kind.NOT_SERVING)
-        metrics.SERVING.labels(self.stage).set(serving)
+            await self.servicer.set(name, kind.SERVING if self.is_serving else kind.NOT_SERVING)
+        metrics.SERVING.labels(self.stage).set(self.is_serving)
 
-    def require(self, service_name: str) -> None:
-        """Checks that a service takes calls now. A draining one still does: callers learn of it only later.
+    def check_serving(self, service_name: str) -> None:
+        """Checks that a service takes calls now. A draining one does: clients notice the drain only later.
 
         Raises:
             StageUnavailable: it does not.

@@ -19,11 +19,11 @@ from klein_core.errors import DeviceFault
 from klein_services.runtime import logs, metrics, tracing
 from klein_services.runtime.errors import DeviceOutOfMemory
 from klein_services.runtime.grpc_quirks import write_response
-from klein_services.runtime.health import Readiness
+from klein_services.runtime.health import ServerHealth
 from klein_services.runtime.metrics import Method
 from klein_services.runtime.orca import LoadReport
 from klein_services.runtime.protowire import frame_deserializer
-from klein_services.runtime.stage import SERVICE_NAME as STAGE_SERVICE
+from klein_services.runtime.stage import STAGE_SERVICE
 from klein_services.runtime.status import abort_with, status_of
 
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -64,12 +64,12 @@ CallContext: TypeAlias = Callable[[Call], AbstractAsyncContextManager[None]]
 
 
 def call_contexts(
-    readiness: Readiness, load: LoadReport | None, on_device_fault: Callable[[DeviceFault], None]
+    health: ServerHealth, load: LoadReport | None, on_device_fault: Callable[[DeviceFault], None]
 ) -> list[CallContext]:
     """Returns everything that surrounds a call of a server, outermost first.
 
     Args:
-        readiness: which services take calls now.
+        health: which services take calls now.
         load: reported to clients that balance by it; `None` reports nothing.
         on_device_fault: called when a handler has lost its device.
     """
@@ -77,8 +77,8 @@ def call_contexts(
         identify_and_trace,
         count_and_time,
         log_access,
-        *([partial(report_load, load, frozenset(readiness.service_names))] if load else []),
-        partial(refuse_or_answer_errors, readiness, on_device_fault),
+        *([partial(report_load, load, frozenset(health.service_names))] if load else []),
+        partial(refuse_or_answer_errors, health, on_device_fault),
     ]
 
 
@@ -250,11 +250,11 @@ async def report_load(load: LoadReport, service_names: frozenset[str], call: Cal
 
 @asynccontextmanager
 async def refuse_or_answer_errors(
-    readiness: Readiness, on_device_fault: Callable[[DeviceFault], None], call: Call
+    health: ServerHealth, on_device_fault: Callable[[DeviceFault], None], call: Call
 ) -> AsyncIterator[None]:
     """Refuses calls while the server is not ready, and turns a handler's exceptions into statuses."""
     try:
-        readiness.require(call.method.service)
+        health.check_serving(call.method.service)
         yield
     except (grpc.aio.AbortError, grpc.aio.UsageError):
         raise  # the handler ended the call itself, or the call is over
@@ -264,5 +264,5 @@ async def refuse_or_answer_errors(
         status = status_of(error)
         if status.code in _REJECTIONS:
             reason = status.reason or status.code.name
-            metrics.REJECTED.labels(readiness.stage, reason.lower()).inc()
+            metrics.REJECTED.labels(health.stage, reason.lower()).inc()
         await abort_with(call.context, status)

@@ -1,4 +1,4 @@
-"""Log lines: one JSON object each (or one readable line), with the id of the request that they belong to."""
+"""Formats of log lines, JSON or console, and the request id that both carry."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", 
 
 
 def take_request_id(metadata: Sequence[tuple[str, str | bytes]]) -> str:
-    """Returns the caller's request id if it is a decent one, else a new one."""
+    """Returns the client's request id, or a new one if it has none, an empty or a too long one."""
     for key, value in metadata:
         if key == REQUEST_ID_KEY and isinstance(value, str) and 0 < len(value) <= MAX_REQUEST_ID_CHARACTERS:
             return value
@@ -38,7 +38,7 @@ def request_metadata() -> tuple[tuple[str, str], ...]:
 
 
 def configure(level: str, form: str) -> None:
-    """Sends all log lines to standard error, in `json` or `console` form."""
+    """Writes all log lines to standard error, in `json` or `console` form."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if form == "json" else ConsoleFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
@@ -46,7 +46,7 @@ def configure(level: str, form: str) -> None:
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, logger, message, request_id, trace_id, extra fields."""
+    """One JSON object per line: time, level, logger, message, request_id, trace_id, extra fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
@@ -66,11 +66,13 @@ class JsonFormatter(logging.Formatter):
 
 
 class ConsoleFormatter(logging.Formatter):
-    """One readable line: time, level, message, then the extra fields."""
+    """One readable line: date and time, level, message, then request_id and the extra fields."""
 
     def format(self, record: logging.LogRecord) -> str:
-        clock = datetime.fromtimestamp(record.created).strftime("%H:%M:%S.%f")[:-3]
-        extra = "".join(f" {key}={value}" for key, value in _extra(record).items())
+        clock = datetime.fromtimestamp(record.created).isoformat(" ", timespec="milliseconds")
+        current = request_id.get()
+        fields = ({"request_id": current} if current else {}) | _extra(record)
+        extra = "".join(f" {key}={value}" for key, value in fields.items())
         text = f"{clock} {record.levelname:<7} {record.getMessage()}{extra}"
         return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
 

@@ -1,4 +1,4 @@
-"""Settings of a server: one frozen dataclass, read once from the environment and from command line flags."""
+"""Settings of a server: a frozen dataclass, read once from the environment and from command line flags."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -25,7 +25,7 @@ _Settings = TypeVar("_Settings", bound="ServerSettings")
 
 
 class SettingsError(Exception):
-    """A setting has a value that it cannot have; the text names the setting, the value and the limit."""
+    """Settings have bad values; the text has a line for each, with the setting, the value and the limit."""
 
 
 def setting(
@@ -36,11 +36,11 @@ def setting(
     maximum: float | None = None,
     choices: Sequence[str] = (),
 ) -> Any:
-    """Makes a dataclass field with what its reader and its user need to know.
+    """Makes a dataclass field with the limits that `load_settings` checks and the help that flags show.
 
     Args:
-        default: the value when nothing is set; its type is the setting's type.
-        help: one sentence with the unit, shown by `describe`.
+        default: the value when nothing is set.
+        help: one sentence with the unit.
         minimum: smallest allowed number.
         maximum: largest allowed number.
         choices: the allowed words; empty means any.
@@ -53,29 +53,37 @@ def quantization_setting() -> Any:
     """Makes the field of the stages whose weights can be quantized while they are loaded."""
     return setting(
         NO_QUANTIZATION,
-        help="What plain weights are made into at load; quantized checkpoints stay as they are",
+        help="Format to which plain weights are quantized at load; quantized checkpoints stay as they are",
         choices=QUANTIZATIONS,
+    )
+
+
+def metrics_port_setting(default: int) -> Any:
+    """Makes the field of the metrics port; servers have different defaults, to run side by side."""
+    return setting(
+        default,
+        help="Port of /metrics (Prometheus) and /healthz over HTTP; 0 turns it off",
+        minimum=0,
+        maximum=65535,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """What every server can be told."""
+    """Settings of every server."""
 
     host: str = setting("[::]", help="Address to listen on; [::] is every IPv6 and IPv4 address")
     port: int = setting(0, help="Port of the gRPC server; 0 takes a free one", minimum=0, maximum=65535)
-    metrics_port: int = setting(
-        9464, help="Port of Prometheus metrics over HTTP; 0 turns them off", minimum=0, maximum=65535
-    )
+    metrics_port: int = metrics_port_setting(9464)
     log_level: str = setting(
         "info", help="Least severe log lines to write", choices=("debug", "info", "warning", "error")
     )
     log_format: str = setting(
-        "json", help="json for machines, console for people", choices=("json", "console")
+        "json", help="json for machines, console for terminals", choices=("json", "console")
     )
     drain_delay_seconds: float = setting(
         3.0,
-        help="Seconds between NOT_SERVING and refusing calls at shutdown, so that callers learn of it",
+        help="Seconds between NOT_SERVING and refusing calls at shutdown, for clients to notice",
         minimum=0,
         maximum=600,
     )
@@ -87,23 +95,29 @@ class ServerSettings:
     )
     max_connection_age_seconds: float = setting(
         600.0,
-        help="Seconds after which a connection is closed, so that callers find new replicas; 0 is never",
+        help="Seconds after which a connection is closed, so that clients find new replicas; 0 is never",
         minimum=0,
         maximum=86400,
     )
     otlp_endpoint: str = setting("", help="OTLP gRPC endpoint for traces, http://host:4317; empty is off")
 
+    def problems(self) -> Iterator[str]:
+        """Yields a sentence for each setting whose value is well-formed and cannot be used, such as a path."""
+        yield from ()
+
     def check(self) -> None:
-        """Checks what the settings name outside of themselves, for `--check-config`.
+        """Checks what `problems` checks, for `--check-config`.
 
         Raises:
-            SettingsError: a file cannot be used.
+            SettingsError: there are problems; the text has a line for each.
         """
+        if found := list(self.problems()):
+            raise SettingsError("\n".join(found))
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageSettings(ServerSettings):
-    """What every stage can be told beside that."""
+    """Settings of every stage."""
 
     model_path: str = setting(
         "pico",
@@ -134,19 +148,20 @@ class StageSettings(ServerSettings):
             # Frozen settings have no other way to derive one field from another.
             object.__setattr__(self, "model_name", model_name(self._named_path))
 
-    def check(self) -> None:
-        super().check()
+    def problems(self) -> Iterator[str]:
         if not _DEVICE.fullmatch(self.device):
-            raise SettingsError(f"KLEIN_DEVICE is {self.device!r}; it must be auto, cpu, cuda, cuda:N or mps")
+            yield f"KLEIN_DEVICE is {self.device!r}; it must be auto, cpu, cuda, cuda:N or mps"
         if self.variant:
-            _check_variant(self.variant)
+            try:
+                published_model(self.variant)
+            except CheckpointError as error:
+                yield f"KLEIN_VARIANT: {error}"
         if self.model_path != EMBEDDED_MODEL:
-            require_place("model_path", self.model_path)
-        if self.weights_path:
-            require_place("weights_path", self.weights_path)
+            yield from path_problems("model_path", self.model_path)
+        yield from path_problems("weights_path", self.weights_path)
 
     def model_files(self, component: str) -> ModelFiles:
-        """Returns where the parts of the model lie; `component` is the one that this stage loads."""
+        """Returns the paths of the model's parts; `component` is the one that this stage loads."""
         own = {component: Path(self.weights_path)} if self.weights_path else {}
         return ModelFiles(model=self._model, variant=self.variant, **own)
 
@@ -154,7 +169,7 @@ class StageSettings(ServerSettings):
     def _model(self) -> Path | None:
         if self.model_path != EMBEDDED_MODEL:
             return Path(self.model_path)
-        # Weights of one's own are no part of the embedded model.
+        # With weights of another model, the embedded model's other parts do not apply.
         return None if self.weights_path else EMBEDDED_WEIGHTS
 
     @property
@@ -162,27 +177,20 @@ class StageSettings(ServerSettings):
         return self.model_path if self._model is not None else self.weights_path
 
 
-def _check_variant(name: str) -> None:
-    try:
-        published_model(name)
-    except CheckpointError as error:
-        raise SettingsError(f"KLEIN_VARIANT: {error}") from error
-
-
-def require_place(field_name: str, place: str) -> None:
-    """Raises SettingsError when a path that a setting names leads nowhere."""
-    if not Path(place).exists():
-        raise SettingsError(f"{variable_name(field_name)} is {place!r}; there is no such folder or file")
+def path_problems(field_name: str, path: str) -> Iterator[str]:
+    """Yields a sentence when a setting's path leads nowhere; an empty one is not set."""
+    if path and not Path(path).exists():
+        yield f"{variable_name(field_name)} is {path!r}; there is no such folder or file"
 
 
 def model_name(path: str) -> str:
-    """Returns what a model is called that is a folder or a file."""
+    """Returns the default name of a model: the name of its folder or file."""
     return Path(path).resolve().name.removesuffix(".safetensors")
 
 
 @dataclass(frozen=True)
 class LoadedSettings(Generic[_Settings]):
-    """Settings and where each came from."""
+    """Settings and the source of each."""
 
     settings: _Settings
     sources: Mapping[str, str]
@@ -190,7 +198,11 @@ class LoadedSettings(Generic[_Settings]):
 
 
 def load_settings(
-    cls: type[_Settings], environment: Mapping[str, str], overrides: Mapping[str, object] | None = None
+    cls: type[_Settings],
+    environment: Mapping[str, str],
+    overrides: Mapping[str, object] | None = None,
+    *,
+    check: bool = False,
 ) -> LoadedSettings[_Settings]:
     """Reads settings: an override wins over `KLEIN_<FIELD>`, which wins over the default.
 
@@ -198,9 +210,11 @@ def load_settings(
         cls: the settings class.
         environment: usually `os.environ`; empty variables count as unset.
         overrides: values by field name, from flags; `None` values count as not given.
+        check: whether to run `ServerSettings.problems`, too.
 
     Raises:
-        SettingsError: a value is of the wrong type or outside its limits, or an override is no setting.
+        SettingsError: values are of the wrong type, outside their limits or, with `check`, of no use, or an
+            override is no setting. The text has a line for each.
     """
     given = {name: value for name, value in (overrides or {}).items() if value is not None}
     types = typing.get_type_hints(cls)
@@ -209,6 +223,7 @@ def load_settings(
         raise SettingsError(f"{', '.join(sorted(unknown))}: no such setting")
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
+    problems: list[str] = []
     for field in dataclasses.fields(cls):
         variable = variable_name(field.name)
         if field.name in given:
@@ -219,8 +234,16 @@ def load_settings(
         else:
             sources[field.name] = "default"
             continue
-        values[field.name] = _parsed(sources[field.name], raw, types[field.name], field)
-    return LoadedSettings(cls(**values), sources)
+        try:
+            values[field.name] = _parsed(sources[field.name], raw, types[field.name], field)
+        except SettingsError as error:
+            problems.append(str(error))
+    settings = cls(**values)
+    if check:
+        problems += settings.problems()
+    if problems:
+        raise SettingsError("\n".join(problems))
+    return LoadedSettings(settings, sources)
 
 
 def variable_name(field_name: str) -> str:
@@ -229,7 +252,7 @@ def variable_name(field_name: str) -> str:
 
 
 def number_text(value: float) -> str:
-    """Returns a number as a person would write it: no exponent, no `.0`."""
+    """Returns a number without an exponent and without a trailing `.0`."""
     return f"{value:.6f}".rstrip("0").rstrip(".")
 
 
@@ -287,13 +310,13 @@ def _converted(source: str, raw: object, kind: type) -> Any:
 
 
 _LIKENESS = 0.93
-"""Of a misspelled name: one or two letters of it are wrong, missing or too many."""
+"""Similarity of a misspelled name: one or two of its letters are wrong, missing or too many."""
 
 
 def misspelled(cls: type[ServerSettings], environment: Mapping[str, str]) -> list[str]:
-    """Returns a sentence for each `KLEIN_` variable that nothing here reads but that looks like one that is read.
+    """Returns a sentence for each `KLEIN_` variable that is not a setting of this class but looks like one.
 
-    Variables that look like none are left alone: stages may share an environment.
+    Other variables are not reported: the stages may share an environment.
     """
     known = [variable_name(field.name) for field in dataclasses.fields(cls)]
     unread = sorted(name for name in environment if name.startswith(PREFIX) and name not in known)

@@ -1,4 +1,4 @@
-"""What a server serves."""
+"""Service: what `Server` runs. ModelService and DescribeStage: what all stages have in common."""
 
 from __future__ import annotations
 
@@ -20,44 +20,48 @@ from klein_services.runtime.settings import StageSettings
 from klein_services.runtime.worker import Worker
 
 
-class Application(Protocol):
-    """A stage or the orchestrator, as the server sees it. Implementations inherit, for the defaults below."""
+class Service(Protocol):
+    """The interface that a stage or the orchestrator implements to be run by `Server`.
+
+    Implementations inherit from it, for the defaults below.
+    """
 
     name: str
     """Label of metrics and traces: text-encoder, denoiser, vae-decoder or orchestrator."""
     service_names: tuple[str, ...]
-    """Full names of the services that take calls only while the application is ready."""
+    """Full names of the gRPC services that take calls only while the server serves."""
     open_service_names: tuple[str, ...] = ()
-    """Full names of further services, which answer in every state; for reflection and metrics."""
+    """Full names of further gRPC services, which answer in every state; for reflection and metrics."""
     operations: Sequence[str] = ()
-    """What `Worker.run` is called with, so that its metrics exist from the start."""
+    """The `operation` of each `Worker.run`, so that its metrics exist from the start."""
 
     request_bytes: int = STAGE_MESSAGE_BYTES
-    """Largest message that the server takes."""
+    """Largest message that the server receives."""
     response_bytes: int = STAGE_MESSAGE_BYTES
     """Largest message that the server sends."""
 
     def register(self, server: grpc.aio.Server) -> None:
-        """Adds the services to a server that has not started yet."""
+        """Adds the gRPC services to a server that has not started yet."""
 
     async def load(self) -> None:
-        """Makes ready to serve: loads and warms up. Must not compute on the event loop.
+        """Loads and warms up. Must not compute on the event loop, and may be cancelled.
 
-        May be cancelled. Raises CheckpointError or SettingsError with one clear sentence when it cannot.
+        Raises:
+            CheckpointError, SettingsError: the service cannot serve; the text is one clear sentence.
         """
 
     async def drain(self) -> None:
-        """Learns that no more calls will come soon; returns at once."""
+        """Called when the server begins to drain; returns at once."""
 
     async def close(self) -> None:
-        """Frees what it holds; the last call, also after a failed or cancelled load."""
+        """Frees all resources. The last call, also after a failed or cancelled load."""
 
     def utilization(self) -> float | None:
-        """Returns outstanding work over capacity for balancing by load; `None` reports nothing."""
+        """Returns outstanding work over capacity, for balancing by load; `None` reports nothing."""
         return None
 
 
-SERVICE_NAME = "klein_api.v1.StageService"
+STAGE_SERVICE = "klein_api.v1.StageService"
 Facts = (
     stage_service_pb2.TextEncoderFacts | stage_service_pb2.DenoiserFacts | stage_service_pb2.VaeDecoderFacts
 )
@@ -174,13 +178,13 @@ class Loaded:
     facts: Facts
 
 
-class ModelService(Application, ABC):
+class ModelService(Service, ABC):
     """A stage whose requests are computed one after the other.
 
     Subclasses set `name`, `service_names` and `operations`, register their servicer and load their model.
     """
 
-    open_service_names = (SERVICE_NAME,)
+    open_service_names = (STAGE_SERVICE,)
 
     def __init__(self, settings: StageSettings) -> None:
         self.worker = Worker(self.name, settings.queue_limit)

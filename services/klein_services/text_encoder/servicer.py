@@ -1,8 +1,8 @@
-"""The text-encoder as a server's application: loading the model, and the service around it."""
+"""The text-encoder: its gRPC service and the stage that loads its model."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,6 @@ from klein_api.v1 import text_encoder_service_pb2 as pb
 from klein_core.checkpoint.key_mapping import TEXT_ENCODER
 from klein_core.errors import InvalidInput
 from klein_core.params import prompt_violations
-from klein_services.runtime.errors import StageUnavailable
 from klein_services.runtime.frames import FrameEnvelope
 from klein_services.runtime.stage import Loaded, ModelService, deadline_of, duration, require_model
 from klein_services.runtime.tensors import (
@@ -25,7 +24,7 @@ from klein_services.runtime.tensors import (
     serialized_tensor_frames,
     set_threads,
 )
-from klein_services.runtime.worker import Completed, Worker
+from klein_services.runtime.worker import Completed
 from klein_services.text_encoder.settings import TextEncoderSettings
 
 if TYPE_CHECKING:
@@ -37,27 +36,19 @@ _ENVELOPE = FrameEnvelope(pb.EncodePromptResponse.PROMPT_EMBEDDING_FIELD_NUMBER)
 
 
 class TextEncoderServicer(text_encoder_service_pb2_grpc.TextEncoderServiceServicer):
-    """Implements TextEncoderService.
+    """Implements TextEncoderService; called only while the stage serves, so its model is loaded."""
 
-    Args:
-        worker: computes.
-        model_name: the name that requests may give.
-        encoder: returns the loaded model.
-    """
-
-    def __init__(self, worker: Worker, model_name: str, encoder: Callable[[], TextEncoder]) -> None:
-        self._worker = worker
-        self._model_name = model_name
-        self._encoder = encoder
+    def __init__(self, stage: TextEncoderStage) -> None:
+        self._stage = stage
 
     async def EncodePrompt(
         self, request: pb.EncodePromptRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[Any]:
-        require_model(request.model, self._model_name)
+        require_model(request.model, self._stage.settings.model_name)
         violations = list(prompt_violations("prompt", request.prompt))
         if violations:
             raise InvalidInput(violations)
-        completed = await self._worker.run(
+        completed = await self._stage.worker.run(
             lambda: self._encode(request.prompt), operation=OPERATION, deadline=deadline_of(context)
         )
         yield pb.EncodePromptResponse(summary=_summary(completed))
@@ -65,7 +56,7 @@ class TextEncoderServicer(text_encoder_service_pb2_grpc.TextEncoderServiceServic
             yield message
 
     def _encode(self, prompt: str) -> EncodedPrompt:
-        encoded = self._encoder().encode([prompt])[0]
+        encoded = self._stage.encoder.encode([prompt])[0]
         return replace(encoded, embedding=host_tensor(encoded.embedding))
 
 
@@ -78,8 +69,8 @@ def _summary(completed: Completed[EncodedPrompt]) -> pb.PromptSummary:
     )
 
 
-class TextEncoderApplication(ModelService):
-    """One text encoder behind one worker."""
+class TextEncoderStage(ModelService):
+    """The stage: one text encoder behind one worker."""
 
     name = "text-encoder"
     service_names = ("klein_api.v1.TextEncoderService",)
@@ -87,38 +78,29 @@ class TextEncoderApplication(ModelService):
 
     def __init__(self, settings: TextEncoderSettings) -> None:
         super().__init__(settings)
-        self._settings = settings
-        self._encoder: TextEncoder | None = None
-
-    @property
-    def encoder(self) -> TextEncoder:
-        """The loaded model.
-
-        Raises:
-            StageUnavailable: it is not loaded yet.
-        """
-        if self._encoder is None:
-            raise StageUnavailable("the model is not loaded")
-        return self._encoder
+        self.settings = settings
+        self.encoder: TextEncoder
+        """The model; set by `load_model`."""
 
     def register(self, server: grpc.aio.Server) -> None:
         super().register(server)
-        servicer = TextEncoderServicer(self.worker, self._settings.model_name, lambda: self.encoder)
-        text_encoder_service_pb2_grpc.add_TextEncoderServiceServicer_to_server(servicer, server)
+        text_encoder_service_pb2_grpc.add_TextEncoderServiceServicer_to_server(
+            TextEncoderServicer(self), server
+        )
 
     def load_model(self) -> Loaded:
         # transformers takes seconds to import; health must answer meanwhile.
         from klein_core.text_encoder.encoder import TextEncoder
 
-        set_threads(self._settings.threads)
-        device = resolve_device(self._settings.device)
+        set_threads(self.settings.threads)
+        device = resolve_device(self.settings.device)
         report_memory(self.name, device)
-        dtype = resolve_dtype(self._settings.dtype)
+        dtype = resolve_dtype(self.settings.dtype)
         encoder = TextEncoder.from_folder(
-            self._settings.model_files(TEXT_ENCODER), device, dtype, self._settings.quantization
+            self.settings.model_files(TEXT_ENCODER), device, dtype, self.settings.quantization
         )
         warm = encoder.encode([""])[0]
-        self._encoder = encoder
+        self.encoder = encoder
         facts = stage_service_pb2.TextEncoderFacts(
             sequence_length=encoder.config.sequence_length,
             embedding_channels=encoder.config.embedding_channels,

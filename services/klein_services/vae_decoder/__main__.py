@@ -1,26 +1,23 @@
-"""`python -m klein_services.vae_decoder`: serves until SIGTERM, as the environment's KLEIN_ variables say."""
+"""Entry point: `python -m klein_services.vae_decoder` serves until SIGTERM, configured by KLEIN_ variables."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 
-from klein_services.runtime.server import run_module, start
-from klein_services.runtime.stage import Application
+from klein_services.runtime.entry import EntryPoint
+from klein_services.runtime.stage import Service
 from klein_services.vae_decoder.settings import VaeDecoderSettings
 
 
-def main(environment: Mapping[str, str], overrides: Mapping[str, object]) -> int:
-    """Serves and returns the exit code; overrides are settings by name."""
-    return start(VaeDecoderSettings, _application, environment, overrides)
+def make_service(settings: VaeDecoderSettings) -> Service:
+    """Returns the service, not loaded. Imports torch."""
+    from klein_services.vae_decoder.servicer import VaeDecoderStage
+
+    return VaeDecoderStage(settings)
 
 
-def _application(settings: VaeDecoderSettings) -> Application:
-    # Only here, so that settings are read, and a missing torch is told, before torch is imported.
-    from klein_services.vae_decoder.servicer import VaeDecoderApplication
-
-    return VaeDecoderApplication(settings)
-
+ENTRY = EntryPoint(VaeDecoderSettings, make_service)
+main = ENTRY.main
 
 if __name__ == "__main__":
-    sys.exit(run_module(VaeDecoderSettings, main, sys.argv[1:]))
+    sys.exit(ENTRY.cli_main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""The vae-decoder as a server's application: loading the model, and the service around it."""
+"""The vae-decoder: its gRPC service and the stage that loads its model."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ WRITE_IMAGE = "write-image"
 class VaeDecoderServicer(vae_decoder_service_pb2_grpc.VaeDecoderServiceServicer):
     """Implements VaeDecoderService; called only while the stage serves, so its model is loaded."""
 
-    def __init__(self, stage: VaeDecoderApplication) -> None:
+    def __init__(self, stage: VaeDecoderStage) -> None:
         self._stage = stage
 
     async def EncodeReference(
@@ -127,8 +127,8 @@ def _decode_summary(
     )
 
 
-class VaeDecoderApplication(ModelService):
-    """One autoencoder behind one worker."""
+class VaeDecoderStage(ModelService):
+    """The stage: one autoencoder behind one worker, and a second worker for image files."""
 
     name = "vae-decoder"
     service_names = ("klein_api.v1.VaeDecoderService",)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from klein_core.params import DEFAULT_LIMITS
-from klein_services.runtime.settings import StageSettings, setting
+from klein_services.runtime.settings import StageSettings, metrics_port_setting, setting
 
 
 @dataclass(frozen=True, kw_only=True)
 class VaeDecoderSettings(StageSettings):
-    """What the vae-decoder can be told beside what all stages can."""
+    """Settings of `klein_services.vae_decoder`."""
 
     port: int = setting(50053, help="Port of the gRPC server; 0 takes a free one", minimum=0, maximum=65535)
+    metrics_port: int = metrics_port_setting(9466)
     reference_bytes: int = setting(
         20 << 20, help="Most bytes of a reference's file", minimum=1, maximum=1 << 30
     )
@@ -27,13 +28,13 @@ class VaeDecoderSettings(StageSettings):
     )
     tiling: str = setting(
         "auto",
-        help="Whether images larger than a tile are made in tiles, in less memory and not quite the same; auto is "
-        "where one piece would not fit",
+        help="Whether images larger than a tile are decoded in tiles, which takes less memory and changes some pixels; "
+        "auto tiles images that would not fit in one piece",
         choices=("auto", "on", "off"),
     )
     tiling_limit_mib: int = setting(
         0,
-        help="MiB that one image may take before auto tiles it; 0 is what the device has free at that moment",
+        help="MiB of memory that one image may take before auto tiles it; 0 is what the device has free at that moment",
         minimum=0,
         maximum=10**7,
     )

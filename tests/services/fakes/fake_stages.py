@@ -16,7 +16,7 @@ from klein_api.v1.tensor_pb2 import TensorFrame
 from klein_core.errors import InvalidInput
 from klein_services.runtime.errors import UnknownModel
 from klein_services.runtime.frames import MAX_FRAME_BYTES, FrameReader
-from klein_services.runtime.stage import Application
+from klein_services.runtime.stage import Service
 from tests.services.fakes.fake_tensors import (
     LATENT_CHANNELS,
     TEXT_CHANNELS,
@@ -31,7 +31,7 @@ MODEL = "fake"
 
 
 @dataclass
-class FakeStage(Application, StageServiceServicer):
+class FakeStage(Service, StageServiceServicer):
     """What all three have in common. Tests set the fields at any time."""
 
     stage: str = ""

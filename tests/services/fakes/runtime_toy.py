@@ -7,7 +7,7 @@ import asyncio
 import grpc
 
 from klein_api.v1 import stage_service_pb2, text_encoder_service_pb2, text_encoder_service_pb2_grpc
-from klein_services.runtime.stage import SERVICE_NAME, Application, DescribeStageServicer, worker_load
+from klein_services.runtime.stage import STAGE_SERVICE, DescribeStageServicer, Service, worker_load
 from klein_services.runtime.worker import Worker
 
 TEXT_ENCODER = "klein_api.v1.TextEncoderService"
@@ -15,12 +15,12 @@ ENCODE_PROMPT = f"/{TEXT_ENCODER}/EncodePrompt"
 SHAPES = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 
 
-class Toy(Application, text_encoder_service_pb2_grpc.TextEncoderServiceServicer):
+class Toy(Service, text_encoder_service_pb2_grpc.TextEncoderServiceServicer):
     """Serves EncodePrompt and, as `/toy.Toy/<shape>`, a bytes method of each shape."""
 
     name = "text-encoder"
     service_names = (TEXT_ENCODER,)
-    open_service_names = (SERVICE_NAME,)
+    open_service_names = (STAGE_SERVICE,)
     operations = ("toy",)
 
     def __init__(self) -> None:

@@ -9,7 +9,7 @@ from klein_api.v1 import vae_decoder_service_pb2 as pb
 from klein_services.runtime.frames import MAX_FRAME_BYTES, FrameReader
 from klein_services.runtime.status import explain
 from klein_services.runtime.tensors import frames_tensor, tensor_frames
-from klein_services.vae_decoder.servicer import VaeDecoderApplication
+from klein_services.vae_decoder.servicer import VaeDecoderStage
 from klein_services.vae_decoder.settings import VaeDecoderSettings
 from tests.services.fakes.runtime_toy import failure
 
@@ -26,7 +26,7 @@ def tiny_application(checkpoint, **settings):
         "receive_timeout_seconds": RECEIVE_TIMEOUT_SECONDS,
         "maximum_pixel_count": 512 * 512,
     }
-    return VaeDecoderApplication(
+    return VaeDecoderStage(
         VaeDecoderSettings(
             model_path=str(checkpoint), model_name="tiny", device="cpu", **(defaults | settings)
         )

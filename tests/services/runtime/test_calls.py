@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import re
 import struct
 
 import grpc
@@ -168,7 +169,13 @@ def test_json_lines_hold_the_message_the_request_and_the_extra_fields():
     assert "\n" not in line
     expected = {"level": "info", "logger": "klein.x", "message": "said é", "request_id": "r1", "port": 5}
     assert expected.items() <= parsed.items()
-    assert "said é port=5" in readable
+    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} INFO ", readable)
+    assert readable.endswith("said é request_id=r1 port=5")
+
+
+def test_a_console_line_outside_of_requests_has_no_request_id():
+    record = logging.LogRecord("klein.x", logging.INFO, "", 1, "said", (), None)
+    assert ConsoleFormatter().format(record).endswith("said")
 
 
 def test_a_load_report_is_the_orca_message():

@@ -27,17 +27,17 @@ from klein_services.denoiser.application import DenoiserApplication
 from klein_services.denoiser.settings import DenoiserSettings
 from klein_services.runtime.channels import open_channel
 from klein_services.runtime.server import Server
-from klein_services.text_encoder.servicer import TextEncoderApplication
+from klein_services.text_encoder.servicer import TextEncoderStage
 from klein_services.text_encoder.settings import TextEncoderSettings
-from klein_services.vae_decoder.servicer import VaeDecoderApplication
+from klein_services.vae_decoder.servicer import VaeDecoderStage
 from klein_services.vae_decoder.settings import VaeDecoderSettings
 from tests.core.hollow import hollow_file
 from tests.tiny.checkpoint import save_tiny_checkpoint
 
 STAGES = {
-    "vae": (VaeDecoderApplication, VaeDecoderSettings),
+    "vae": (VaeDecoderStage, VaeDecoderSettings),
     "transformer": (DenoiserApplication, DenoiserSettings),
-    "text_encoder": (TextEncoderApplication, TextEncoderSettings),
+    "text_encoder": (TextEncoderStage, TextEncoderSettings),
 }
 WEIGHTS = {
     "vae": "diffusion_pytorch_model.safetensors",

@@ -45,6 +45,30 @@ def test_check_config_refuses_what_klein_serve_refuses() -> None:
     assert refused.stderr == "KLEIN_MODEL_PATH is 'nowhere'; there is no such folder or file\n"
 
 
+def test_check_config_reports_all_bad_values_at_once() -> None:
+    bad = {
+        "KLEIN_QUEUE_LIMIT": "0",
+        "KLEIN_DTYPE": "int8",
+        "KLEIN_MODEL_PATH": "nowhere",
+        "KLEIN_DEVICE": "gpu",
+        "KLEIN_WARMUP_SIZES": "65x65",
+        "KLEIN_ADAPTERS_FOLDER": "nowhere",
+    }
+    refused = run("klein_services.denoiser", "--check-config", **bad)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert {line.split()[0] for line in refused.stderr.splitlines()} == set(bad)
+
+
+def test_all_processes_can_run_side_by_side_with_their_defaults() -> None:
+    ports: list[str] = []
+    for module in MODULES:
+        lines = run(module, "--check-config").stdout.splitlines()
+        values = {words[0]: words[1] for words in map(str.split, lines)}
+        ports += [values["KLEIN_PORT"], values["KLEIN_METRICS_PORT"]]
+    assert len(set(ports)) == len(ports) == 8
+    assert set(ports) >= {"9464", "9465", "9466", "9467"}
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_other_arguments_are_refused(module: str) -> None:
     refused = run(module, "--port", "5")

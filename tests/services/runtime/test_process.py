@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = """
 import asyncio, sys, time
 from klein_core.errors import DeviceFault
-from klein_services.runtime.server import start
+from klein_services.runtime.entry import EntryPoint
 from klein_services.runtime.settings import ServerSettings
 from tests.services.fakes.runtime_toy import Toy
 
@@ -39,7 +40,7 @@ def make(settings):
     return toy
 
 import os
-sys.exit(start(ServerSettings, make, os.environ, {}))
+sys.exit(EntryPoint(ServerSettings, make).main(os.environ, {}))
 """
 
 
@@ -162,11 +163,48 @@ def test_a_taken_metrics_port_is_told_too(free_port):
     assert "KLEIN_METRICS_PORT" in log
 
 
+def fetched(port, path):
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=20) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+def test_healthz_is_200_only_while_the_server_serves(free_port):
+    with process(0, load_seconds=600, metrics_port=free_port) as loading:
+        loading.log_until("listening")
+        assert fetched(free_port, "/healthz")[0] == 503
+        assert fetched(free_port, "/metrics")[0] == 200
+    with process(0, metrics_port=free_port, drain_delay_seconds=600) as server:
+        server.log_until("serving")
+        assert fetched(free_port, "/healthz") == (200, "serving\n")
+        server.popen.send_signal(signal.SIGTERM)
+        server.log_until("draining")
+        assert fetched(free_port, "/healthz") == (503, "not serving\n")
+
+
+def test_other_paths_of_the_metrics_port_are_404(free_port):
+    with process(0, metrics_port=free_port) as server:
+        server.log_until("serving")
+        for path in ("/", "/favicon.ico", "/metrics/", "/healthz/live"):
+            status, text = fetched(free_port, path)
+            assert (status, text) == (404, "not found; there are /metrics and /healthz\n")
+
+
 def test_a_bad_setting_is_one_sentence_and_exit_code_2(free_port):
     with process(free_port, queue_limit="none") as server:
         code, log = server.end()
     assert code == 2
     assert log == "KLEIN_QUEUE_LIMIT is 'none'; it must be a whole number\n"
+
+
+def test_all_bad_settings_are_reported_at_once(free_port):
+    with process(free_port, queue_limit="none", log_level="loud") as server:
+        code, log = server.end()
+    assert code == 2
+    assert [line.split()[0] for line in log.splitlines()] == ["KLEIN_LOG_LEVEL", "KLEIN_QUEUE_LIMIT"]
 
 
 def test_a_lost_device_drains_the_process_and_exits_1(free_port, channel):

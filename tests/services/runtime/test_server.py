@@ -6,6 +6,7 @@ import time
 
 import grpc
 import pytest
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -188,6 +189,16 @@ async def test_reflection_lists_every_service(toy_channel):
     started.cancel()
     names = {service.name for service in response.list_services_response.service}
     assert {TEXT_ENCODER, "klein_api.v1.StageService", "grpc.health.v1.Health"} <= names
+
+
+async def test_reflection_knows_the_types_of_status_details(toy_channel):
+    for name in ("BadRequest", "ErrorInfo", "RetryInfo"):
+        request = reflection_pb2.ServerReflectionRequest(file_containing_symbol=f"google.rpc.{name}")
+        started = reflection_pb2_grpc.ServerReflectionStub(toy_channel).ServerReflectionInfo(iter([request]))
+        response = await started.read()
+        started.cancel()
+        files = map(FileDescriptorProto.FromString, response.file_descriptor_response.file_descriptor_proto)
+        assert name in {message.name for file in files for message in file.message_type}
 
 
 async def test_channelz_answers(toy_channel):

@@ -16,7 +16,7 @@ from klein_services.runtime.frames import FrameReader
 from klein_services.runtime.server import running_server, serve
 from klein_services.runtime.status import explain
 from klein_services.runtime.tensors import frames_tensor
-from klein_services.text_encoder.servicer import TextEncoderApplication
+from klein_services.text_encoder.servicer import TextEncoderStage
 from klein_services.text_encoder.settings import TextEncoderSettings
 from tests.services.fakes.runtime_toy import failure, until
 
@@ -33,7 +33,7 @@ def application(tiny_checkpoint):
     settings = TextEncoderSettings(
         model_path=str(tiny_checkpoint), model_name="tiny", device="cpu", queue_limit=1
     )
-    return TextEncoderApplication(settings)
+    return TextEncoderStage(settings)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -69,7 +69,7 @@ async def test_prompts_become_klein_cores_embeddings_bit_for_bit(stub, oracle):
 
 async def test_many_clients_at_once_each_get_their_own(tiny_checkpoint, oracle):
     settings = TextEncoderSettings(model_path=str(tiny_checkpoint), device="cpu", queue_limit=16)
-    async with running_server(TextEncoderApplication(settings)) as address, open_channel(address) as channel:
+    async with running_server(TextEncoderStage(settings)) as address, open_channel(address) as channel:
         stub = text_encoder_service_pb2_grpc.TextEncoderServiceStub(channel)
         prompts = [f"number {index}" for index in range(12)]
         answers = await asyncio.gather(*(encode(stub, prompt) for prompt in prompts))
@@ -119,7 +119,7 @@ class Slow:
 @pytest.fixture
 def slow(application, stub, monkeypatch):
     made = Slow(application.encoder)
-    monkeypatch.setattr(application, "_encoder", made)
+    monkeypatch.setattr(application, "encoder", made)
     return made
 
 
@@ -153,7 +153,7 @@ async def test_a_deadline_that_passes_in_the_queue_costs_nothing(stub, slow):
 
 async def test_a_folder_that_is_no_checkpoint_is_told_and_ends_with_1(tmp_path, free_port, caplog):
     settings = TextEncoderSettings(model_path=str(tmp_path), host="127.0.0.1", port=free_port, metrics_port=0)
-    assert await serve(settings, TextEncoderApplication(settings)) == 1
+    assert await serve(settings, TextEncoderStage(settings)) == 1
     assert str(tmp_path) in caplog.text
     assert "Traceback" not in caplog.text
 
@@ -162,5 +162,5 @@ async def test_a_device_that_is_not_there_is_told_and_ends_with_1(tiny_checkpoin
     settings = TextEncoderSettings(
         model_path=str(tiny_checkpoint), host="127.0.0.1", port=free_port, metrics_port=0, device="cuda:99"
     )
-    assert await serve(settings, TextEncoderApplication(settings)) == 1
+    assert await serve(settings, TextEncoderStage(settings)) == 1
     assert "KLEIN_DEVICE is 'cuda:99'" in caplog.text
