@@ -24,8 +24,8 @@ from tests.services.fakes.denoiser_server import one_thread
 from tests.tiny.checkpoint import save_tiny_checkpoint
 from tests.tiny.layouts import bare_text_encoder, bfl_transformer, bfl_vae, prefixed
 
-READY_SECONDS = 90.0
-STOP_SECONDS = 15.0
+READY_SECONDS = 150.0
+STOP_SECONDS = 90.0
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ class Up:
 
     def wait_for_stages(self) -> dict[str, psutil.Process]:
         """Waits until all four were started; they may be far from ready."""
-        assert soon(lambda: set(self._children()) == set(PROCESSES), 20)
+        assert soon(lambda: set(self._children()) == set(PROCESSES), READY_SECONDS)
         return self._children()
 
     def _children(self) -> dict[str, psutil.Process]:
@@ -111,7 +111,7 @@ def klein(*arguments: str) -> subprocess.CompletedProcess[str]:
         env=inherited_environment(),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=READY_SECONDS,
         check=False,
     )
 
