@@ -1,4 +1,4 @@
-"""Which gRPC status each error becomes, and back.
+"""gRPC statuses of errors, and what clients read from them.
 
 | error | code | details |
 |---|---|---|
@@ -13,12 +13,12 @@
 | DeadlinePassed | DEADLINE_EXCEEDED | ErrorInfo DEADLINE_PASSED |
 | ReceiveTimeout | DEADLINE_EXCEEDED | ErrorInfo RECEIVE_TIMEOUT |
 | StageUnavailable | UNAVAILABLE | ErrorInfo STAGE_UNAVAILABLE |
-| StagesLost | UNAVAILABLE, and gRPC is told not to retry | ErrorInfo STAGE_UNAVAILABLE |
-| DeviceFault | UNAVAILABLE, and gRPC is told not to retry | ErrorInfo DEVICE_FAULT; the process ends and is replaced |
-| PeerFailure | as the other server said | as the other server said |
+| StagesLost | UNAVAILABLE, without retries by gRPC | ErrorInfo STAGE_UNAVAILABLE |
+| DeviceFault | UNAVAILABLE, without retries by gRPC | ErrorInfo DEVICE_FAULT; the process ends and is replaced |
+| PeerFailure | the other server's | the other server's |
 | anything else | INTERNAL | ErrorInfo INTERNAL_ERROR with an id that the log has too |
 
-Whatever the error says, its status fits the headers that it travels in: see `status_limits`.
+Messages, violations and metadata are cut off so that every status fits into HTTP/2 headers (8 KiB by default).
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import grpc
-from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+from grpc_status import rpc_status
 
 from klein_core.errors import DeviceFault, InvalidInput, Violation
 from klein_services.runtime.errors import (
@@ -53,14 +53,23 @@ from klein_services.runtime.errors import (
 
 DOMAIN = "klein-suite"
 """`ErrorInfo.domain` of every status made here."""
-DETAILS_KEY = "grpc-status-details-bin"
 DEVICE_FAULT = "DEVICE_FAULT"
 """`ErrorInfo.reason` of an UNAVAILABLE whose server has lost its device."""
 UNKNOWN_ADAPTER = "UNKNOWN_ADAPTER"
 """`ErrorInfo.reason` of a NOT_FOUND that is about an adapter."""
 _NO_RETRY = ("grpc-retry-pushback-ms", "-1")
-"""Trailer by which a server keeps a caller's gRPC from retrying (gRFC A6, pushback)."""
+"""Trailer by which a server keeps a client's gRPC from retrying (gRFC A6, pushback)."""
+MESSAGE_BYTES = 1024
+"""Most bytes of a status' message, percent-encoded."""
+VIOLATIONS_BYTES = 2560
+"""Most bytes of all violations together."""
+INFO_VALUE_BYTES = 512
+"""Most bytes of a value in an ErrorInfo, percent-encoded."""
+_FIELD_BYTES = 192
+_DESCRIPTION_BYTES = 512
+_CUT = "…"
 _OUT_OF_MEMORY_RETRY_SECONDS = 1.0
+_DETAIL_TYPES = (error_details_pb2.BadRequest, error_details_pb2.ErrorInfo, error_details_pb2.RetryInfo)
 _log = logging.getLogger("klein.errors")
 
 
@@ -72,7 +81,7 @@ class RichStatus:
     message: str
     details: tuple[Message, ...] = ()
     is_final: bool = False
-    """Whether a retry would meet the same, so that gRPC is to make none."""
+    """Whether a retry would fail in the same way, so that gRPC is to make none."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "message", shortened(self.message, MESSAGE_BYTES))
@@ -90,15 +99,13 @@ class RichStatus:
             return pushback
         status = status_pb2.Status(code=self.code.value[0], message=self.message)
         for detail in self.details:
-            packed = AnyMessage()
-            packed.Pack(detail)
-            status.details.append(packed)
-        return (*pushback, (DETAILS_KEY, status.SerializeToString()))
+            status.details.add().Pack(detail)
+        return (*pushback, *rpc_status.to_status(status).trailing_metadata)
 
 
 @dataclass(frozen=True)
 class StatusDetails:
-    """What a caller can know of a failed call."""
+    """A failed call's status, as a client reads it with `explain`."""
 
     code: grpc.StatusCode
     message: str
@@ -112,11 +119,11 @@ class StatusDetails:
 
 
 class PeerFailure(ServiceError):
-    """Another server's failure, whose code and details the caller gets as they stand.
+    """Failure of a call to another server, whose code and details are passed on to the client.
 
     Args:
         error: how the call to the other server ended.
-        name: which server that was.
+        name: the other server.
     """
 
     def __init__(self, error: grpc.aio.AioRpcError, name: str) -> None:
@@ -125,18 +132,21 @@ class PeerFailure(ServiceError):
 
 
 def status_of(error: BaseException) -> RichStatus:
-    """Returns an error's status; one that is not ours is logged under a fresh id and told as that id only."""
+    """Returns an error's status. Unexpected errors are logged under a new id, and the client gets only the id."""
     code = grpc.StatusCode
     text = str(error)
     match error:
         case InvalidInput():
             return RichStatus(code.INVALID_ARGUMENT, text, (_bad_request(error.violations),))
         case UnknownModel():
-            violation = Violation(error.field, text.removeprefix(f"{error.field}: "))
             info = _info("UNKNOWN_MODEL", model=error.name, known=", ".join(error.known))
-            return RichStatus(code.NOT_FOUND, text, (_bad_request([violation]), info))
-        case UnknownAdapter() | UnusableAdapter():
-            return _adapter_status(error)
+            return RichStatus(code.NOT_FOUND, text, (_bad_field(error.field, text), info))
+        case UnknownAdapter():
+            info = _info(UNKNOWN_ADAPTER, adapter=error.name)
+            return RichStatus(code.NOT_FOUND, text, (_bad_field(error.field, text), info))
+        case UnusableAdapter():
+            info = _info("UNUSABLE_ADAPTER", adapter=error.name)
+            return RichStatus(code.FAILED_PRECONDITION, text, (_bad_field(error.field, text), info))
         case AdapterMemoryFull():
             details = (_info("ADAPTER_MEMORY_FULL", adapter=error.name), _retry(_OUT_OF_MEMORY_RETRY_SECONDS))
             return RichStatus(code.RESOURCE_EXHAUSTED, text, details)
@@ -170,32 +180,21 @@ def status_of(error: BaseException) -> RichStatus:
                 error, RichStatus(code.UNAVAILABLE, message, (_info(DEVICE_FAULT),), is_final=True)
             )
         case _:
-            return _internal(error)
-
-
-def _adapter_status(error: UnknownAdapter | UnusableAdapter) -> RichStatus:
-    text = str(error)
-    request = _bad_request([Violation(error.field, text.removeprefix(f"{error.field}: "))])
-    if isinstance(error, UnusableAdapter):
-        info = _info("UNUSABLE_ADAPTER", adapter=error.name)
-        return RichStatus(grpc.StatusCode.FAILED_PRECONDITION, text, (request, info))
-    return RichStatus(grpc.StatusCode.NOT_FOUND, text, (request, _info(UNKNOWN_ADAPTER, adapter=error.name)))
-
-
-async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseException) -> NoReturn:
-    """Ends a call with an error's status, keeping the trailing metadata that was set before."""
-    await abort_with(context, status_of(error))
+            error_id = secrets.token_hex(8)
+            _log.error("internal error %s", error_id, exc_info=error, extra={"error_id": error_id})
+            message = f"internal error {error_id}; the server's log has the details under this id"
+            return RichStatus(code.INTERNAL, message, (_info("INTERNAL_ERROR", error_id=error_id),))
 
 
 async def abort_with(context: grpc.aio.ServicerContext[Any, Any], status: RichStatus) -> NoReturn:
     """Ends a call with a status, keeping the trailing metadata that was set before."""
     trailing = (*(context.trailing_metadata() or ()), *status.trailing_metadata())
     await context.abort(status.code, status.message, trailing)
-    raise AssertionError("abort returned")  # unreachable; tells type checkers so
+    raise AssertionError("abort returned")  # unreachable; type checkers need it
 
 
 def explain(error: grpc.aio.AioRpcError) -> StatusDetails:
-    """Returns what a failed call's status and details say."""
+    """Returns a failed call's status with its details."""
     violations: list[Violation] = []
     reason, metadata, retry_after = "", (), None
     for detail in _details_of(error):
@@ -211,28 +210,18 @@ def explain(error: grpc.aio.AioRpcError) -> StatusDetails:
 
 
 def _details_of(error: grpc.aio.AioRpcError) -> list[Message]:
-    known = (error_details_pb2.BadRequest, error_details_pb2.ErrorInfo, error_details_pb2.RetryInfo)
-    values = [value for key, value in error.trailing_metadata() or () if key == DETAILS_KEY]
-    status = status_pb2.Status()
     try:
-        status.ParseFromString(b"".join(value for value in values if isinstance(value, bytes)))
-    except DecodeError:
-        _log.warning("a peer sent status details that cannot be read", exc_info=True)
+        status = rpc_status.from_call(error)
+    except (DecodeError, ValueError):
+        _log.warning("a server sent status details that cannot be read", exc_info=True)
         return []
     messages: list[Message] = []
-    for packed in status.details:
-        for kind in known:
+    for packed in status.details if status else ():
+        for kind in _DETAIL_TYPES:
             message = kind()
             if packed.Unpack(message):
                 messages.append(message)
     return messages
-
-
-def _internal(error: BaseException) -> RichStatus:
-    error_id = secrets.token_hex(8)
-    _log.error("internal error %s", error_id, exc_info=error, extra={"error_id": error_id})
-    message = f"internal error {error_id}; the server's log says more under this id"
-    return RichStatus(grpc.StatusCode.INTERNAL, message, (_info("INTERNAL_ERROR", error_id=error_id),))
 
 
 def _logged(error: BaseException, status: RichStatus) -> RichStatus:
@@ -240,11 +229,16 @@ def _logged(error: BaseException, status: RichStatus) -> RichStatus:
     return status
 
 
+def _bad_field(field: str, text: str) -> error_details_pb2.BadRequest:
+    """Returns the violation of one field; the text of its error begins with the field's name."""
+    return _bad_request([Violation(field, text.removeprefix(f"{field}: "))])
+
+
 def _bad_request(violations: Sequence[Violation]) -> error_details_pb2.BadRequest:
     return error_details_pb2.BadRequest(
         field_violations=[
             error_details_pb2.BadRequest.FieldViolation(field=item.field, description=item.description)
-            for item in told(violations)
+            for item in within_size_limit(violations)
         ]
     )
 
@@ -260,17 +254,6 @@ def _retry(seconds: float) -> error_details_pb2.RetryInfo:
     )
 
 
-MESSAGE_BYTES = 1024
-"""Most bytes of a status' message, percent-encoded."""
-VIOLATIONS_BYTES = 2560
-"""Most bytes of all violations together."""
-INFO_VALUE_BYTES = 512
-"""Most bytes of a value in an ErrorInfo, percent-encoded."""
-_FIELD_BYTES = 192
-_DESCRIPTION_BYTES = 512
-_CUT = "…"
-
-
 def shortened(text: str, limit_bytes: int) -> str:
     """Returns a text, cut off with an ellipsis where it would take more than `limit_bytes` percent-encoded."""
     if _encoded_bytes(text[: limit_bytes + 1]) <= limit_bytes:
@@ -283,8 +266,8 @@ def shortened(text: str, limit_bytes: int) -> str:
     return text[:end] + _CUT
 
 
-def told(violations: Sequence[Violation]) -> Iterator[Violation]:
-    """Yields as many violations as fit; where some do not, one more says how many."""
+def within_size_limit(violations: Sequence[Violation]) -> Iterator[Violation]:
+    """Yields as many violations as fit into a status; the last one counts those that do not fit."""
     room = VIOLATIONS_BYTES
     for index, violation in enumerate(violations):
         shown = Violation(
@@ -299,5 +282,5 @@ def told(violations: Sequence[Violation]) -> Iterator[Violation]:
 
 
 def _encoded_bytes(text: str) -> int:
-    """Returns how many bytes a text takes percent-encoded, as gRPC sends it: printable ASCII but `%` takes one each."""
+    """Returns the size of a text percent-encoded, as gRPC sends it: all but printable ASCII takes 3 bytes each."""
     return sum(1 if 0x20 <= byte <= 0x7E and byte != ord("%") else 3 for byte in text.encode())

@@ -4,6 +4,8 @@ import logging
 
 import grpc
 import pytest
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
 from prometheus_client import REGISTRY
 
 from klein_core.errors import CheckpointError, DeviceFault, InvalidInput, Violation
@@ -106,6 +108,26 @@ async def test_details_that_cannot_be_read_are_no_details():
     error = grpc.aio.AioRpcError(Code.ABORTED, grpc.aio.Metadata(), trailing, "odd", None)
     details = explain(error)
     assert (details.code, details.message, details.reason) == (Code.ABORTED, "odd", "")
+
+
+async def test_details_of_another_code_are_no_details():
+    status = status_pb2.Status(code=Code.INTERNAL.value[0], message="odd")
+    status.details.add().Pack(error_details_pb2.ErrorInfo(reason="ODD"))
+    trailing = grpc.aio.Metadata(("grpc-status-details-bin", status.SerializeToString()))
+    error = grpc.aio.AioRpcError(Code.ABORTED, grpc.aio.Metadata(), trailing, "odd", None)
+    details = explain(error)
+    assert (details.code, details.reason) == (Code.ABORTED, "")
+
+
+async def test_grpcio_status_reads_the_details(toy, toy_channel):
+    toy.behavior = raising(QueueFull(4, 2.5))
+    error = await failure(call(toy_channel, "unary_unary"))
+    status = rpc_status.from_call(error)
+    assert (status.code, status.message) == (Code.RESOURCE_EXHAUSTED.value[0], error.details())
+    assert [detail.TypeName() for detail in status.details] == [
+        "google.rpc.ErrorInfo",
+        "google.rpc.RetryInfo",
+    ]
 
 
 async def test_a_lost_device_ends_the_server(toy, toy_channel):

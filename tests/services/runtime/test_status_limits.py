@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from klein_api.v1.image_pb2 import Adapter
 from klein_core.errors import InvalidInput, Violation
 from klein_services.runtime.errors import UnknownModel
-from klein_services.runtime.status import VIOLATIONS_BYTES, explain, shortened, status_of, told
+from klein_services.runtime.status import VIOLATIONS_BYTES, explain, shortened, status_of, within_size_limit
 from tests.services.fakes.orchestrator_suite import FakeSuite, refusal
 from tests.services.fakes.runtime_toy import call, failure
 
@@ -45,7 +45,7 @@ def test_a_text_is_cut_only_when_it_must_be(text, limit):
 
 def test_violations_that_do_not_fit_are_counted():
     violations = [Violation(f"seeds[{index}]", "is -1; " + "x" * 100) for index in range(500)]
-    shown = list(told(violations))
+    shown = list(within_size_limit(violations))
     assert shown[:-1] == violations[: len(shown) - 1]
     assert shown[-1].description == f"is wrong, too: {500 - len(shown) + 1} more violations are not listed"
     assert sum(len(each.field) + len(each.description) for each in shown) < VIOLATIONS_BYTES + 300
