@@ -24,8 +24,6 @@ from tests.tiny.adapters import FORMATS
 from tests.tiny.checkpoint import save_tiny_checkpoint
 
 READY_SECONDS = 120.0
-PLAIN_SIZES = {"KLEIN_DEFAULT_SIZE_PX": "1024", "KLEIN_MAXIMUM_PIXEL_COUNT": str(2048 * 2048)}
-"""The defaults of a plain `klein serve orchestrator`."""
 UNSEEN = itertools.count(1)
 
 
@@ -122,7 +120,6 @@ def running_suite(folder: Path, model: Path | str, adapters: Path | None = None)
         threads=1,
         log_folder=folder / "logs",
         adapters=adapters,
-        settings=PLAIN_SIZES,
     )
     # A matrix product may differ in its last bit with the number of threads, so both sides use one.
     with one_thread(), Suite(options) as suite:

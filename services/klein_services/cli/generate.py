@@ -20,7 +20,7 @@ from klein_services.cli.errors import CliError, call_error
 from klein_services.cli.exit_codes import MISUSED
 from klein_services.cli.image_files import STANDARD_STREAM, ImageFiles
 from klein_services.cli.output import GenerationProgress
-from klein_services.cli.status import list_models
+from klein_services.cli.status import described, list_models
 
 _FORMATS = {
     "png": image_pb2.IMAGE_FORMAT_PNG,
@@ -116,9 +116,7 @@ def run_generate(options: GenerateOptions, target: str, timeout_seconds: float, 
     for warning in warnings_of(generation.summary):
         console.print(Text(f"Warning: {warning}", "yellow"), soft_wrap=True)
     if generation.summary.warnings:
-        description = _description(target, generation.summary.model)
-        if description:
-            console.print(Text(f"About {generation.summary.model}: {description}"), soft_wrap=True)
+        console.print(Text(_about_model(target, generation.summary.model)), soft_wrap=True)
     if failures:
         raise failures[0]
 
@@ -151,14 +149,14 @@ def _write_all(files: ImageFiles, generation: Generation) -> tuple[list[str | No
     return names, failures
 
 
-def _description(target: str, model: str) -> str:
-    """Returns what a model knows, to help with a prompt that it did not understand; empty when unknown."""
+def _about_model(target: str, name: str) -> str:
+    """Returns what a model can do, to help with a prompt that it did not understand."""
     try:
-        answer = asyncio.run(list_models(target, _DESCRIPTION_SECONDS))
+        models = asyncio.run(list_models(target, _DESCRIPTION_SECONDS)).models
     except CliError:
-        # The images are made and written; a missing explanation is no failure.
-        return ""
-    return next((each.description for each in answer.models if each.name == model), "")
+        # The images are made and written; a missing description is no failure.
+        return f"`klein status --target {target}` describes the model."
+    return next((described(model) for model in models if model.name == name), name)
 
 
 def warnings_of(summary: api.GenerationSummary) -> list[str]:

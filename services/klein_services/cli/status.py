@@ -27,7 +27,7 @@ def run_status(target: str, timeout_seconds: float, console: Console) -> int:
     console.print(status_table(answer))
     for model in answer.models:
         if model.description:
-            console.print(Text(f"{model.name}: {model.description}"), soft_wrap=True)
+            console.print(Text(described(model)), soft_wrap=True)
     for line in problems(answer):
         console.print(Text(line, "red"), soft_wrap=True)
     all_serve = bool(answer.models) and all(model.serving for model in answer.models)
@@ -43,6 +43,13 @@ async def list_models(target: str, timeout_seconds: float) -> api.ListModelsResp
             return await stub.ListModels(api.ListModelsRequest(), timeout=timeout_seconds)
     except grpc.aio.AioRpcError as error:
         raise call_error(error, target) from error
+
+
+def described(model: api.RoutedModel) -> str:
+    """Returns a model's name with its description, if there is one, as a paragraph that begins with the name."""
+    if model.description.startswith(model.name):
+        return model.description
+    return f"{model.name}: {model.description}".removesuffix(": ")
 
 
 def status_table(answer: api.ListModelsResponse) -> Table:

@@ -43,8 +43,6 @@ from klein_services.runtime.settings import SettingsError, load_settings
 METRICS_PORTS = range(9464, 9464 + len(PROCESSES))
 GRACE_SECONDS = 5.0
 POLL_SECONDS = 0.05
-PICO_LIMITS = {"KLEIN_DEFAULT_SIZE_PX": "128", "KLEIN_MAXIMUM_PIXEL_COUNT": str(256 * 256)}
-"""Sizes that pico was trained on; larger images are meaningless."""
 _EVERY_ADDRESS = ("", "0.0.0.0", "[::]", "::")
 _COMMON_FLAGS = {
     "KLEIN_HOST": "--host",
@@ -246,17 +244,13 @@ class Suite:
             "KLEIN_DRAIN_DELAY_SECONDS": "0",
             "KLEIN_GRACE_SECONDS": f"{GRACE_SECONDS:g}",
         }
-        specific = self._orchestrator_settings() if is_public else self._stage_settings(process)
-        return common | specific | dict(self.options.settings)
-
-    def _orchestrator_settings(self) -> dict[str, str]:
-        targets = {
+        # Exactly these stages, whatever routing table the user's shell names.
+        targets = {"KLEIN_ROUTING_TABLE": ""} | {
             f"KLEIN_{stage.replace('-', '_').upper()}_TARGET": f"{LOOPBACK}:{self.ports[stage]}"
             for stage in STAGES
         }
-        # Exactly this suite, whatever routing table the user's shell names.
-        targets["KLEIN_ROUTING_TABLE"] = ""
-        return targets | (PICO_LIMITS if self.files.model == WEIGHTS else {})
+        specific = targets if is_public else self._stage_settings(process)
+        return common | specific | dict(self.options.settings)
 
     def _stage_settings(self, stage: str) -> dict[str, str]:
         parts, model = self.options.parts, self.files.model

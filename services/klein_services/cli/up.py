@@ -14,7 +14,7 @@ from klein_services.cli.ports import DEFAULT_PORT, LOOPBACK
 from klein_services.cli.process import PROCESSES
 from klein_services.cli.restarts import Restarts
 from klein_services.cli.startup import FollowedLogs, StopSignals, wait_with_progress
-from klein_services.cli.status import list_models
+from klein_services.cli.status import described, list_models
 from klein_services.cli.suite import Suite, SuiteOptions
 
 WATCH_SECONDS = 0.1
@@ -76,8 +76,7 @@ def about_model(suite: Suite) -> str:
     except CliError:
         # The suite serves; a description that comes too late is no reason to stop it.
         return suite.model_name
-    description = next((each.description for each in models if each.name == suite.model_name), "")
-    return f"{suite.model_name}: {description}" if description else suite.model_name
+    return next((described(model) for model in models if model.name == suite.model_name), suite.model_name)
 
 
 def how_to_call(suite: Suite) -> str:
