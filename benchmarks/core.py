@@ -1,7 +1,7 @@
-"""One denoising step, one prompt's encoding and one image's decoding against diffusers, in turns in one run.
+"""Core benchmark: one denoising step, one prompt and one image's decoding against diffusers, alternating in one run.
 
-Both sides get the same random weights, and their results are compared before anything is timed. On a CPU the
-shape is a quarter-size klein; `--device cuda --variant klein-4b` takes the real one.
+Both contenders have the same random weights, and their results are compared before timing. On a CPU the shape is a
+quarter-size klein; `--device cuda --variant klein-4b` selects the real one.
 """
 
 from __future__ import annotations
@@ -14,10 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.floor import products_alone
-from benchmarks.measure import Bar, alternate, command, describe_machine, finish, paired_ratio
-from benchmarks.shapes import SHAPES, Shape
-from benchmarks.sides import (
+from benchmarks.contenders import (
     Place,
     Run,
     StepInputs,
@@ -33,13 +30,16 @@ from benchmarks.sides import (
     share_transformer,
     step_run,
 )
+from benchmarks.floor import products_alone
+from benchmarks.measure import Bar, alternate, command, describe_machine, finish, paired_ratio
+from benchmarks.shapes import SHAPES, Shape
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STEP_BAR, COMPILED_STEP_BAR, ENCODE_BAR, DECODE_BAR = 1.1, 1.25, 1.3, 0.95
 
 
 def main() -> int:
-    """Runs what the command line asks for."""
+    """Runs the selected measurements; returns the exit code."""
     options = _options()
     torch.manual_seed(0)
     if options.only_peak:
@@ -75,7 +75,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--no-memory", action="store_true", help="leave out the peak memory of fresh processes"
     )
-    parser.add_argument("--check", action="store_true", help="exit 1 when a bar is missed")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a limit is missed")
     parser.add_argument("--only-peak", choices=["ours", "diffusers"], help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -99,10 +99,10 @@ def _step(options: argparse.Namespace, dtype: str) -> list[Bar]:
 
 
 def _print_floor(run: Run, options: argparse.Namespace) -> None:
-    """Prints how much faster than `run` anything can be that computes the same products with the same libraries."""
+    """Prints the upper bound of a speed-up: the time of `run` over that of its products and attention alone."""
     with torch.no_grad():
-        sides = {"whole": run, "floor": products_alone(run)}
-        timed = {side: _synchronized(each, options.device) for side, each in sides.items()}
+        runs = {"whole": run, "floor": products_alone(run)}
+        timed = {name: _synchronized(each, options.device) for name, each in runs.items()}
         seconds = alternate(timed, options.repeats)
     ratio = paired_ratio(seconds["whole"], seconds["floor"])
     print(f"  products and attention alone {min(seconds['floor']):.4f} s: at most {ratio:.2f}×", flush=True)
@@ -140,7 +140,7 @@ def _speed_up_bar(name: str, runs: dict[str, Run], bar: float, options: argparse
 
 
 def _require_equal(name: str, runs: dict[str, Run]) -> None:
-    """Refuses to time two sides that compute different things."""
+    """Raises SystemExit if the contenders' results differ."""
     ours, oracle = runs["ours"]().float(), runs["diffusers"]().float()
     error = float((ours - oracle).norm() / oracle.norm())
     if not error < 0.05:
@@ -160,7 +160,7 @@ def _synchronized(run: Run, device: str) -> Run:
 
 
 def _memory_bar(options: argparse.Namespace, part: str) -> Bar:
-    """Compares the peak resident memory of fresh processes that hold one side and run it once."""
+    """Compares the peak resident memory of fresh processes with one contender each."""
     peaks = {side: _peak_of_fresh_process(options, part, side) for side in ("ours", "diffusers")}
     print(
         f"{part}, peak memory: ours {peaks['ours']:.0f} MB, diffusers {peaks['diffusers']:.0f} MB", flush=True
@@ -184,7 +184,7 @@ def _peak_of_fresh_process(options: argparse.Namespace, part: str, side: str) ->
 
 
 def _peak_alone(options: argparse.Namespace, shape: Shape) -> float:
-    """Builds one side alone, runs it once and returns this process's peak resident memory in MB."""
+    """Builds one contender, runs it once and returns this process's peak resident memory in MB."""
     place = Place("cpu", torch.float32)
     run: Run
     if options.parts == ["encode"]:

@@ -1,4 +1,4 @@
-"""How fast a piece of work can be at all: its matrix products and attention alone, with everything else left out."""
+"""Lower bound of a computation's time: its matrix products and attention alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PRODUCTS = ("mm", "addmm", "bmm")
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Keeps the products and attentions that run, with arguments of the same shapes and strides."""
+    """Records products and attentions, with arguments of the same shapes and strides."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -32,7 +32,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return function(*arguments, **named)
 
     def _stand_in(self, value: Any) -> Any:
-        """Returns a tensor like `value`; equal ones are shared, so that the replay needs little memory."""
+        """Returns a tensor like `value`; equal ones are shared, so the replay needs little memory."""
         if not isinstance(value, Tensor):
             return value
         key = (value.shape, value.stride(), value.dtype)
@@ -43,7 +43,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def products_alone(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Records one run and returns what repeats only its products and attentions, on random numbers."""
+    """Records one run; returns a function that repeats only its products and attentions, on random numbers."""
     with torch.no_grad(), _Recorder() as recorder:
         result = run()
 

@@ -1,10 +1,10 @@
-"""klein-4B in full size on a processor: four services, two pictures, time and memory, beside diffusers.
+"""klein-4B in full size on a CPU: time and memory of four services for two images, next to diffusers.
 
     python -m benchmarks.full_size_cpu [--steps 4] [--size 256] [--skip-diffusers] [--folder FOLDER] [--check]
 
 Weights are random (16 GB in bf16, written once to a folder that is removed at the end unless `--folder` names one), so
-the pictures are noise; what they take is what real weights take. The suite and diffusers run one after the other, each
-with the machine to itself, on the same weights and the same requests: a text-to-image and an edit of one reference.
+the images are noise; time and memory are those of real weights. The suite and diffusers run one after the other, each
+alone on the machine, on the same weights and the same requests: a text-to-image and an edit of one reference.
 `--shape quarter` is a small rehearsal.
 """
 
@@ -43,7 +43,7 @@ FLOWS = ("text-to-image", "edit")
 
 
 def main() -> int:
-    """Runs what the command line asks for."""
+    """Runs the selected measurements; returns the exit code."""
     options = _options()
     if options.diffusers:
         print(json.dumps(diffusers_side(options)))
@@ -63,9 +63,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="klein-4b")
     parser.add_argument("--size", type=int, default=256, help="width and height in pixels")
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--folder", type=Path, help="where the checkpoint is, or is written and kept")
+    parser.add_argument(
+        "--folder", type=Path, help="folder of the checkpoint; written there and kept if missing"
+    )
     parser.add_argument("--skip-diffusers", action="store_true")
-    parser.add_argument("--check", action="store_true", help="exit 1 when the bar of memory is missed")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if the memory limit is missed")
     parser.add_argument("--diffusers", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -103,7 +105,7 @@ def _write(folder: Path, shape: str) -> None:
 
 
 def suite_side(options: argparse.Namespace, folder: Path) -> Bar:
-    """Starts the four services, makes both pictures, prints seconds; returns the peak memory of all four."""
+    """Starts the four services, makes both images, prints seconds; returns the peak memory of all four."""
     begin = time.perf_counter()
     settings = {"KLEIN_WARMUP_SIZES": "", "KLEIN_WARM_UP_SIZE_PX": "64"}
     with Suite(SuiteOptions(model=str(folder), device="cpu", threads=_threads(), settings=settings)) as suite:
@@ -117,7 +119,7 @@ def suite_side(options: argparse.Namespace, folder: Path) -> Bar:
 
 
 def _threads() -> int:
-    """All cores for each stage: they work one after the other here."""
+    """Settings that give all cores to each stage, because the stages work one after the other here."""
     return len(os.sched_getaffinity(0))
 
 
@@ -142,7 +144,7 @@ async def _make_both(target: str, options: argparse.Namespace) -> None:
 
 
 def reference(size: int) -> bytes:
-    """Returns a picture to edit."""
+    """Returns an image to edit."""
     file = io.BytesIO()
     gradient = Image.linear_gradient("L").resize((size, size))
     Image.merge("RGB", (gradient, gradient.rotate(90), gradient.rotate(180))).save(file, "PNG")
@@ -150,7 +152,7 @@ def reference(size: int) -> bytes:
 
 
 def _peak_bytes(process_id: int) -> int:
-    """Returns the most memory that a process had at once; where the system does not tell, what it has now."""
+    """Returns the peak memory of a process; its current memory on systems without a peak counter."""
     try:
         status = Path(f"/proc/{process_id}/status").read_text(encoding="ascii")
     except FileNotFoundError:
@@ -160,7 +162,7 @@ def _peak_bytes(process_id: int) -> int:
 
 
 def show_diffusers(options: argparse.Namespace, folder: Path) -> None:
-    """Runs diffusers in a fresh process and prints what it took."""
+    """Runs diffusers in a fresh process and prints its time and memory."""
     line = [sys.executable, "-m", "benchmarks.full_size_cpu", "--diffusers", str(folder)]
     line += [f"--size={options.size}", f"--steps={options.steps}"]
     answer = subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True)
@@ -172,7 +174,7 @@ def show_diffusers(options: argparse.Namespace, folder: Path) -> None:
 
 
 def diffusers_side(options: argparse.Namespace) -> dict[str, float]:
-    """Loads the checkpoint into diffusers and makes both pictures; returns seconds, and peak memory in bytes."""
+    """Loads the checkpoint into diffusers and makes both images; returns seconds, and peak memory in bytes."""
     import torch
     from diffusers import Flux2KleinPipeline
 

@@ -15,13 +15,13 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Bar:
-    """A number that a benchmark promises."""
+    """A measured number and its limit."""
 
     name: str
     value: float
     limit: float
     at_most: bool = True
-    """Whether the value must not exceed the limit; otherwise it must reach it."""
+    """True: the value must not exceed the limit. False: it must reach the limit."""
 
     @property
     def holds(self) -> bool:
@@ -35,7 +35,7 @@ class Bar:
 def alternate(
     candidates: Mapping[str, Callable[[], object]], repeats: int, *, warmups: int = 1
 ) -> dict[str, list[float]]:
-    """Runs the candidates in turns, so that a noisy machine treats them alike; returns seconds a run."""
+    """Runs the candidates in turns, so that noise affects all alike; returns seconds a run."""
     for _ in range(warmups):
         for candidate in candidates.values():
             candidate()
@@ -60,7 +60,7 @@ def describe_machine(*packages: str) -> str:
 
 
 def finish(bars: Sequence[Bar], check: bool) -> int:
-    """Prints the bars; returns the exit status: 1 if `check` and one is missed."""
+    """Prints the bars; returns the exit status: 1 if `check` and a limit is missed."""
     for bar in bars:
         print(bar)
     return 1 if check and not all(bar.holds for bar in bars) else 0

@@ -1,12 +1,12 @@
-"""What the suite costs over the model in one process: the public API over loopback, one request at a time.
+"""Overhead of the suite over the model in one process: the public API over loopback, one request at a time.
 
     python -m benchmarks.overhead [--check] [--rounds 30] [--model FOLDER] [--only stub|model]
 
-Two measurements. `stub`: three stages that compute nothing but send, check and hash tensors of klein-4B's
-sizes at 1024 × 1024 (a prompt embedding of 512 × 7680 bf16, latents of 1 MiB, an image of 1.5 MiB), each a process
-of its own behind the real orchestrator; all of a request's time is overhead. `model`: pico (or the checkpoint
-in FOLDER) through four processes against `klein_core.pipeline` in this one, in turns; the overhead is the
-median of the differences. With `--check` the exit code is 1 unless both are within their bars.
+Two measurements. `stub`: three stages that only send, check and hash tensors of klein-4B's sizes at 1024 × 1024
+(a prompt embedding of 512 × 7680 bf16, latents of 1 MiB, an image of 1.5 MiB), each in a separate process behind
+the real orchestrator; all of a request's time is overhead. `model`: pico (or the checkpoint in FOLDER) through four
+processes against `klein_core.pipeline` in this one, in turns; the overhead is the median of the differences. With
+`--check` the exit code is 1 unless both are within their limits.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def public_api(target: str) -> Iterator[ImageServiceStub]:
 
 
 def asked(stub: ImageServiceStub, side_px: int, seed: int) -> api.GenerateImageResponse:
-    """Makes one image of a prompt that no cache has seen."""
+    """Makes one image of a prompt that is in no cache."""
     spec = api.ImageSpec(prompt=secrets.token_hex(8), seed=seed, width_px=side_px, height_px=side_px)
     return stub.GenerateImage(api.GenerateImageRequest(spec=spec), timeout=120)
 
@@ -108,7 +108,7 @@ def seconds_of(function: Callable[[], object]) -> float:
 
 
 def stub_overhead(rounds: int) -> Bar:
-    """Measures a request that nobody computes anything for."""
+    """Measures requests to stages that compute nothing."""
     with ExitStack() as stack:
         targets = [stack.enter_context(other_process("--stub", stage)) for stage in STAGES]
         target = stack.enter_context(other_process("--orchestrator", *targets))
@@ -183,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--check", action="store_true", help="exit with 1 when a bar is missed")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a limit is missed")
     parser.add_argument("--rounds", type=int, default=30, help="requests to time")
     parser.add_argument("--model", default="pico", help="pico, or a checkpoint's folder")
     parser.add_argument("--size", type=int, default=128, help="width and height of the model's images")

@@ -1,6 +1,6 @@
-"""`python -m benchmarks.pico`: the suite with pico on this machine: start-up, a picture's time, memory.
+"""Benchmark of the suite with pico on this machine: start-up, time of an image, memory. `python -m benchmarks.pico`.
 
-`--check` exits with 1 when a bar is missed: ready in 10 s, a 128 × 128 picture in 0.4 s, 700 MB a stage.
+`--check` exits with 1 if a limit is missed: ready in 10 s, a 128 × 128 image in 0.4 s, 700 MB a stage.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SIDE_PX = 128
 
 @dataclass(frozen=True)
 class Measurement:
-    """One number beside its bar; smaller is better."""
+    """A measured number and its upper limit."""
 
     name: str
     value: float
@@ -105,8 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--check", action="store_true", help="exit with 1 when a bar is missed")
-    parser.add_argument("--runs", type=int, default=20, help="pictures to time")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a limit is missed")
+    parser.add_argument("--runs", type=int, default=20, help="images to time")
     parser.add_argument(
         "--threads", type=int, default=0, help="CPU threads of each stage; 0 is the suite's choice"
     )

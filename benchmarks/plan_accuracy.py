@@ -18,10 +18,10 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
+from benchmarks.contenders import Place, cut_text_encoder, encode_run, flow_transformer, random_module
 from benchmarks.measure import Bar, command, describe_machine, finish
 from benchmarks.peak_memory import Peak, measured_peak
 from benchmarks.shapes import SHAPES, Shape
-from benchmarks.sides import Place, cut_text_encoder, encode_run, flow_transformer, random_module
 from klein_core.denoiser.packing import Span
 from klein_core.linear import Linear, needs_fp32_fallback
 from klein_core.memory import autoencoder, text_encoder, transformer

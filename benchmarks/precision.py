@@ -1,7 +1,7 @@
-"""What each precision of the weights costs and saves: bytes, pictures and a step's time against bfloat16 in one run.
+"""Precisions of the weights compared with bfloat16 in one run: bytes, images and the time of a step.
 
 Bytes and times are of a klein with random weights, quantized here as the published files are; `--device cuda
---variant klein-4b` takes the real shape. Pictures are the embedded model's, which is small but trained.
+--variant klein-4b` selects the real shape. Images are those of the embedded model, which is small but trained.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from benchmarks.contenders import Place, Run, StepInputs, flow_transformer, step_run
 from benchmarks.measure import Bar, alternate, command, describe_machine, finish, paired_ratio
 from benchmarks.shapes import SHAPES
-from benchmarks.sides import Place, Run, StepInputs, flow_transformer, step_run
 from klein_core.denoiser.transformer import FlowTransformer, is_block_product
 from klein_core.pico import WEIGHTS
 from klein_core.pipeline import Pipeline
@@ -43,7 +43,7 @@ PROMPTS = (
 
 
 def main() -> int:
-    """Runs what the command line asks for."""
+    """Runs the selected measurements; returns the exit code."""
     options = _options()
     torch.manual_seed(0)
     print(f"{command()}\n{describe_machine('torch')}")
@@ -61,19 +61,19 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--size", type=int, default=512, help="width and height of the image in pixels")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--no-pictures", action="store_true", help="leave out the embedded model's pictures")
-    parser.add_argument("--check", action="store_true", help="exit 1 when a bar is missed")
+    parser.add_argument("--no-pictures", action="store_true", help="leave out the embedded model's images")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a limit is missed")
     return parser.parse_args()
 
 
 def one_scale_float8(weight: Tensor) -> QuantizedWeight:
-    """As the authors' fp8 files, but for the static scale of the inputs."""
+    """Quantizes like the authors' fp8 files, without a static input scale."""
     scale = weight.float().abs().amax().view(1) / fp8.LARGEST
     return Float8Weight(fp8.float8(weight.float(), scale), scale, dtype=weight.dtype)
 
 
 def two_scale_nvfp4(weight: Tensor) -> QuantizedWeight:
-    """As the authors' NVFP4 files, but for the static scale of the inputs."""
+    """Quantizes like the authors' NVFP4 files, without a static input scale."""
     exact = weight.float()
     scale = exact.abs().amax().view(1, 1) / (fp8.LARGEST * nvfp4.LARGEST)
     packed, block_scales = quantized_inputs(exact, scale)
@@ -89,7 +89,7 @@ QUANTIZERS: Mapping[str, Callable[[Tensor], QuantizedWeight]] = {
 
 
 def quantized(plain: FlowTransformer, quantize: Callable[[Tensor], QuantizedWeight]) -> FlowTransformer:
-    """Returns a network that shares what stays as it is and has the blocks' matrices quantized."""
+    """Returns a network with quantized block matrices; it shares all other tensors."""
     with torch.device("meta"):
         made = FlowTransformer(plain.config)
     weights = plain.state_dict()

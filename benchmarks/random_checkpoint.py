@@ -1,4 +1,4 @@
-"""Writes a model of any size with random weights as a diffusers folder, tensor by tensor and without holding it."""
+"""Random checkpoint of any size as a diffusers folder, written tensor by tensor without holding the model in memory."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What caching references saves: a step with a cache against a standard editing step, and a hit against a miss.
+"""Savings of the reference cache: a step with a cache against a standard editing step, and a hit against a miss.
 
-All sides run on the same random weights, in turns in one run. A miss computes the cache and then all steps, a hit
-the steps alone, and standard editing carries the references' tokens through every step. Before anything is timed a
-hit is required to give the bits of a miss, and both sides' steps to be finite and different: they are two models.
+All contenders run on the same random weights, in turns in one run. A miss computes the cache and then all steps, a hit
+the steps alone, and standard editing carries the references' tokens through every step. Before timing, a
+hit must have the bits of a miss, and the steps of both models must be finite and different.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from benchmarks.contenders import Place, StepInputs, flow_transformer
 from benchmarks.measure import Bar, alternate, command, describe_machine, finish, paired_ratio
 from benchmarks.shapes import SHAPES
-from benchmarks.sides import Place, StepInputs, flow_transformer
 from klein_core.denoiser.packing import Span
 from klein_core.denoiser.reference_cache import ReferenceCache, bytes_per_token
 from klein_core.denoiser.sampler import Trajectory, packed_step
@@ -30,7 +30,7 @@ SIGMA = 0.9
 
 
 def main() -> int:
-    """Runs what the command line asks for."""
+    """Runs the selected measurements; returns the exit code."""
     options = _options()
     torch.manual_seed(0)
     print(f"{command()}\n{describe_machine('torch')}")
@@ -56,7 +56,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=512, help="width and height of all images in pixels")
     parser.add_argument("--references", nargs="+", type=int, default=[1, 3])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--check", action="store_true", help="exit 1 when a bar is missed")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a limit is missed")
     return parser.parse_args()
 
 
@@ -123,7 +123,7 @@ class Comparison:
         return trajectory.latents
 
     def _require_sound(self, cache: ReferenceCache) -> None:
-        """Refuses to time what gives no picture, or a hit that gives another one than a miss."""
+        """Raises SystemExit if a result is not finite, or if a hit and a miss differ."""
         cached, standard = self._cached_step(cache), self._standard_step()
         is_finite = bool(cached.isfinite().all() and standard.isfinite().all())
         is_same_model = torch.equal(cached, standard)

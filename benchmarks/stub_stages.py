@@ -1,4 +1,4 @@
-"""Stages that compute nothing but send, check and hash tensors of klein-4B's sizes at 1024 × 1024."""
+"""Stub stages: they only send, check and hash tensors of klein-4B's sizes at 1024 × 1024."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class StubTextEncoder(StubStage, text_encoder_service_pb2_grpc.TextEncoderServic
 
 
 class StubDenoiser(StubStage, denoiser_service_pb2_grpc.DenoiserServiceServicer):
-    """Takes and checks an embedding, tells of four steps, sends the same latents."""
+    """Reads and checks an embedding, posts four steps, sends the same latents."""
 
     name = "denoiser"
     service = "DenoiserService"
@@ -117,7 +117,7 @@ class StubDenoiser(StubStage, denoiser_service_pb2_grpc.DenoiserServiceServicer)
 
 
 class StubVaeDecoder(StubStage, vae_decoder_service_pb2_grpc.VaeDecoderServiceServicer):
-    """Takes and checks latents, sends the same image."""
+    """Reads and checks latents, sends the same image."""
 
     name = "vae-decoder"
     service = "VaeDecoderService"

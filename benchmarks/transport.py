@@ -1,13 +1,13 @@
-"""What a tensor costs on its way: a raw socket, one gRPC hop, and two hops relayed cut-through.
+"""Transfer time of a tensor: a raw socket, one gRPC hop, and two hops with a cut-through relay.
 
     python -m benchmarks.transport [--check] [--mebibytes 8] [--rounds 25]
 
 Three processes on this machine: this one receives; a source sends the tensor, over a plain socket and as a
 text-encoder would over gRPC; a relay passes serialized frames on as the orchestrator does. Each path is
 timed from the request until the receiver has all bytes, in frames, and for gRPC until their digest is checked
-as well; copying the frames into a tensor, wherever that is wanted, is not part of any path.
-The paths alternate, so that a busy moment hits all of them. With `--check` the exit code is 1 unless the
-medians' ratios are within the bars.
+as well; no path includes copying the frames into a tensor.
+The paths alternate, so that noise affects all of them. With `--check` the exit code is 1 unless the
+medians' ratios are within the limits.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ ENVELOPE = FrameEnvelope(pb.EncodePromptResponse.PROMPT_EMBEDDING_FIELD_NUMBER)
 
 
 class Source(Service, text_encoder_service_pb2_grpc.TextEncoderServiceServicer):
-    """Sends the same tensor to whoever asks."""
+    """Sends the same tensor for every call."""
 
     name = "text-encoder"
     service_names = ("klein_api.v1.TextEncoderService",)
@@ -75,7 +75,7 @@ class Source(Service, text_encoder_service_pb2_grpc.TextEncoderServiceServicer):
 
 
 class Relay(Service):
-    """Passes serialized messages of a source on, as they come."""
+    """Relays serialized messages of a source as they arrive."""
 
     name = "orchestrator"
     service_names = ("klein_api.v1.TextEncoderService",)
@@ -169,7 +169,7 @@ async def measure(paths: dict[str, Callable[[], Awaitable[None]]], rounds: int) 
 
 
 async def compare(byte_count: int, rounds: int, addresses: tuple[str, str], raw_port: int) -> bool:
-    """Measures, prints the table and returns whether the bars are met."""
+    """Measures, prints the table and returns whether the limits hold."""
     paths = {
         "raw socket": raw_path(raw_port, byte_count),
         "one hop": hop_path(addresses[0], byte_count),
@@ -191,11 +191,11 @@ async def compare(byte_count: int, rounds: int, addresses: tuple[str, str], raw_
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="exit 1 when a bar is missed")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a limit is missed")
     parser.add_argument("--mebibytes", type=int, default=8, help="size of the tensor")
     parser.add_argument("--rounds", type=int, default=25, help="measured fetches of each path")
     parser.add_argument(
-        "--stock-allocator", action="store_true", help="without what servers tell the C allocator"
+        "--stock-allocator", action="store_true", help="without the servers' settings of the C allocator"
     )
     parser.add_argument("--source", type=int, metavar="PORT", help=argparse.SUPPRESS)
     parser.add_argument("--relay", metavar="TARGET", help=argparse.SUPPRESS)

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.contenders import Place, cut_text_encoder, encode_run
 from benchmarks.peak_memory import traced_peak
 from benchmarks.shapes import Shape, qwen3
-from benchmarks.sides import Place, cut_text_encoder, encode_run
 from klein_core.denoiser.transformer import FlowTransformer
 from klein_core.linear import HAS_BFLOAT16_PRODUCTS, needs_fp32_fallback
 from klein_core.memory import autoencoder, text_encoder, transformer

@@ -1,4 +1,4 @@
-"""The same piece of work done by this project and by diffusers, on the same random weights.
+"""Contenders of the benchmarks: the same work in this project ("ours") and in diffusers, on the same random weights.
 
 Each `*_run` function takes a built module and returns the call that is timed.
 """
@@ -27,7 +27,7 @@ REAL_TOKENS = 40
 
 @dataclass(frozen=True)
 class Place:
-    """Where and in what precision weights are made."""
+    """Device and precision of weights."""
 
     device: str
     dtype: torch.dtype
@@ -96,7 +96,7 @@ def step_run(module: FlowTransformer, inputs: StepInputs) -> Run:
 
 
 def oracle_step_run(module: nn.Module, inputs: StepInputs) -> Run:
-    """The same step by diffusers, with everything prepared that its pipeline prepares once."""
+    """One step of one image by diffusers; inputs that its pipeline prepares once are prepared before."""
     target = inputs.images[0]
     image_ids = torch.cat([_grid_ids(image, 10 * index) for index, image in enumerate(inputs.images)])
     text_ids = torch.zeros(len(inputs.prompt), 4, device=target.device)
@@ -143,7 +143,7 @@ def encode_run(module: nn.Module, shape: Shape, place: Place) -> Run:
 
 
 def oracle_encode_run(module: nn.Module, shape: Shape, place: Place) -> Run:
-    """The same prompt as diffusers' pipeline encodes it: all layers and the language model's head."""
+    """One prompt as diffusers' pipeline encodes it: all layers and the language model's head."""
     token_ids, mask = _prompt(shape, place)
 
     def run() -> Tensor:
@@ -174,7 +174,7 @@ def decode_runs(shape: Shape, place: Place, size: int) -> dict[str, Run]:
 
 
 def _oracle_decode(oracle: nn.Module, latents: Tensor, shape: Shape) -> Tensor:
-    """Undoes normalization and patches as diffusers' pipeline does, then decodes."""
+    """Denormalizes and unpatches latents as diffusers' pipeline does, then decodes."""
     mean = oracle.bn.running_mean.view(1, -1, 1, 1)
     variance = oracle.bn.running_var.view(1, -1, 1, 1)
     packed = latents * torch.sqrt(variance + shape.vae.batch_norm_eps) + mean
