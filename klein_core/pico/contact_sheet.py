@@ -1,4 +1,4 @@
-"""`python -m klein_core.pico.contact_sheet SHEET CAPTION=FILE …`: several pictures on one page."""
+"""`python -m klein_core.pico.contact_sheet SHEET CAPTION=FILE …`: draws several images on one sheet."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-PICTURE_PX = 256
+IMAGE_PX = 256
 MARGIN_PX = 24
 CAPTION_PX = 76
 CAPTION_COLUMNS = 30
@@ -18,46 +18,46 @@ _PAPER = (255, 255, 255)
 _INK = (40, 40, 44)
 
 
-def contact_sheet(pictures: Sequence[tuple[str, Image.Image]]) -> Image.Image:
-    """Draws pictures side by side, at most four in a row, each with its caption below.
+def contact_sheet(images: Sequence[tuple[str, Image.Image]]) -> Image.Image:
+    """Draws images side by side, at most four in a row, each with its caption below.
 
     Args:
-        pictures: caption and picture of each, at least one.
+        images: caption and image of each, at least one.
     """
-    column_count = min(len(pictures), COLUMN_LIMIT)
-    row_count = -(-len(pictures) // COLUMN_LIMIT)
-    cell_width, cell_height = PICTURE_PX + MARGIN_PX, PICTURE_PX + CAPTION_PX
+    column_count = min(len(images), COLUMN_LIMIT)
+    row_count = -(-len(images) // COLUMN_LIMIT)
+    cell_width, cell_height = IMAGE_PX + MARGIN_PX, IMAGE_PX + CAPTION_PX
     size = (column_count * cell_width + MARGIN_PX, row_count * cell_height + MARGIN_PX)
     sheet = Image.new("RGB", size, _PAPER)
-    for index, (caption, picture) in enumerate(pictures):
+    for index, (caption, image) in enumerate(images):
         row, column = divmod(index, COLUMN_LIMIT)
-        _draw_cell(sheet, MARGIN_PX + column * cell_width, MARGIN_PX + row * cell_height, caption, picture)
+        _draw_cell(sheet, MARGIN_PX + column * cell_width, MARGIN_PX + row * cell_height, caption, image)
     return sheet
 
 
-def _draw_cell(sheet: Image.Image, left: int, top: int, caption: str, picture: Image.Image) -> None:
-    scaled = picture.convert("RGB")
-    factor = PICTURE_PX / max(scaled.size)
+def _draw_cell(sheet: Image.Image, left: int, top: int, caption: str, image: Image.Image) -> None:
+    scaled = image.convert("RGB")
+    factor = IMAGE_PX / max(scaled.size)
     scaled = scaled.resize(
         (round(scaled.width * factor), round(scaled.height * factor)), Image.Resampling.LANCZOS
     )
-    sheet.paste(scaled, (left, top + PICTURE_PX - scaled.height))
+    sheet.paste(scaled, (left, top + IMAGE_PX - scaled.height))
     draw = ImageDraw.Draw(sheet)
-    frame = (left - 1, top + PICTURE_PX - scaled.height - 1, left + scaled.width, top + PICTURE_PX)
+    frame = (left - 1, top + IMAGE_PX - scaled.height - 1, left + scaled.width, top + IMAGE_PX)
     draw.rectangle(frame, outline=_INK)
     text = textwrap.fill(caption, CAPTION_COLUMNS)
-    draw.multiline_text((left, top + PICTURE_PX + 8), text, _INK, ImageFont.load_default(16), spacing=4)
+    draw.multiline_text((left, top + IMAGE_PX + 8), text, _INK, ImageFont.load_default(16), spacing=4)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Reads the pictures, writes the sheet."""
+    """Reads the images and writes the sheet; returns the exit code."""
     sheet_file, *pairs = arguments
-    pictures = []
+    images = []
     for pair in pairs:
         caption, _, file = pair.rpartition("=")
-        with Image.open(file) as picture:
-            pictures.append((caption, picture.copy()))
-    contact_sheet(pictures).save(Path(sheet_file))
+        with Image.open(file) as image:
+            images.append((caption, image.copy()))
+    contact_sheet(images).save(Path(sheet_file))
     return 0
 
 

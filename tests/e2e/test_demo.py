@@ -1,4 +1,4 @@
-"""What `make demo` runs, with a tiny random checkpoint: only the pictures mean nothing."""
+"""What `make demo` runs, with a tiny random checkpoint: only the images mean nothing."""
 
 from pathlib import Path
 
@@ -6,13 +6,13 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from klein_services.cli.demo import PICTURES, SHEET, klein_command, run_demo
+from klein_services.cli.demo import IMAGES, SHEET, klein_command, run_demo
 from klein_services.cli.errors import CliError
 from klein_services.cli.suite import SuiteOptions
 from tests.tiny.checkpoint import save_tiny_checkpoint
 
 
-def test_the_demo_makes_every_picture_and_a_sheet(tmp_path: Path) -> None:
+def test_the_demo_makes_every_image_and_a_sheet(tmp_path: Path) -> None:
     save_tiny_checkpoint(tmp_path / "tiny")
     console = Console(record=True, width=120)
     options = SuiteOptions(
@@ -24,14 +24,14 @@ def test_the_demo_makes_every_picture_and_a_sheet(tmp_path: Path) -> None:
     )
     run_demo(tmp_path / "out", console, options)
 
-    for picture in PICTURES:
-        with Image.open(picture.file_in(tmp_path / "out")) as image:
-            assert image.size == (64, 64)
+    for image in IMAGES:
+        with Image.open(image.file_in(tmp_path / "out")) as file:
+            assert file.size == (64, 64)
     with Image.open(tmp_path / "out" / SHEET) as sheet:
         assert sheet.width > 4 * 256
     text = console.export_text()
-    for picture in PICTURES:
-        assert picture.prompt in text
+    for image in IMAGES:
+        assert image.prompt in text
     assert "encode-reference" in text
     assert SHEET in text
 

@@ -1,4 +1,4 @@
-"""The `klein` command: its frame, and what becomes of failures."""
+"""The `klein` command: its groups of commands, and the exit code and sentence of each failure."""
 
 from __future__ import annotations
 
@@ -36,8 +36,15 @@ app.add_typer(serve_app, name="serve")
 
 def run(arguments: list[str] | None = None) -> int:
     """Runs the command; every failure becomes a sentence on standard error and an exit code."""
+    exit_code = 0
     try:
-        exit_code = _exit_code(arguments)
+        try:
+            app(arguments)
+        except SystemExit as end:
+            exit_code = int(end.code or 0)
+            if exit_code == INTERRUPTED:
+                # typer turns Ctrl-C into this exit code and prints nothing.
+                raise KeyboardInterrupt from end
         sys.stdout.flush()
     except CliError as error:
         error.show(messages())
@@ -45,35 +52,23 @@ def run(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("KLEIN_TRACEBACK"):
             raise
-        _give_up_output()
-        _explained(error).show(messages())
+        _discard_output()
+        unexpected_error(error).show(messages())
         return FAILED
     return exit_code
 
 
-def _exit_code(arguments: list[str] | None) -> int:
-    """Runs the command; raises KeyboardInterrupt where typer makes an exit code of it, without a word."""
-    try:
-        app(arguments)
-    except SystemExit as end:
-        exit_code = int(end.code or 0)
-        if exit_code == INTERRUPTED:
-            raise KeyboardInterrupt from end
-        return exit_code
-    return 0
-
-
-def _explained(error: Exception) -> CliError:
-    """Tells what the system refused from what this program did wrong."""
+def unexpected_error(error: Exception) -> CliError:
+    """Returns the sentence for an exception that no command handled: a refusal of the system, or a defect."""
     if isinstance(error, OSError) and error.strerror:
         what = error.filename if isinstance(error.filename, str) else "A file, its output or a port"
         return CliError(f"{what} cannot be used: {error.strerror}.", "KLEIN_TRACEBACK=1 shows where.")
-    sentence = f"{type(error).__name__}: {error}. This is a fault in klein itself."
+    sentence = f"{type(error).__name__}: {error}. This is a defect of klein."
     return CliError(sentence, "Set KLEIN_TRACEBACK=1 to see where, and report it.")
 
 
-def _give_up_output() -> None:
-    """Lets go of output that cannot be written, which Python would else try again, and tell of, at its end."""
+def _discard_output() -> None:
+    """If stdout cannot be flushed, points it at /dev/null so that Python prints no second error at its exit."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -93,4 +88,4 @@ def klein(
         typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True),
     ] = False,
 ) -> None:
-    """FLUX.2 klein as four gRPC services: start them, watch them, make pictures with them."""
+    """FLUX.2 klein as four gRPC services: start them, watch them, make images with them."""

@@ -1,4 +1,4 @@
-"""Commands that call a running suite."""
+"""Commands that call a running suite: generate, adapters, status."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class FormatName(StrEnum):
 @commands.command(
     epilog='[bold]klein generate "a green star" -o star.png[/]\n\n'
     '[bold]klein generate "make the background blue" --reference star.png -o blue.webp[/]\n\n'
-    '[bold]klein generate "a star" --adapter watercolor:0.8 -o star.png[/]: what `klein adapters` lists\n\n'
+    '[bold]klein generate "a star" --adapter watercolor:0.8 -o star.png[/]: adapters are listed by `klein adapters`\n\n'
     '[bold]klein generate "a ring" --size 128x192 --seed 7 --count 4 -o ring.png[/]: ring-1.png … ring-4.png'
 )
 def generate(
@@ -85,33 +85,37 @@ def generate(
         ),
     ] = None,
     negative: Annotated[
-        str | None, typer.Option("--negative-prompt", help="What it should not be; base models only.")
+        str | None,
+        typer.Option("--negative-prompt", help="What the image should not show; base models only."),
     ] = None,
     size: Annotated[
         str | None,
         typer.Option(
-            metavar="WxH", help="Pixels, multiples of 16; else the first reference's or the model's own."
+            metavar="WxH",
+            help="Pixels, multiples of 16; by default those of the first reference, else of the model.",
         ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps; else the model's own.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Strength of guidance; base models only.")] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed makes the same image; else random.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps; by default the model's own.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; base models only.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="The same seed makes the same image; random by default.")
+    ] = None,
     count: Annotated[
-        int | None, typer.Option(help="Images to make: FILE-1, FILE-2 … with following seeds.")
+        int | None, typer.Option(help="Number of images: FILE-1, FILE-2 … with consecutive seeds.")
     ] = None,
     image_format: Annotated[
         FormatName | None,
         typer.Option("--format", help="Encoding; by default that of FILE's suffix, else PNG."),
     ] = None,
     quality: Annotated[int | None, typer.Option(help="Quality of JPEG and WebP, 1 to 100.")] = None,
-    model: Annotated[str, typer.Option(help="A model that the server routes; else its default.")] = "",
+    model: Annotated[str, typer.Option(help="A model of the server; by default its default model.")] = "",
     adapter: Annotated[
         list[str] | None,
         typer.Option(
             "--adapter",
             "-a",
             metavar="NAME[:SCALE]",
-            help="A LoRA of the server's, -10 to 10, by default 1; may be repeated.",
+            help="An adapter of the server with its scale, -10 to 10, by default 1; may be repeated.",
         ),
     ] = None,
     embed_prompt: Annotated[
@@ -125,7 +129,7 @@ def generate(
     timeout: Annotated[
         float,
         typer.Option(
-            min=0.001, max=LONGEST_TIMEOUT_SECONDS, metavar="SECONDS", help="Longest wait for all of it."
+            min=0.001, max=LONGEST_TIMEOUT_SECONDS, metavar="SECONDS", help="Longest wait for all images."
         ),
     ] = 600.0,
 ) -> None:

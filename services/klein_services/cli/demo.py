@@ -1,4 +1,4 @@
-"""`python -m klein_services.cli.demo`: starts the suite, makes pictures through its public API, stops it."""
+"""`python -m klein_services.cli.demo`: starts the suite, makes images through its public API, stops it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TIMEOUT_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
-class DemoPicture:
+class DemoImage:
     """One request of the demo."""
 
     name: str
@@ -40,7 +40,7 @@ class DemoPicture:
     prompt: str
     seed: int
     references: tuple[str, ...] = ()
-    """Names of pictures made before."""
+    """Names of earlier images of the demo."""
 
     def image_spec(self, references: Sequence[bytes]) -> api.ImageSpec:
         return api.ImageSpec(
@@ -51,11 +51,11 @@ class DemoPicture:
         return folder / f"{self.name}.png"
 
 
-PICTURES = (
-    DemoPicture("1-text-to-image", "text to image", "a large red heart on a yellow background", 1),
-    DemoPicture("2-edit", "edit", "make the background blue", 2, ("1-text-to-image",)),
-    DemoPicture("3-second-reference", "text to image", "a green star on a white background", 3),
-    DemoPicture(
+IMAGES = (
+    DemoImage("1-text-to-image", "text to image", "a large red heart on a yellow background", 1),
+    DemoImage("2-edit", "edit", "make the background blue", 2, ("1-text-to-image",)),
+    DemoImage("3-second-reference", "text to image", "a green star on a white background", 3),
+    DemoImage(
         "4-composition",
         "two references",
         "put the shape of image 1 on the left and the shape of image 2 on the right",
@@ -83,23 +83,23 @@ def main() -> int:
 
 
 def run_demo(folder: Path, console: Console, options: SuiteOptions) -> None:
-    """Starts the suite, makes the pictures and the sheet, stops the suite.
+    """Starts the suite, makes the images and the contact sheet, stops the suite.
 
     Raises:
-        CliError: with what to do about it.
+        CliError: the suite cannot start, a call failed, or the sheet cannot be drawn.
     """
     folder.mkdir(parents=True, exist_ok=True)
     console.print("Starting the four services ...")
     with Suite(options) as suite:
         wait_with_progress(suite, console)
         try:
-            made = asyncio.run(make_pictures(suite.target, folder, console))
+            made = asyncio.run(make_images(suite.target, folder, console))
         except CliError:
             suite.raise_if_died()
             raise
     draw_sheet(folder)
     console.print(times_table(made))
-    console.print(f"The pictures are in {folder}/, all of them on {folder / SHEET}.", highlight=False)
+    console.print(f"The images are in {folder}/, all of them on {folder / SHEET}.", highlight=False)
     klein = klein_command()
     console.print(
         f"Make your own: `{klein} up` in one terminal, `{klein} generate --help` in another.",
@@ -110,7 +110,7 @@ def run_demo(folder: Path, console: Console, options: SuiteOptions) -> None:
 
 
 def klein_command() -> str:
-    """Returns how a shell in this folder finds the `klein` of this installation."""
+    """Returns the command by which a shell in this folder runs the `klein` of this installation."""
     own = Path(sys.executable).with_name("klein")
     if not own.exists():
         return f"{shlex.quote(sys.executable)} -m klein_services.cli.main"
@@ -119,35 +119,35 @@ def klein_command() -> str:
     return shlex.quote(str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own))
 
 
-async def make_pictures(target: str, folder: Path, console: Console) -> dict[str, Generation]:
-    """Makes all pictures of the demo and writes them into `folder`.
+async def make_images(target: str, folder: Path, console: Console) -> dict[str, Generation]:
+    """Makes all images of the demo and writes them to `folder`.
 
     Raises:
         CliError: a call failed.
     """
     made: dict[str, Generation] = {}
     async with connect(target) as stub:
-        for picture in PICTURES:
-            spec = picture.image_spec([made[name].images[0].data for name in picture.references])
-            console.print(Text.assemble((f"{picture.title}: ", "bold"), picture.prompt))
+        for image in IMAGES:
+            spec = image.image_spec([made[name].images[0].data for name in image.references])
+            console.print(Text.assemble((f"{image.title}: ", "bold"), image.prompt))
             with GenerationProgress(console, keep=True) as progress:
                 try:
-                    made[picture.name] = await generate(
+                    made[image.name] = await generate(
                         stub, spec, timeout_seconds=TIMEOUT_SECONDS, on_event=progress.handle
                     )
                 except grpc.aio.AioRpcError as error:
                     raise call_error(error, target) from error
-            picture.file_in(folder).write_bytes(made[picture.name].images[0].data)
+            image.file_in(folder).write_bytes(made[image.name].images[0].data)
     return made
 
 
 def draw_sheet(folder: Path) -> None:
-    """Draws the contact sheet in a process of its own, as this one has no image library.
+    """Draws the contact sheet in another process, because this one imports no image library.
 
     Raises:
         CliError: it failed.
     """
-    pairs = [f"{picture.title}: {picture.prompt}={picture.file_in(folder)}" for picture in PICTURES]
+    pairs = [f"{image.title}: {image.prompt}={image.file_in(folder)}" for image in IMAGES]
     command = [sys.executable, "-m", "klein_core.pico.contact_sheet", str(folder / SHEET), *pairs]
     done = subprocess.run(command, env=inherited_environment(), capture_output=True, text=True, check=False)
     if done.returncode:
@@ -156,7 +156,7 @@ def draw_sheet(folder: Path) -> None:
 
 
 def times_table(made: Mapping[str, Generation]) -> Table:
-    """How long each picture took in each stage, in milliseconds, as the orchestrator saw it."""
+    """Returns the milliseconds of each image in each stage, as the orchestrator measured them."""
     table = Table("milliseconds", *OPERATIONS, "total", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in table.columns[1:]:
         column.justify = "right"

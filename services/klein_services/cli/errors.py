@@ -37,7 +37,7 @@ _AREA = "times height_px "
 
 @dataclass
 class CliError(Exception):
-    """Ends the command with one sentence, a hint and an exit code."""
+    """Failure that ends the command with one sentence, a hint and an exit code."""
 
     sentence: str
     hint: str = ""
@@ -65,13 +65,22 @@ def call_error(error: grpc.aio.AioRpcError, target: str, reference_names: Sequen
         case grpc.StatusCode.UNAVAILABLE:
             return _unavailable(details, target)
         case grpc.StatusCode.INVALID_ARGUMENT:
-            return CliError(_violation_sentence(details, reference_names), exit_code=MISUSED)
+            violations = [_named(violation, reference_names) for violation in details.violations]
+            if not violations:
+                return CliError(_sentence(details), exit_code=MISUSED)
+            if len(violations) == 1:
+                return CliError(with_period(violations[0]), exit_code=MISUSED)
+            listed = "\n  ".join([f"{len(violations)} values cannot be used:", *violations])
+            return CliError(listed, exit_code=MISUSED)
         case grpc.StatusCode.NOT_FOUND:
             return _not_found(details, target)
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
             return _exhausted(details)
         case grpc.StatusCode.DEADLINE_EXCEEDED:
-            return CliError("The time for it passed.", "Give it more with --timeout, or ask for less.")
+            return CliError(
+                "The request took longer than --timeout allows.",
+                "Allow more with --timeout, or request less.",
+            )
         case grpc.StatusCode.UNIMPLEMENTED:
             return CliError(
                 f"What listens at {target} is not a klein orchestrator.",
@@ -82,9 +91,9 @@ def call_error(error: grpc.aio.AioRpcError, target: str, reference_names: Sequen
         case grpc.StatusCode.CANCELLED:
             return CliError("The call was cancelled.", exit_code=INTERRUPTED)
         case grpc.StatusCode.FAILED_PRECONDITION:
-            return CliError(_sentence(details), "The server's operator can mend it.")
+            return CliError(_sentence(details), "The server's operator can correct it.")
         case code:
-            return CliError(f"{_sentence(details)} ({code.name})", "The server's log has more about it.")
+            return CliError(f"{_sentence(details)} ({code.name})", "The server's log shows the cause.")
 
 
 def _not_found(details: StatusDetails, target: str) -> CliError:
@@ -115,17 +124,6 @@ def _exhausted(details: StatusDetails) -> CliError:
     return CliError(_sentence(details), "Try again later, or allow more time with --timeout.")
 
 
-def _violation_sentence(details: StatusDetails, reference_names: Sequence[str]) -> str:
-    violations = [_named(violation, reference_names) for violation in details.violations]
-    match violations:
-        case []:
-            return _sentence(details)
-        case [only]:
-            return with_period(only)
-        case _:
-            return f"{len(violations)} values cannot be used:\n  " + "\n  ".join(violations)
-
-
 def _named(violation: Violation, reference_names: Sequence[str]) -> str:
     """Returns a violation with the flag of its field, and the file if it is about a reference."""
     field = violation.field.removeprefix("spec.")
@@ -145,6 +143,6 @@ def _sentence(details: StatusDetails) -> str:
 
 
 def with_period(text: str) -> str:
-    """Returns text as a sentence: a capital at its begin, one mark at its end."""
+    """Returns text as a sentence: a capital letter first, one punctuation mark last."""
     text = text.strip()
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")

@@ -1,4 +1,4 @@
-"""What the command line's process ends with. Imports nothing: an interrupted start needs it."""
+"""Exit codes of the command line. Imports nothing: an interrupted start needs them."""
 
 FAILED = 1
 MISUSED = 2

@@ -74,7 +74,7 @@ class GenerateOptions:
         try:
             return api.ImageSpec(
                 model=self.model,
-                prompt=_standard_input_text() if self.prompt == "-" else self.prompt,
+                prompt=sys.stdin.buffer.read().decode().rstrip("\r\n") if self.prompt == "-" else self.prompt,
                 negative_prompt=self.negative_prompt,
                 references=[_read(path) for path in self.references],
                 width_px=width_px,
@@ -89,7 +89,7 @@ class GenerateOptions:
                 adapters=[parse_adapter(text) for text in self.adapters],
                 embed_prompt=self.embed_prompt,
             )
-        except UnicodeEncodeError as error:
+        except UnicodeError as error:
             raise CliError("The prompt or a name is not valid UTF-8.", exit_code=MISUSED) from error
         except ValueError as error:
             raise CliError(f"A number is far outside its limits: {error}.", exit_code=MISUSED) from error
@@ -243,11 +243,3 @@ def _read(path: Path) -> bytes:
         return sys.stdin.buffer.read() if path == STANDARD_STREAM else path.read_bytes()
     except OSError as error:
         raise CliError(f"--reference {path} cannot be read: {error.strerror}.", exit_code=MISUSED) from error
-
-
-def _standard_input_text() -> str:
-    """Returns the text on standard input without the line break at its end; raises CliError for other bytes."""
-    try:
-        return sys.stdin.buffer.read().decode().rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise CliError("The prompt on standard input is not valid UTF-8.", exit_code=MISUSED) from error

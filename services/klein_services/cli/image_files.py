@@ -44,7 +44,14 @@ class ImageFiles:
         self.format_name = _format_name(output, image_format)
         self._first_number = 1
         if self.is_standard_output:
-            _check_standard_output(image_count)
+            if image_count > 1:
+                raise CliError("Only one image fits on standard output.", "Name a file with -o.", MISUSED)
+            if sys.stdout.isatty():
+                raise CliError(
+                    "Standard output is a terminal, which cannot show an image file.",
+                    "Name a file with -o, or pipe the output: klein generate … -o - | …",
+                    MISUSED,
+                )
             return
         # A count beyond every server's limit is refused by the server.
         indices = range(min(image_count, _MOST_IMAGES))
@@ -117,17 +124,6 @@ def _format_name(output: Path | None, image_format: str | None) -> str:
 
 def _is_folder(path: Path) -> CliError:
     return CliError(f"{path} is a folder.", "Name a file with -o.", MISUSED)
-
-
-def _check_standard_output(image_count: int) -> None:
-    if image_count > 1:
-        raise CliError("Only one image fits on standard output.", "Name a file with -o.", MISUSED)
-    if sys.stdout.isatty():
-        raise CliError(
-            "Standard output is a terminal, which cannot show an image file.",
-            "Name a file with -o, or pipe the output: klein generate … -o - | …",
-            MISUSED,
-        )
 
 
 def _check_writable(path: Path, *, force: bool) -> None:

@@ -1,4 +1,4 @@
-"""Where the `klein` command starts. Imports nothing of weight before an interruption can be told well."""
+"""Entry point of the `klein` command. Imports lazily, so that Ctrl-C during the start exits with one line."""
 
 from __future__ import annotations
 

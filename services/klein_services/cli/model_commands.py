@@ -1,4 +1,4 @@
-"""Commands about models on this machine: run one, fetch one, look into one, plan for one."""
+"""Commands about models on this machine: up, pull, plan, inspect."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ commands = typer.Typer()
 
 
 class DtypeName(StrEnum):
-    """What stages compute in."""
+    """Element types that stages compute in."""
 
     CHECKPOINT = "checkpoint"
     BF16 = "bf16"
@@ -26,7 +26,7 @@ class DtypeName(StrEnum):
 
 
 class QuantizationName(StrEnum):
-    """What weights can be made into."""
+    """Formats that plain weights can be converted to."""
 
     NONE = "none"
     FP8 = "fp8"
@@ -34,7 +34,7 @@ class QuantizationName(StrEnum):
 
 
 class PrecisionName(StrEnum):
-    """What the transformer's weights are published as."""
+    """Formats in which transformers are published."""
 
     BF16 = "bf16"
     FP8 = "fp8"
@@ -42,74 +42,82 @@ class PrecisionName(StrEnum):
 
 
 class OffloadName(StrEnum):
-    """What is kept in the machine's memory instead of a GPU's."""
+    """Parts that stay in host memory instead of GPU memory."""
 
     NONE = "none"
     BLOCKS = "blocks"
 
 
 @commands.command(
-    epilog="[bold]klein up[/]: the embedded model.\n\n"
-    "[bold]klein up --model klein-4b --device cuda[/]: one that [bold]klein pull klein-4b[/] fetched.\n\n"
+    epilog="[bold]klein up[/]: pico, the embedded model.\n\n"
+    "[bold]klein up --model klein-4b --device cuda[/]: a model that [bold]klein pull klein-4b[/] fetched.\n\n"
     "[bold]klein up --model ./FLUX.2-klein-4B[/]: a folder in the diffusers layout.\n\n"
     "[bold]klein up --transformer t.safetensors --vae v.safetensors --text-encoder q.safetensors "
     "--tokenizer ./tokenizer --variant klein-4b[/]: bare files.\n\n"
-    "[bold]klein up --port 0 --verbose[/]: beside another suite, logs shown."
+    "[bold]klein up --port 0 --verbose[/]: next to another suite, with its logs."
 )
 def up(
     model: Annotated[
         str,
         typer.Option(
             metavar="pico|NAME|FOLDER|FILE",
-            help="The embedded model, one that `klein pull` fetched, a folder in the diffusers layout, or one file.",
+            help="The embedded model, one fetched by `klein pull`, a folder in the diffusers layout, or one file.",
         ),
     ] = "pico",
     transformer: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The transformer, instead of the model's own.")
+        Path | None, typer.Option(metavar="FILE", help="Transformer that replaces the model's.")
     ] = None,
     vae: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The autoencoder, instead of the model's own.")
+        Path | None, typer.Option(metavar="FILE", help="Autoencoder that replaces the model's.")
     ] = None,
     text_encoder: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The text encoder, instead of the model's own.")
+        Path | None, typer.Option(metavar="FILE", help="Text encoder that replaces the model's.")
     ] = None,
     tokenizer: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="The tokenizer, where the text encoder is a bare file."),
+        typer.Option(metavar="FOLDER", help="Tokenizer for a text encoder that is a bare file."),
     ] = None,
     variant: Annotated[
         str,
-        typer.Option(
-            metavar="NAME", help="Which model a bare transformer is, such as klein-4b or klein-base-4b."
-        ),
+        typer.Option(metavar="NAME", help="Model of a bare transformer, such as klein-4b or klein-base-4b."),
     ] = "",
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port of the public API; 0 takes a free one.")
     ] = DEFAULT_PORT,
     host: Annotated[
-        str, typer.Option(help="Address of the public API; 0.0.0.0 lets other machines in.")
+        str, typer.Option(help="Address of the public API; 0.0.0.0 accepts calls of other machines.")
     ] = "127.0.0.1",
     device: Annotated[
-        str, typer.Option(metavar="auto|cpu|cuda|cuda:N|mps", help="Where to compute.")
+        str,
+        typer.Option(
+            metavar="auto|cpu|cuda|cuda:N|mps", help="Device of the stages; auto takes the first GPU."
+        ),
     ] = "auto",
-    dtype: Annotated[DtypeName, typer.Option(help="What to compute in.")] = DtypeName.CHECKPOINT,
+    dtype: Annotated[
+        DtypeName, typer.Option(help="Element type of the computation; checkpoint keeps that of the weights.")
+    ] = DtypeName.CHECKPOINT,
     quantization: Annotated[
-        QuantizationName, typer.Option(help="What plain weights are made into, to take half the memory.")
+        QuantizationName,
+        typer.Option(help="Format that plain weights are converted to, which halves their memory."),
     ] = QuantizationName.NONE,
     adapters: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Adapters that requests may name: NAME.safetensors each."),
+        typer.Option(
+            metavar="FOLDER", help="Folder of adapters that requests may name, as NAME.safetensors."
+        ),
     ] = None,
     offload: Annotated[
         OffloadName,
-        typer.Option(help="What stays in the machine's memory and is brought to a GPU ahead of its use."),
+        typer.Option(help="Parts that stay in host memory and are copied to the GPU ahead of their use."),
     ] = OffloadName.NONE,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads of each stage; 0 chooses.")] = 0,
+    threads: Annotated[
+        int, typer.Option(min=0, help="CPU threads of each stage; 0 takes half of the cores.")
+    ] = 0,
     log_folder: Annotated[
-        Path | None, typer.Option(help="Where logs stay; else a temporary folder, kept after failures.")
+        Path | None, typer.Option(help="Folder of the logs; by default a temporary one, kept after failures.")
     ] = None,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Show the logs as they are written.")
+        bool, typer.Option("--verbose", "-v", help="Show the logs while they are written.")
     ] = False,
 ) -> None:
     """Run the whole suite on this machine: four processes, one public port. Ctrl-C stops them."""

@@ -1,4 +1,4 @@
-"""Where messages to people go."""
+"""Output for the user: the console of messages, sizes as text, progress of a request."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from klein_api.v1 import image_service_pb2 as api
 
+_FILE_UNITS = ("bytes", "kB", "MB", "GB", "TB")
+_GIB = 1 << 30
+_MIB = 1 << 20
+
 
 def messages() -> Console:
     """Returns the console for progress and errors: standard error, so that output can be piped."""
     return Console(stderr=True)
 
 
-_FILE_UNITS = ("bytes", "kB", "MB", "GB", "TB")
-_GIB = 1 << 30
-_MIB = 1 << 20
-
-
 def file_size(byte_count: float) -> str:
-    """Returns what files or a disk take, in powers of 1000 and three digits: 7.75 GB."""
+    """Formats a size of files or disks, in powers of 1000 with three digits: 7.75 GB."""
     unit = 0
     while byte_count >= 1000 and unit < len(_FILE_UNITS) - 1:
         byte_count, unit = byte_count / 1000, unit + 1
@@ -30,12 +29,12 @@ def file_size(byte_count: float) -> str:
 
 
 def memory_size(byte_count: int) -> str:
-    """Returns what a device's memory holds, in powers of 1024: 7.22 GiB."""
+    """Formats a size of device memory, in powers of 1024: 7.22 GiB."""
     return f"{byte_count / _GIB:.2f} GiB" if byte_count >= _GIB else f"{byte_count / _MIB:.0f} MiB"
 
 
 class GenerationProgress:
-    """Shows the events of one request; gone once the request is done, unless `keep`."""
+    """Progress line of one request, from its events; removed at the end unless `keep` is set."""
 
     def __init__(self, console: Console, *, keep: bool = False) -> None:
         self._progress = Progress(
@@ -66,27 +65,19 @@ class GenerationProgress:
             case "queued":
                 self._describe(_queued_text(event.queued))
             case "step":
-                self._show_step(event.step)
+                self._progress.update(
+                    self._task,
+                    description="decoding" if event.step.step == event.step.step_count else "denoising",
+                    completed=event.step.step,
+                    total=event.step.step_count + 1,  # The last part of the bar is the decoding.
+                    count=f"{event.step.step}/{event.step.step_count} steps",
+                )
             case "image":
                 self._image_count += 1
                 self._describe(f"{self._image_count} made")
             case "summary":
-                self._finish()
-
-    def _show_step(self, step: api.GenerationStep) -> None:
-        text = "decoding" if step.step == step.step_count else "denoising"
-        self._progress.update(
-            self._task,
-            description=text,
-            completed=step.step,
-            total=step.step_count + 1,  # The last piece of the bar is the decoding.
-            count=f"{step.step}/{step.step_count} steps",
-        )
-
-    def _finish(self) -> None:
-        task = self._progress.tasks[self._task]
-        total = task.total or 1
-        self._progress.update(self._task, description="done", completed=total, total=total)
+                total = self._progress.tasks[self._task].total or 1
+                self._progress.update(self._task, description="done", completed=total, total=total)
 
     def _describe(self, text: str) -> None:
         self._progress.update(self._task, description=text)

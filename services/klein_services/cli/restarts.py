@@ -71,8 +71,14 @@ class Restarts:
         """
         now = time.monotonic()
         for process, history in self._histories.items():
-            if history.due is None and self._suite.children[process].exit_code is not None:
-                self._plan(process, history, now)
+            child = self._suite.children[process]
+            if history.due is None and child.exit_code is not None:
+                deaths = history.add_death(now)
+                if deaths >= DEATH_LIMIT:
+                    raise StageDied(child, deaths, self._suite.flags(process))
+                pause = FIRST_PAUSE_SECONDS * 2.0**deaths
+                history.due, history.is_loading = now + pause, False
+                self._say(f"The {process} ended {child.ending}; it starts again in {pause:.0f} s.")
             elif history.due is not None and now >= history.due:
                 self._suite.restart(process)
                 history.due, history.is_loading = None, True
@@ -82,12 +88,3 @@ class Restarts:
                 self._histories[process].is_loading = False
                 self._histories[process].unserved = 0
                 self._say(f"The {process} serves again.")
-
-    def _plan(self, process: str, history: _History, now: float) -> None:
-        child = self._suite.children[process]
-        deaths = history.add_death(now)
-        if deaths >= DEATH_LIMIT:
-            raise StageDied(child, deaths, self._suite.flags(process))
-        pause = FIRST_PAUSE_SECONDS * 2.0**deaths
-        history.due, history.is_loading = now + pause, False
-        self._say(f"The {process} ended {child.ending}; it starts again in {pause:.0f} s.")

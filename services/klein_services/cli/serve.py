@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperGroup
 
 from klein_services.cli.errors import CliError, with_period
 from klein_services.cli.exit_codes import MISUSED
@@ -37,7 +37,20 @@ class StageGroup(TyperGroup):
         return list(PROCESSES)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        return _command(cmd_name) if cmd_name in PROCESSES else None
+        if cmd_name not in PROCESSES:
+            return None
+        only = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)
+        about = (
+            f"Run the {cmd_name} in this process until SIGTERM or Ctrl-C. "
+            f"Each flag has a variable: --metrics-port is {variable_name('metrics_port')}; the flag wins."
+        )
+        examples = (
+            f"[bold]klein serve {cmd_name} --check-config[/]\n\n"
+            f"[bold]KLEIN_LOG_LEVEL=debug klein serve {cmd_name}[/]"
+        )
+        run = _with_flags(cmd_name, settings_class(cmd_name))
+        only.command(name=cmd_name, help=about, epilog=examples)(run)
+        return typer.main.get_command(only)
 
 
 def run_serve(stage: str, overrides: dict[str, str], *, check_config: bool) -> int:
@@ -83,21 +96,9 @@ def _with_found_model(
     return overrides, environment | {variable: place}
 
 
-def _command(stage: str) -> TyperCommand:
-    only = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)
-    flags = settings_class(stage)
-    about = (
-        f"Run the {stage} in this process until SIGTERM or Ctrl-C. "
-        f"Each flag has a variable: --metrics-port is {variable_name('metrics_port')}; the flag wins."
-    )
-    only.command(name=stage, help=about, epilog=_example(stage))(_with_flags(stage, flags))
-    command = typer.main.get_command(only)
-    if not isinstance(command, TyperCommand):
-        raise TypeError(f"typer made {type(command).__name__} of one command")
-    return command
-
-
 def _with_flags(stage: str, settings: type[ServerSettings]) -> Callable[..., None]:
+    """Returns a function that runs a stage, with a signature from which typer makes a flag for each setting."""
+
     def run(*, check_config: bool, **flags: str | None) -> None:
         overrides = {name: value for name, value in flags.items() if value is not None}
         raise typer.Exit(run_serve(stage, overrides, check_config=check_config))
@@ -132,9 +133,3 @@ def _flag(field: dataclasses.Field[Any]) -> Any:
     help_text = f"{field.metadata.get('help', '')}.{default}"
     option = typer.Option(*flags, help=help_text, metavar="|".join(choices) or "VALUE", show_default=False)
     return Annotated[str | None, option]
-
-
-def _example(stage: str) -> str:
-    return (
-        f"[bold]klein serve {stage} --check-config[/]\n\n[bold]KLEIN_LOG_LEVEL=debug klein serve {stage}[/]"
-    )

@@ -42,16 +42,16 @@ def run_stage(stage: str, environment: Mapping[str, str], overrides: Mapping[str
 
 
 def end_with_parent() -> None:
-    """Stops this process when its standard input ends, by force if it does not stop by itself."""
-    threading.Thread(target=_wait_for_parent_s_end, name="parent-watch", daemon=True).start()
+    """Starts a thread that stops this process when its standard input ends, by force if it does not stop."""
 
+    def watch() -> None:
+        while os.read(sys.stdin.fileno(), 4096):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(STOP_SECONDS)
+        os.kill(os.getpid(), signal.SIGKILL)
 
-def _wait_for_parent_s_end() -> None:
-    while os.read(sys.stdin.fileno(), 4096):
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(STOP_SECONDS)
-    os.kill(os.getpid(), signal.SIGKILL)
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shlex
+from functools import partial
 
 from rich.console import Console
 from rich.text import Text
@@ -45,18 +46,14 @@ def run_up(options: SuiteOptions, console: Console, *, verbose: bool) -> int:
                     how_to_call(suite),
                 ):
                     console.print(Text(text), soft_wrap=True)
-                _watch(suite, signals, logs, console)
+                with Restarts(suite, partial(console.print, style="yellow", soft_wrap=True)) as restarts:
+                    while not signals.wait(WATCH_SECONDS):
+                        restarts.check()
+                        logs.show_new()
         finally:
             exit_code = _stop(suite, signals, console)
             logs.show_new()
     return exit_code
-
-
-def _watch(suite: Suite, signals: StopSignals, logs: FollowedLogs, console: Console) -> None:
-    with Restarts(suite, lambda line: console.print(Text(line, "yellow"), soft_wrap=True)) as restarts:
-        while not signals.wait(WATCH_SECONDS):
-            restarts.check()
-            logs.show_new()
 
 
 def _stop(suite: Suite, signals: StopSignals, console: Console) -> int:
