@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
 
-from klein_services.runtime.errors import QueueFull, ReceiveTimeout
-from klein_services.runtime.grpc_quirks import discard_unread
-
-_Message = TypeVar("_Message")
+from klein_services.runtime.errors import QueueFull
 
 
 class ConcurrencyLimit:
@@ -42,26 +37,3 @@ class ConcurrencyLimit:
             yield
         finally:
             self.in_use -= 1
-
-
-async def receive(
-    messages: AsyncIterator[_Message], accept: Callable[[_Message], None], *, timeout_seconds: float
-) -> None:
-    """Gives each message to `accept` until the caller closes its side.
-
-    The time is for the whole stream, not for a message, so that a trickle cannot hold a place for ever.
-
-    Raises:
-        ReceiveTimeout: the stream did not end in time.
-        Exception: whatever `accept` raises; what the caller is still sending then is thrown away.
-    """
-    iterator = aiter(messages)
-    try:
-        async with asyncio.timeout(timeout_seconds):
-            async for message in iterator:
-                accept(message)
-    except TimeoutError:
-        raise ReceiveTimeout(timeout_seconds) from None
-    except Exception:
-        await discard_unread(iterator)
-        raise

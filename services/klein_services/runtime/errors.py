@@ -1,16 +1,16 @@
-"""What can go wrong in a server that is not the model's fault.
+"""Errors of a server that are not the model's.
 
 ServiceError
-├── QueueFull             the bounded queue has no place; come back after `retry_after_seconds`
-├── DeadlineUnreachable   the work cannot be done in the time that is left; nothing was computed
-├── DeadlinePassed        the caller's time is over
-├── ReceiveTimeout        the caller's stream stalled or never ended
+├── QueueFull             the bounded queue is full; retry after `retry_after_seconds`
+├── DeadlineUnreachable   the request would finish after its deadline; nothing was computed
+├── DeadlinePassed        the request's deadline passed
+├── ReceiveTimeout        the client's stream stalled or never ended
 ├── StageUnavailable      loading, draining or lost; another replica may do it
-│   └── StagesLost        the stages behind this server are; its other replicas would ask the same ones
+│   └── StagesLost        stages behind this server are lost; its other replicas would call the same ones
 ├── UnknownModel          the name is not served here
 ├── UnknownAdapter        the name is not in the adapters' folder
 ├── UnusableAdapter       its file cannot be applied to this model
-└── AdapterMemoryFull     the adapters that run now leave no room; come back later
+└── AdapterMemoryFull     the adapters in use fill their memory; retry later
 
 `klein_core.errors` has the model's own errors; `klein_services.runtime.status` maps both to gRPC.
 """
@@ -22,17 +22,17 @@ from collections.abc import Sequence
 from klein_core.errors import DeviceFault
 
 _SHOWN_CHARACTERS = 64
-"""More of a caller's own words is not repeated: a status travels in headers, whose size is bounded."""
+"""Most characters of a client's text that an error repeats: statuses are headers, whose size is bounded."""
 _SHOWN_NAMES = 20
 _SHOWN_REASON = 1000
 
 
 class ServiceError(Exception):
-    """Base of every error that servers raise on purpose; its text is shown to the caller."""
+    """Base of every error that servers raise on purpose; its text is sent to the client."""
 
 
 class QueueFull(ServiceError):
-    """The queue already holds `limit` requests, or, where `what` says so, that much of something else."""
+    """The queue already holds `limit` requests, or `limit` of the unit that `what` names."""
 
     def __init__(self, limit: int, retry_after_seconds: float = 1.0, what: str = "requests wait") -> None:
         self.limit = limit
@@ -53,7 +53,7 @@ class DeadlineUnreachable(ServiceError):
 
 
 class DeadlinePassed(ServiceError):
-    """The time for the request is over."""
+    """The deadline of the request has passed."""
 
     def __init__(self, reason: str = "the deadline passed before the work began") -> None:
         super().__init__(reason)
@@ -71,7 +71,7 @@ class ReceiveTimeout(ServiceError):
 
 
 class StageUnavailable(ServiceError):
-    """The stage takes no work now: it loads, drains or is lost. `reason` is shown to the caller."""
+    """The stage takes no work now: it loads, drains or is lost. `reason` is sent to the client."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
@@ -81,7 +81,7 @@ class StageUnavailable(ServiceError):
 class StagesLost(StageUnavailable):
     """Stages behind this server take no work, after all attempts.
 
-    Callers need not ask another replica of this server, which would ask the same stages.
+    A retry at another replica of this server is useless: it would call the same stages.
     """
 
 
@@ -126,7 +126,7 @@ class AdapterMemoryFull(ServiceError):
         self.name = _shortened(name)
         self.limit_bytes = limit_bytes
         super().__init__(
-            f"the adapter {self.name!r} does not fit beside those that other requests use now "
+            f"the adapter {self.name!r} does not fit next to those that other requests use now "
             f"({limit_bytes / 2**20:.0f} MiB in all); retry"
         )
 
@@ -144,10 +144,10 @@ _FAULT_TEXTS = ("CUDA error", "cuDNN error", "CUBLAS_STATUS", "HIP error")
 
 
 def as_device_fault(error: Exception) -> Exception:
-    """Returns the `DeviceFault` that an exception amounts to, or the exception itself.
+    """Returns the `DeviceFault` that an exception stands for, or the exception itself.
 
-    torch has classes of its own for both cases since 2.8 but still raises plain `RuntimeError` in places,
-    and a lost context shows only in the text.
+    torch has a class for either case since 2.8, but in places it still raises a plain `RuntimeError`, and
+    only the text shows that the device's context is lost.
     """
     if isinstance(error, DeviceFault):
         return error
@@ -155,10 +155,10 @@ def as_device_fault(error: Exception) -> Exception:
     if (
         isinstance(error, MemoryError)
         or _has_class(error, "OutOfMemoryError")
-        or _says(error, _OUT_OF_MEMORY_TEXTS)
+        or _mentions(error, _OUT_OF_MEMORY_TEXTS)
     ):
         fault = DeviceOutOfMemory(str(error))
-    elif _has_class(error, "AcceleratorError") or _says(error, _FAULT_TEXTS):
+    elif _has_class(error, "AcceleratorError") or _mentions(error, _FAULT_TEXTS):
         fault = DeviceFault(str(error))
     else:
         return error
@@ -170,5 +170,5 @@ def _has_class(error: Exception, name: str) -> bool:
     return any(kind.__name__ == name and kind.__module__.startswith("torch") for kind in type(error).__mro__)
 
 
-def _says(error: Exception, texts: tuple[str, ...]) -> bool:
+def _mentions(error: Exception, texts: tuple[str, ...]) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)

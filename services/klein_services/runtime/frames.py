@@ -1,4 +1,4 @@
-"""Tensors as streams of frames: cutting them, and checking what arrives. Torch-free."""
+"""Tensors as streams of frames: cutting them into frames, and checking the frames that arrive. Torch-free."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ MAX_FRAME_BYTES = 1 << 20
 """Most bytes of a frame's `data`."""
 SMALL_FRAME_BYTES = 64 << 10
 MAX_EXTENTS = 8
+_DATA_FIELD = tensor_pb2.TensorFrame.DATA_FIELD_NUMBER
+_INDEX_FIELD = denoiser_service_pb2.IndexedTensorFrame.INDEX_FIELD_NUMBER
+_FRAME_FIELD = denoiser_service_pb2.IndexedTensorFrame.FRAME_FIELD_NUMBER
+
+if sys.byteorder != "little":
+    raise ImportError("frames are little-endian and this machine is not; a byte swap would be needed here")
 
 
 @dataclass(frozen=True)
@@ -35,17 +41,10 @@ ELEMENT_TYPES: Mapping[int, ElementType] = {
 }
 """By `DataType`; tensors of other types are not sent."""
 
-_DATA_FIELD = tensor_pb2.TensorFrame.DATA_FIELD_NUMBER
-_INDEX_FIELD = denoiser_service_pb2.IndexedTensorFrame.INDEX_FIELD_NUMBER
-_FRAME_FIELD = denoiser_service_pb2.IndexedTensorFrame.FRAME_FIELD_NUMBER
-
-if sys.byteorder != "little":
-    raise ImportError("frames are little-endian and this machine is not; a byte swap would be needed here")
-
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a tensor's bytes mean."""
+    """Shape and element type of a tensor's bytes."""
 
     data_type: int
     """A value of `klein_api.v1.DataType`."""
@@ -58,15 +57,15 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class FrameEnvelope:
-    """Where a frame is in the message that carries it."""
+    """Position of a frame in the message that carries it."""
 
     field_number: int
-    """Of the arm that is the frame, for example `EncodePromptResponse.PROMPT_EMBEDDING_FIELD_NUMBER`."""
+    """Field of the frame, for example `EncodePromptResponse.PROMPT_EMBEDDING_FIELD_NUMBER`."""
     index: int | None = None
-    """Set when the arm is an IndexedTensorFrame: its index."""
+    """Index of the IndexedTensorFrame, if the field is one."""
 
     def header(self, frame_bytes: int) -> bytes:
-        """Returns what precedes a serialized frame of so many bytes in its serialized message."""
+        """Returns the bytes that precede a serialized frame of `frame_bytes` in its serialized message."""
         if self.index is None:
             return encode_header(self.field_number, frame_bytes)
         index = encode_key(_INDEX_FIELD, VARINT) + encode_varint(self.index)
@@ -77,8 +76,8 @@ class FrameEnvelope:
 def serialized_frames(data: memoryview, spec: TensorSpec, envelope: FrameEnvelope) -> Iterator[bytes]:
     """Yields a tensor's frames as serialized messages, each in its envelope, copying the bytes once.
 
-    The same messages by way of protobuf's Python classes cost three copies and more than four times the processor time.
-    Arguments and errors are those of `split_frames`.
+    protobuf's Python classes copy three times and take more than four times the processor time. Arguments and
+    errors are those of `split_frames`.
     """
     for chunk, head, tail in _cut(data, spec):
         before = head + encode_header(_DATA_FIELD, len(chunk))
@@ -90,11 +89,11 @@ def split_frames(data: memoryview, spec: TensorSpec) -> Iterator[tensor_pb2.Tens
     """Yields a tensor's frames; the bytes are hashed and copied one frame at a time.
 
     Args:
-        data: all of the tensor's bytes, contiguous; must not change until the last frame is taken.
-        spec: what they mean; `spec.byte_count` must equal the number of bytes.
+        data: all of the tensor's bytes, contiguous; must not change until the last frame is yielded.
+        spec: their shape and element type; `spec.byte_count` must equal the number of bytes.
 
     Raises:
-        ValueError: the bytes are not what `spec` says, a fault of the caller's.
+        ValueError: the number of bytes is not that of `spec`.
     """
     for chunk, head, tail in _cut(data, spec):
         yield tensor_pb2.TensorFrame.FromString(
@@ -123,7 +122,7 @@ def _cut(data: memoryview, spec: TensorSpec) -> Iterator[tuple[memoryview, bytes
 
 
 class FrameReader:
-    """Puts one tensor together and refuses whatever is not one.
+    """Assembles one tensor from its frames and refuses frames that do not make one.
 
     Args:
         field: the tensor's name in errors, for example `latents`.
@@ -141,24 +140,24 @@ class FrameReader:
 
     @property
     def finished(self) -> bool:
-        """Whether the last frame has come and its digest was right."""
+        """Whether all frames have been read and their digest is right."""
         return self._finished
 
     @property
     def spec(self) -> TensorSpec:
-        """What the bytes mean; known from the first frame on."""
+        """Shape and element type; known from the first frame on."""
         if self._spec is None:
             raise self._refusal("has no frames yet")
         return self._spec
 
     @property
     def has_spec(self) -> bool:
-        """Whether the first frame has come."""
+        """Whether the first frame has been read."""
         return self._spec is not None
 
     @property
     def chunks(self) -> Sequence[bytes | bytearray | memoryview]:
-        """The tensor's bytes in pieces, to be copied once to where they are wanted; all there once `finished`."""
+        """The tensor's bytes in pieces, to be copied once to their destination; complete once `finished`."""
         return self._chunks
 
     @property
@@ -172,27 +171,38 @@ class FrameReader:
         return self._digest.digest()
 
     def add(self, frame: tensor_pb2.TensorFrame | WireFrame) -> None:
-        """Takes the next frame.
+        """Reads the next frame.
 
         Raises:
-            InvalidInput: the frame cannot follow those before it; names the field and what is wrong.
+            InvalidInput: the frame is wrong or out of order; names the field.
         """
         if self._finished:
             raise self._refusal("has frames after its last one")
         if self._spec is None:
-            self._begin(frame)
+            self._spec = self._checked_spec(frame)
         elif frame.HasField("spec"):
             raise self._refusal("has a second spec; only the first frame carries one")
-        self._append(frame.data)
-        if self._received == self.spec.byte_count:
-            self._finish(frame)
+        data = frame.data
+        if not 1 <= len(data) <= MAX_FRAME_BYTES:
+            raise self._refusal(f"has a frame of {len(data)} bytes; must be in [1, {MAX_FRAME_BYTES}]")
+        self._received += len(data)
+        if self._received > self._spec.byte_count:
+            raise self._refusal(f"has more bytes than the {self._spec.byte_count} of its shape")
+        self._digest.update(data)
+        self._keep(data)
+        if self._received == self._spec.byte_count:
+            if not frame.HasField("xxh3"):
+                raise self._refusal("has no xxh3 on its last frame")
+            if frame.xxh3 != self._digest.digest():
+                raise self._refusal("is not what was sent: its bytes do not match its xxh3 digest")
+            self._finished = True
         elif frame.HasField("xxh3"):
             raise self._refusal(
                 f"ends after {self._received} of {self.spec.byte_count} bytes; only the last frame carries xxh3"
             )
 
     def require_finished(self) -> None:
-        """Checks that the tensor is whole; for when the stream has ended.
+        """Checks that the tensor is complete; called when the stream has ended.
 
         Raises:
             InvalidInput: frames are missing.
@@ -205,7 +215,7 @@ class FrameReader:
             f"is incomplete: the stream ended after {self._received} of {self.spec.byte_count} bytes"
         )
 
-    def _begin(self, frame: tensor_pb2.TensorFrame | WireFrame) -> None:
+    def _checked_spec(self, frame: tensor_pb2.TensorFrame | WireFrame) -> TensorSpec:
         if frame.spec is None or not frame.HasField("spec"):
             raise self._refusal("has no spec on its first frame")
         data_type, shape = frame.spec.data_type, tuple(frame.spec.shape[: MAX_EXTENTS + 1])
@@ -220,19 +230,10 @@ class FrameReader:
             raise self._refusal(
                 f"has shape {shown_shape(shape)}, {spec.byte_count} bytes; at most {self._limit_bytes} are allowed"
             )
-        self._spec = spec
-
-    def _append(self, data: bytes | memoryview) -> None:
-        if not 1 <= len(data) <= MAX_FRAME_BYTES:
-            raise self._refusal(f"has a frame of {len(data)} bytes; must be in [1, {MAX_FRAME_BYTES}]")
-        self._received += len(data)
-        if self._received > self.spec.byte_count:
-            raise self._refusal(f"has more bytes than the {self.spec.byte_count} of its shape")
-        self._digest.update(data)
-        self._keep(data)
+        return spec
 
     def _keep(self, data: bytes | memoryview) -> None:
-        # Small frames are put together, or what Python needs for each would be many times their size.
+        # Small frames are joined: Python's overhead for each would be many times its size.
         if len(data) >= SMALL_FRAME_BYTES:
             self._chunks.append(data)
             return
@@ -242,18 +243,11 @@ class FrameReader:
             self._chunks.append(last)
         last += data
 
-    def _finish(self, frame: tensor_pb2.TensorFrame | WireFrame) -> None:
-        if not frame.HasField("xxh3"):
-            raise self._refusal("has no xxh3 on its last frame")
-        if frame.xxh3 != self._digest.digest():
-            raise self._refusal("is not what was sent: its bytes do not match its xxh3 digest")
-        self._finished = True
-
     def _refusal(self, description: str) -> InvalidInput:
         return InvalidInput.of(self.field, description)
 
 
 def shown_shape(shape: Sequence[int]) -> str:
-    """Returns a shape as text, cut off where no tensor would go on."""
+    """Returns a shape as text, cut off after the most extents that a tensor may have."""
     extents = [str(extent) for extent in shape[:MAX_EXTENTS]] + ["…"] * (len(shape) > MAX_EXTENTS)
     return f"[{', '.join(extents)}]"

@@ -50,7 +50,7 @@ class Call:
 
     @property
     def metadata(self) -> Sequence[tuple[str, str | bytes]]:
-        """What the client sent besides its messages."""
+        """The client's metadata."""
         return tuple(self.context.invocation_metadata() or ())
 
     @property
@@ -108,6 +108,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         name, make = _SHAPES[shape]
         behavior = getattr(handler, name)
         method = Method.of(path, *shape)
+        serialize = handler.response_serializer
 
         async def respond(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             async with AsyncExitStack() as stack:
@@ -121,10 +122,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 await self._enter_all(stack, Call(method, path, context))
                 await _write_all(behavior(request, context), context)
 
+        # Handlers may answer with messages that they have serialized themselves.
         surrounded: _Handler = make(
             respond_with_stream if handler.response_streaming else respond,
             request_deserializer=_frame_sparing(handler.request_deserializer),
-            response_serializer=_unless_serialized(handler.response_serializer),
+            response_serializer=lambda response: (
+                response if isinstance(response, bytes) or serialize is None else serialize(response)
+            ),
         )
         return surrounded
 
@@ -149,11 +153,6 @@ def _frame_sparing(deserialize: Callable[[bytes], Any] | None) -> Callable[[byte
     return deserialize
 
 
-def _unless_serialized(serialize: Callable[[Any], bytes] | None) -> Callable[[Any], bytes]:
-    """Returns a serializer that passes on messages that the handler has serialized itself."""
-    return lambda message: message if isinstance(message, bytes) or serialize is None else serialize(message)
-
-
 async def _write_all(
     responses: AsyncGenerator[Any, None] | Awaitable[None], context: grpc.aio.ServicerContext[Any, Any]
 ) -> None:
@@ -169,7 +168,7 @@ async def _write_all(
 async def identify_and_trace(call: Call) -> AsyncIterator[None]:
     """Sets the request id and records the call's span."""
     identity = logs.take_request_id(call.metadata)
-    # No reset: each call is a task of its own with a context of its own.
+    # Never reset: each call is a task with its own context.
     logs.request_id.set(identity)
     # In the trailers, because initial metadata sent early would forbid the client's channel to retry.
     call.context.set_trailing_metadata(((logs.REQUEST_ID_KEY, identity),))

@@ -6,7 +6,7 @@ never a prompt, a seed or a request id.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -24,7 +24,7 @@ _METHOD = ("grpc_type", "grpc_service", "grpc_method")
 RPC_STARTED = Counter("grpc_server_started", "RPCs that this server began to handle.", _METHOD)
 RPC_HANDLED = Counter(
     "grpc_server_handled",
-    "RPCs that ended, by status code; CANCELLED is neither success nor failure: the caller went away.",
+    "RPCs that ended, by status code; CANCELLED is neither success nor failure: the client disconnected.",
     (*_METHOD, "grpc_code"),
 )
 RPC_SECONDS = Histogram(
@@ -131,7 +131,7 @@ PIXELS = Counter("klein_pixels", "Pixels of images that were answered.", ["model
 
 @dataclass(frozen=True)
 class Method:
-    """An RPC method as metrics name it."""
+    """An RPC method by the labels of its metrics."""
 
     kind: str
     """unary, client_stream, server_stream or bidi_stream."""
@@ -140,7 +140,7 @@ class Method:
 
     @classmethod
     def of(cls, path: str, request_streaming: bool, response_streaming: bool) -> Method:
-        """Makes one of a call's path, `/package.Service/Method`."""
+        """Returns the method of a call's path, `/package.Service/Method`."""
         service, _, name = path.removeprefix("/").rpartition("/")
         return cls(_KINDS[request_streaming, response_streaming], service, name)
 
@@ -160,15 +160,18 @@ _KINDS = {
 def initialize(stage: str, service_names: Iterable[str], operations: Sequence[str] = ()) -> None:
     """Creates a server's label sets, so that its counters exist at 0 before the first request.
 
-    A server without operations computes nothing and has no queue before a device.
+    A server without operations has no device and no queue.
     """
-    # They double the number of series and nothing reads them.
+    # The _created series double the number of series, and nothing reads them.
     disable_created_metrics()  # type: ignore[no-untyped-call]
-    for method in _methods(service_names):
-        RPC_STARTED.labels(*method.labels)
-        RPC_SECONDS.labels(*method.labels)
-        for code in grpc.StatusCode:
-            RPC_HANDLED.labels(*method.labels, code.name)
+    for service_name in service_names:
+        for method in descriptor_pool.Default().FindServiceByName(service_name).methods:
+            path = f"/{service_name}/{method.name}"
+            labels = Method.of(path, method.client_streaming, method.server_streaming).labels
+            RPC_STARTED.labels(*labels)
+            RPC_SECONDS.labels(*labels)
+            for code in grpc.StatusCode:
+                RPC_HANDLED.labels(*labels, code.name)
     SERVING.labels(stage)
     DEADLINE_MISSED.labels(stage)
     if operations:
@@ -180,14 +183,6 @@ def initialize(stage: str, service_names: Iterable[str], operations: Sequence[st
 
 
 def initialize_queue(stage: str) -> None:
-    """Creates the label sets of a queue before a device."""
+    """Creates the label sets of a device's queue."""
     for metric in (QUEUE_DEPTH, QUEUE_WAIT_SECONDS, RUNNING, ABANDONED_SECONDS, DEADLINE_MISSED):
         metric.labels(stage)
-
-
-def _methods(service_names: Iterable[str]) -> Iterator[Method]:
-    for service_name in service_names:
-        descriptor = descriptor_pool.Default().FindServiceByName(service_name)
-        for method in descriptor.methods:
-            path = f"/{service_name}/{method.name}"
-            yield Method.of(path, method.client_streaming, method.server_streaming)

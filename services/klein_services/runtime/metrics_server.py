@@ -14,7 +14,7 @@ import prometheus_client
 
 
 class MetricsServer:
-    """Answers on threads of its own from the moment it is made; both paths answer in every state.
+    """Answers on its own threads as soon as it is made, in every state of the server.
 
     Args:
         host: an address to listen on.

@@ -1,4 +1,4 @@
-"""How busy a server is, as gRPC's balancing policies read it (ORCA, xds.data.orca.v3.OrcaLoadReport)."""
+"""Load reports in trailers for gRPC's balancing policies (ORCA, xds.data.orca.v3.OrcaLoadReport)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _UTILIZATION_TAG = 9 << 3 | 1
 
 
 class LoadReport:
-    """Requests a second and utilization of one server.
+    """Requests per second and utilization of one server.
 
     Args:
         utilization: returns outstanding work over capacity, from 0; may exceed 1.
@@ -27,14 +27,14 @@ class LoadReport:
         self._counted_at = time.monotonic()
 
     def count(self) -> None:
-        """Counts a call that ended into an exponentially weighted rate."""
+        """Adds a call that has ended to the exponentially weighted rate."""
         now = time.monotonic()
         elapsed, self._counted_at = now - self._counted_at, now
         self._rate = self._rate * max(0.0, 1 - elapsed / _WINDOW_SECONDS) + 1 / _WINDOW_SECONDS
 
     def trailer(self) -> tuple[str, bytes]:
-        """Returns the trailing metadata pair that callers' balancing policies read."""
-        # A utilization of 0 counts as no report, and the idlest replica would lose its weight.
+        """Returns the trailing metadata pair that clients' balancing policies read."""
+        # Clients ignore a report whose utilization is 0, and the idlest replica would lose its weight.
         utilization = max(self._utilization(), _LEAST_UTILIZATION)
         report = struct.pack("<BdBd", _RPS_TAG, self._rate, _UTILIZATION_TAG, utilization)
         return TRAILER_KEY, report

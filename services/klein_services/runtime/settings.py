@@ -127,7 +127,7 @@ class StageSettings(ServerSettings):
         "", help="Safetensors file or folder of this stage's own part, instead of the model's"
     )
     variant: str = setting(
-        "", help="Which published model it is, such as klein-4b, where no model_index.json tells"
+        "", help="Name of the published model, such as klein-4b, where there is no model_index.json"
     )
     model_name: str = setting("", help="Name that requests may give; empty takes the model's file name")
     device: str = setting("auto", help="auto, cpu, cuda, cuda:N or mps; auto takes the first GPU there is")
@@ -145,8 +145,9 @@ class StageSettings(ServerSettings):
 
     def __post_init__(self) -> None:
         if not self.model_name:
-            # Frozen settings have no other way to derive one field from another.
-            object.__setattr__(self, "model_name", model_name(self._named_path))
+            # The only way to derive a field of a frozen dataclass from others.
+            named_path = self.model_path if self._model is not None else self.weights_path
+            object.__setattr__(self, "model_name", model_name(named_path))
 
     def problems(self) -> Iterator[str]:
         if not _DEVICE.fullmatch(self.device):
@@ -171,10 +172,6 @@ class StageSettings(ServerSettings):
             return Path(self.model_path)
         # With weights of another model, the embedded model's other parts do not apply.
         return None if self.weights_path else EMBEDDED_WEIGHTS
-
-    @property
-    def _named_path(self) -> str:
-        return self.model_path if self._model is not None else self.weights_path
 
 
 def path_problems(field_name: str, path: str) -> Iterator[str]:
@@ -330,22 +327,16 @@ def misspelled(cls: type[ServerSettings], environment: Mapping[str, str]) -> lis
 
 def describe(loaded: LoadedSettings[Any]) -> str:
     """Returns a table of every setting: variable, value, source, help."""
-    fields = dataclasses.fields(loaded.settings)
-    rows = [
-        (variable_name(field.name), _shown(getattr(loaded.settings, field.name)), loaded.sources[field.name])
-        for field in fields
-    ]
+    rows: list[tuple[str, str, str]] = []
+    helps: list[str] = []
+    for field in dataclasses.fields(loaded.settings):
+        value, limits = getattr(loaded.settings, field.name), limits_of(field)
+        if isinstance(value, bool):
+            text = "true" if value else "false"
+        else:
+            text = number_text(value) if isinstance(value, float) else str(value) or '""'
+        rows.append((variable_name(field.name), text, loaded.sources[field.name]))
+        helps.append(f"{field.metadata.get('help', '')}{f' ({limits})' if limits else ''}")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     cells = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(f"{text}  {_help_of(field)}" for text, field in zip(cells, fields, strict=True))
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return number_text(value) if isinstance(value, float) else str(value) or '""'
-
-
-def _help_of(field: dataclasses.Field[Any]) -> str:
-    limits = limits_of(field)
-    return f"{field.metadata.get('help', '')}{f' ({limits})' if limits else ''}"
+    return "\n".join(f"{text}  {help_text}" for text, help_text in zip(cells, helps, strict=True))

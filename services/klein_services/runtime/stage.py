@@ -167,7 +167,7 @@ def require_model(requested: str, served: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """What a stage knows of its model once it is loaded."""
+    """Facts about a model that are known once it is loaded."""
 
     device: str
     """Where it computes, for example `cuda:0`."""

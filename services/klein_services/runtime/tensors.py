@@ -1,9 +1,8 @@
-"""Devices and element types by the names that settings use. Imports torch."""
+"""Torch tensors: devices and dtypes by the names of settings, and conversion from and to frames."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
-from typing import Any
+from collections.abc import Collection, Iterator
 
 import numpy
 import torch
@@ -32,8 +31,10 @@ def resolve_device(name: str) -> torch.device:
     Raises:
         SettingsError: there is no such device here.
     """
+    if name == "auto" and torch.cuda.is_available():
+        return torch.device("cuda:0")
     if name == "auto":
-        return torch.device(_best_device())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -51,24 +52,18 @@ def resolve_dtype(name: str) -> torch.dtype | None:
 
 
 def set_threads(count: int) -> None:
-    """Sets how many CPU threads one operation uses; 0 leaves torch's choice."""
+    """Sets the number of CPU threads of one operation; 0 leaves it to torch."""
     if count:
         torch.set_num_threads(count)
 
 
 def report_memory(stage: str, device: torch.device) -> None:
-    """Makes `klein_device_memory_bytes` tell what torch holds on a GPU; there is nothing to tell of a CPU."""
+    """Publishes the memory that torch holds on a GPU as `klein_device_memory_bytes`; nothing for a CPU."""
     if device.type != "cuda":
         return
     gauge = metrics.DEVICE_MEMORY_BYTES
     gauge.labels(stage, "allocated").set_function(lambda: torch.cuda.memory_allocated(device))
     gauge.labels(stage, "reserved").set_function(lambda: torch.cuda.memory_reserved(device))
-
-
-def _best_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda:0"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def data_type_of(dtype: torch.dtype) -> int:
@@ -93,12 +88,12 @@ def host_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def tensor_frames(tensor: torch.Tensor) -> Iterator[tensor_pb2.TensorFrame]:
-    """Yields a tensor's frames. Copies from the device first where it has to, on the first frame."""
+    """Yields a tensor's frames. Copies the tensor from its device, if needed, before the first one."""
     yield from split_frames(*_bytes_of(tensor))
 
 
 def serialized_tensor_frames(tensor: torch.Tensor, envelope: FrameEnvelope) -> Iterator[bytes]:
-    """Yields a tensor's frames as serialized messages, several times as fast; see `serialized_frames`."""
+    """Yields a tensor's frames as serialized messages, several times as fast as `tensor_frames`."""
     yield from serialized_frames(*_bytes_of(tensor), envelope)
 
 
@@ -116,14 +111,14 @@ def frames_tensor(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Returns the tensor that a finished reader holds, in torch's own memory.
+    """Returns the tensor of a finished reader, in torch's own memory.
 
     Args:
-        reader: has got all frames.
-        shape: what the shape must be, `None` for any extent; `None` means any shape.
-        dtypes: element types that are taken; `None` means all.
-        device: where the tensor is wanted.
-        dtype: converts to this element type on the device; `None` keeps what came.
+        reader: has read all frames.
+        shape: the shape that the tensor must have, `None` for any extent; `None` means any shape.
+        dtypes: element types that are allowed; `None` means all.
+        device: the device to copy the tensor to.
+        dtype: the element type to convert it to on the device; `None` keeps its own.
 
     Raises:
         InvalidInput: the tensor is incomplete or of another shape or element type.
@@ -131,17 +126,13 @@ def frames_tensor(
     reader.require_finished()
     check_spec(reader, shape=shape, dtypes=dtypes)
     host = torch.empty(reader.spec.byte_count, dtype=torch.uint8)
-    _fill(host.numpy(), reader.chunks)
-    flat = host.view(_DTYPES[reader.spec.data_type])
-    return flat.view(reader.spec.shape).to(device=device, dtype=dtype)
-
-
-def _fill(target: numpy.ndarray[Any, Any], chunks: Iterable[bytes | bytearray | memoryview]) -> None:
-    start = 0
-    for chunk in chunks:
+    target, start = host.numpy(), 0
+    for chunk in reader.chunks:
         piece = numpy.frombuffer(chunk, dtype=numpy.uint8)
         target[start : start + len(piece)] = piece
         start += len(piece)
+    flat = host.view(_DTYPES[reader.spec.data_type])
+    return flat.view(reader.spec.shape).to(device=device, dtype=dtype)
 
 
 def check_spec(
@@ -150,14 +141,15 @@ def check_spec(
     shape: tuple[int | None, ...] | None = None,
     dtypes: Collection[torch.dtype] | None = None,
 ) -> None:
-    """Checks a tensor's spec as `frames_tensor` does; possible from the first frame on.
+    """Checks a tensor's spec as `frames_tensor` does, from the first frame on.
 
     Raises:
         InvalidInput: the tensor is of another shape or element type.
     """
     actual = reader.spec.shape
     if shape is not None and (
-        len(actual) != len(shape) or any(_differ(a, e) for a, e in zip(actual, shape, strict=True))
+        len(actual) != len(shape)
+        or any(wanted not in (None, extent) for extent, wanted in zip(actual, shape, strict=True))
     ):
         expected = ", ".join("any" if extent is None else str(extent) for extent in shape)
         raise InvalidInput.of(reader.field, f"has shape {list(actual)}; must be [{expected}]")
@@ -165,7 +157,3 @@ def check_spec(
     if dtypes is not None and actual_dtype not in dtypes:
         wanted = ", ".join(sorted(dtype_name(dtype) for dtype in dtypes))
         raise InvalidInput.of(reader.field, f"has element type {dtype_name(actual_dtype)}; must be {wanted}")
-
-
-def _differ(actual: int, expected: int | None) -> bool:
-    return expected is not None and actual != expected

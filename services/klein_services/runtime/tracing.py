@@ -1,4 +1,4 @@
-"""OpenTelemetry traces over OTLP. Nothing of it is imported while no endpoint is set."""
+"""OpenTelemetry traces over OTLP; its packages are imported only when an endpoint is set."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _provider: Any = None
 
 
 def start(endpoint: str, service_name: str, version: str) -> None:
-    """Begins to export spans to an OTLP gRPC endpoint; an empty endpoint leaves tracing off."""
+    """Starts to export spans to an OTLP gRPC endpoint; an empty endpoint leaves tracing off."""
     global _provider
     if not endpoint:
         return
@@ -30,7 +30,7 @@ def start(endpoint: str, service_name: str, version: str) -> None:
 
 
 def stop() -> None:
-    """Sends what has not been sent; the last thing that a server does."""
+    """Exports the remaining spans. The last thing that a server does."""
     global _provider
     if _provider is not None:
         _provider.shutdown()
@@ -38,12 +38,12 @@ def stop() -> None:
 
 
 def enabled() -> bool:
-    """Whether spans are recorded."""
+    """Returns whether spans are recorded."""
     return _provider is not None
 
 
 def client_interceptors() -> Sequence[grpc.aio.ClientInterceptor]:
-    """Returns what makes a channel's calls carry the current trace; nothing while tracing is off."""
+    """Returns interceptors by which a channel's calls carry the current trace; none while tracing is off."""
     if not enabled():
         return []
     from opentelemetry.instrumentation.grpc import aio_client_interceptors
@@ -63,11 +63,11 @@ def span(name: str, **attributes: str | int | float | bool) -> Iterator[None]:
 
 @contextmanager
 def server_span(path: str, metadata: Sequence[tuple[str, str | bytes]]) -> Iterator[Any]:
-    """Records the span of a call that came in, as a child of the caller's.
+    """Records the span of an incoming call, as a child of the client's span.
 
     Own code because the instrumentation package's server side cannot wrap handlers that write their
-    responses, as the standard health service's Watch does, and leaves a stream's span open when its caller
-    goes away.
+    responses, as the standard health service's Watch does, and leaves a stream's span open when its client
+    disconnects.
     """
     if not enabled():
         yield None

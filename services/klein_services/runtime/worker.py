@@ -1,4 +1,4 @@
-"""One thread that computes, and the bounded queue before it."""
+"""Worker: one thread that computes, and the bounded queue in front of it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _log = logging.getLogger("klein.worker")
 
 @dataclass(frozen=True)
 class Completed(Generic[_Value]):
-    """What a function returned and how long it took."""
+    """Result of a function, and the time it took."""
 
     value: _Value
     queue_seconds: float
@@ -41,11 +41,11 @@ class _Job:
 
 
 class Worker:
-    """Runs functions one after the other on a thread of its own, so that the event loop never computes.
+    """Runs functions one after the other on its own thread, so that the event loop never computes.
 
     Args:
         name: the stage's name, the `stage` label of its metrics.
-        queue_limit: how many functions may wait, beside the running one, before more are refused.
+        queue_limit: most functions that wait for the running one; more are refused.
     """
 
     def __init__(self, name: str, queue_limit: int) -> None:
@@ -73,33 +73,40 @@ class Worker:
 
     @property
     def estimated_wait_seconds(self) -> float | None:
-        """Time until a function that came now would start; `None` before any operation was measured."""
+        """Time until a function that is queued now would start; `None` before any operation was measured."""
         outstanding = self.queued_count + self.running_count
         return None if self._mean_seconds is None else self._mean_seconds * outstanding
 
     async def run(
         self, function: Callable[[], _Value], *, operation: str = "", deadline: float | None = None
     ) -> Completed[_Value]:
-        """Runs a function on the worker and waits for it. Its context variables are those of the caller.
+        """Runs a function on the worker, with the context variables of the current task, and waits for it.
 
-        A caller that is cancelled leaves the queue; when its function already runs, the function goes on and
-        its time counts as abandoned.
+        When the task is cancelled, a waiting function is dropped. A running one goes on, and its time counts as
+        abandoned.
 
         Args:
             function: what to compute.
             operation: label of `klein_stage_duration_seconds`; empty is not measured.
-            deadline: `time.monotonic()` after which it is not worth starting.
+            deadline: `time.monotonic()` after which the function is not started.
 
         Raises:
-            QueueFull: at once, when too many wait.
-            DeadlinePassed: the deadline came while it waited.
+            QueueFull: too many functions wait; raised at once.
+            DeadlinePassed: the deadline passed while the function waited.
             StageUnavailable: the worker is closed.
             DeviceFault: the device failed.
         """
         loop = asyncio.get_running_loop()
         context = contextvars.copy_context()
         job = _Job(function, loop.create_future(), context, operation, deadline, time.monotonic())
-        self._enqueue(job)
+        with self._changed:
+            if self._closed:
+                raise StageUnavailable("the stage stops")
+            if len(self._waiting) + self.running_count > self.queue_limit:
+                raise QueueFull(self.queue_limit, self.estimated_wait_seconds or 1.0)
+            self._waiting.append(job)
+            self._changed.notify()
+        self._count()
         try:
             return await job.future
         except DeadlinePassed:
@@ -110,7 +117,7 @@ class Worker:
             raise
 
     def close(self) -> None:
-        """Refuses what waits and ends the thread; waits at most a second for a function that runs."""
+        """Refuses the waiting functions and ends the thread; waits at most 1 s for a running function."""
         with self._changed:
             self._closed = True
             refused, self._waiting = self._waiting, deque()
@@ -119,16 +126,6 @@ class Worker:
             _set_exception(job.future, StageUnavailable("the stage stops"))
         self._count()
         self._thread.join(_STOP_SECONDS)
-
-    def _enqueue(self, job: _Job) -> None:
-        with self._changed:
-            if self._closed:
-                raise StageUnavailable("the stage stops")
-            if len(self._waiting) + self.running_count > self.queue_limit:
-                raise QueueFull(self.queue_limit, self.estimated_wait_seconds or 1.0)
-            self._waiting.append(job)
-            self._changed.notify()
-        self._count()
 
     def _abandon(self, job: _Job) -> None:
         with self._changed:
@@ -143,7 +140,7 @@ class Worker:
     def _work(self) -> None:
         while (job := self._next()) is not None:
             self._compute(job)
-            # Else the last result, perhaps a large tensor, would live until the next job.
+            # Frees the last result, perhaps a large tensor, before waiting for the next job.
             del job
 
     def _next(self) -> _Job | None:
@@ -178,7 +175,7 @@ class Worker:
         try:
             loop.call_soon_threadsafe(self._deliver, job.future, completed, error)
         except RuntimeError:
-            _log.debug("nobody waits any more: the event loop is closed")
+            _log.debug("a result is dropped because the event loop is closed")
 
     def _deliver(
         self, future: asyncio.Future[Completed[Any]], completed: Completed[Any], error: BaseException | None
@@ -198,23 +195,22 @@ class Worker:
 
 
 def _outcome(job: _Job) -> tuple[Any, BaseException | None]:
+    def traced() -> Any:
+        with tracing.span(job.operation or "work"):
+            return job.function()
+
     try:
-        return job.context.run(_traced, job), None
+        return job.context.run(traced), None
     except Exception as error:
         return None, as_device_fault(error)
-    except BaseException as error:  # SystemExit from a library: it must not end the only thread that computes
+    except BaseException as error:  # SystemExit from a library must not end the only thread that computes
         return None, RuntimeError(f"a function ended with {error!r}")
-
-
-def _traced(job: _Job) -> Any:
-    with tracing.span(job.operation or "work"):
-        return job.function()
 
 
 def _set_exception(future: asyncio.Future[Any], error: BaseException) -> None:
     if future.done():
         return
     if isinstance(error, StopIteration):
-        # A future refuses it, and whoever awaits it would wait for ever.
+        # A future does not accept StopIteration, and the task that awaits it would wait forever.
         error = RuntimeError(f"a function ended with StopIteration({error})")
     future.set_exception(error)
