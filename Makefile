@@ -1,4 +1,4 @@
-# Every target sets up what it needs; nothing has to be installed first but git, make and Python >= 3.11.
+# Every target sets up .venv first. Only git, make and Python >= 3.11 must be installed.
 
 PYTHON ?= python3
 VENV := .venv
@@ -18,26 +18,26 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:  ## Show the targets.
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/' | expand -t 10
 
-setup: $(STAMP)  ## Make .venv with everything that demo and test need.
+setup: $(STAMP)  ## Make .venv with the dependencies of demo and test.
 
 $(STAMP): pyproject.toml constraints.txt
 	@command -v $(firstword $(PYTHON)) >/dev/null || { \
 		echo "There is no $(PYTHON) here; Python 3.11 or newer is needed. Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "Python 3.11 or newer is needed, and $(PYTHON) is older. Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
-	@# Debian's Python without python3-venv leaves half a .venv, one without pip; it is completed later.
+	@# Debian's Python without python3-venv leaves a .venv without pip; the next run completes it.
 	@$(PIP) --version >/dev/null 2>&1 || \
 		$(PYTHON) -m venv $$(test -x $(BIN)/python || echo --clear) $(VENV) || { \
 		echo "Python's venv module is needed. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@echo "Installing into $(VENV) (once; a few minutes, mostly torch) ..."
-	@# Only torch itself is taken from there: such an index has other versions of what torch needs, or none.
+	@# Only torch comes from that index: it has other versions of torch's dependencies, or none.
 	@$(if $(TORCH_INDEX),$(PIP) install --quiet --constraint constraints.txt --no-deps --index-url $(TORCH_INDEX) torch,true) || { \
 		echo "torch could not be installed from $(TORCH_INDEX). Check TORCH_INDEX, and PIP_PROXY behind a proxy." >&2; exit 1; }
 	@$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]' || { \
 		echo "The installation failed. Behind a proxy set PIP_INDEX_URL; for CPU-only torch see TORCH_INDEX in README.md." >&2; exit 1; }
 	@touch $@
 
-demo: setup  ## Start the four services and make three pictures into out/.
+demo: setup  ## Start the four services and make three images in out/.
 	@$(BIN)/python -m klein_services.cli.demo
 
 test: setup  ## Run the whole test suite.
@@ -54,11 +54,11 @@ lint: setup  ## Check style, types, imports, spelling, sizes and protos.
 	@$(BIN)/python -m tests.contract.house
 	@./protos/check.sh
 
-protos: setup  ## Generate the Python code of protos/ anew.
+protos: setup  ## Generate the Python code of protos/.
 	@$(BIN)/python protos/generate.py
 
 bench: setup  ## Run five of the benchmarks in docs/benchmarks.md; CONTRIBUTING.md names the others.
 	@for script in core transport overhead pico health; do $(BIN)/python -m benchmarks.$$script || exit 1; done
 
-clean:  ## Remove .venv and what was built.
+clean:  ## Remove .venv and build outputs.
 	@rm -rf $(VENV) build dist out

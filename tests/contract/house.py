@@ -15,8 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("klein_core", "services/klein_services")
 
-# False prints the numbers and never fails.
-STRICT = False
+ENFORCED = frozenset({"product files", "longest file", "median lines"})
+"""Numbers that fail `make lint`; the others are printed. Add a name when the product is within its limit."""
 
 MAX_FILES = 140
 MAX_LINES = 400
@@ -62,6 +62,7 @@ class Measurement:
     value: str
     limit: str
     holds: bool
+    """Whether the value is within the limit."""
     findings: tuple[Finding, ...] = ()
 
 
@@ -86,8 +87,8 @@ def measure(files: Sequence[SourceFile]) -> list[Measurement]:
         Measurement("longest file", str(max(f.lines for f in files)), f"<= {MAX_LINES}", not long, long),
         Measurement("median lines", f"{median:g}", f">= {MIN_MEDIAN_LINES}", median >= MIN_MEDIAN_LINES),
         Measurement(
-            f"private with one call site, of {functions}",
-            f"{len(single)} ({share:.1%})",
+            "private with one call site",
+            f"{len(single)} of {functions}, {share:.1%}",
             f"<= {MAX_SINGLE_USE_SHARE:.0%}",
             share <= MAX_SINGLE_USE_SHARE,
             single,
@@ -136,16 +137,18 @@ def _headless(files: Sequence[SourceFile], *, modules: bool) -> Iterator[Finding
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.contract.house", description=__doc__)
     parser.add_argument("--list", action="store_true", help="name the file and line of everything counted")
-    parser.add_argument("--strict", action="store_true", default=STRICT, help="fail when a limit is exceeded")
+    parser.add_argument("--strict", action="store_true", help="fail when any limit is exceeded")
     options = parser.parse_args()
-    measurements = measure(read_product())
-    for measurement in measurements:
+    failed = False
+    for measurement in measure(read_product()):
         mark = "ok" if measurement.holds else "OVER"
-        print(f"house: {measurement.name:40}{measurement.value:>14}  {measurement.limit:>6}  {mark}")
-        if options.list or (options.strict and not measurement.holds):
+        print(f"house: {measurement.name:30}{measurement.value:>22}  {measurement.limit:>6}  {mark}")
+        fails = not measurement.holds and (options.strict or measurement.name in ENFORCED)
+        failed |= fails
+        if options.list or fails:
             for finding in measurement.findings:
                 print(f"  {finding.path}:{finding.line}: {finding.text}")
-    return int(options.strict and not all(measurement.holds for measurement in measurements))
+    return int(failed)
 
 
 if __name__ == "__main__":
