@@ -23,7 +23,6 @@ from klein_services.denoiser.request_state import (
 from klein_services.denoiser.scheduled_request import (
     Batch,
     ScheduledRequest,
-    WorkItem,
     observe_abandoned,
     observe_budget,
     observe_finished,
@@ -133,8 +132,14 @@ class Engine:
                     queue_seconds = (request.started_at or request.admitted_at) - request.admitted_at
                     observe_started(queue_seconds)
                     self._channels[request].post(Started(queue_seconds))
-                if self._execute(batch):
-                    self._grow_budget(batch)
+                if not self._execute(batch):
+                    continue
+                budget = self._scheduler.budget
+                with self._changed:
+                    has_grown = budget.record_success(batch.tokens)
+                if has_grown:
+                    observe_budget(budget.tokens)
+                    _log.info("memory suffices: steps are limited to %d tokens again", budget.tokens)
 
     def _next_batch(self) -> Batch | None:
         """Waits until there is work; returns `None` once the engine is closed."""
@@ -229,8 +234,14 @@ class Engine:
         items = [item for item in batch.items if item.request in self._states]
         is_full = isinstance(fault, DeviceOutOfMemory)
         has_freed_memory = is_full and self._scheduler.caches.drop_unused()
+        # A step that failed after it had advanced some images cannot be repeated.
+        is_unchanged = all(
+            self._trajectory(item.request, item.image).step_index == item.request.steps_done
+            for item in items
+            if item.image is not None
+        )
         may_help = not _is_device_lost(fault) and (len(items) > 1 or has_freed_memory)
-        if not may_help or not all(map(self._is_unchanged, items)):
+        if not may_help or not is_unchanged:
             self._fail_with_fault((item.request for item in items), fault)
             return
         _log.warning("a step failed; retrying its requests one by one", exc_info=error)
@@ -244,21 +255,6 @@ class Engine:
             # A retry before this one may have failed the request.
             if item.request in self._states:
                 self._execute(Batch((item,)))
-
-    def _is_unchanged(self, item: WorkItem) -> bool:
-        """Returns whether the failed step left the image at the step before it, so that it can be repeated."""
-        if item.image is None:
-            return True
-        return self._trajectory(item.request, item.image).step_index == item.request.steps_done
-
-    def _grow_budget(self, batch: Batch) -> None:
-        """Lets a reduced token budget grow back after enough full steps."""
-        budget = self._scheduler.budget
-        with self._changed:
-            has_grown = budget.record_success(batch.tokens)
-        if has_grown:
-            observe_budget(budget.tokens)
-            _log.info("memory suffices: steps are limited to %d tokens again", budget.tokens)
 
     def _fail_with_fault(self, requests: Iterable[ScheduledRequest], fault: Exception) -> None:
         """Fails requests. A lost device also stops the loop, which fails all others."""

@@ -38,7 +38,7 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """How busy the device is."""
+    """Load of the device: its queue, and what a probe request would meet."""
 
     queued_count: int
     running_count: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -12,8 +12,6 @@ import grpc
 
 from klein_api.v1 import denoiser_service_pb2 as api
 from klein_api.v1 import denoiser_service_pb2_grpc
-from klein_core.denoiser.adapters.adapter import ScaledAdapter
-from klein_core.params import AdapterChoice
 from klein_services.denoiser.adapters import AdapterRegistry
 from klein_services.denoiser.engine import Engine
 from klein_services.denoiser.events import EventChannel, Finished, Message, Responses
@@ -102,29 +100,22 @@ async def _submit(
     A function, not a part of the handler: frames and tensors must not stay in its locals while the client reads.
     """
     reader = TensorReader(params, denoiser.model, denoiser.limits)
-    with _loading(denoiser.adapters, params.generation.adapters) as loading:
+    loading = asyncio.create_task(denoiser.adapters.load(params.generation.adapters))
+    # Retrieves the exception so asyncio does not warn "Task exception was never retrieved" if reading fails first.
+    loading.add_done_callback(lambda task: task.cancelled() or task.exception())
+    try:
         async for part in parts:
             if loading.done():
                 loading.result()  # raises for an unusable adapter before all tensors have arrived
             reader.add(part)
         adapters = await loading
+    finally:
+        loading.cancel()
+        # The traceback of its exception holds this frame, which must not hold it in turn.
+        del loading
 
     def prepare() -> None:
         state = denoiser.planner.request_state(params, reader.tensors(), adapters)
         denoiser.engine.submit(request, state)
 
     await denoiser.preparation.run(prepare)
-
-
-@contextmanager
-def _loading(
-    registry: AdapterRegistry, choices: Sequence[AdapterChoice]
-) -> Iterator[asyncio.Task[tuple[ScaledAdapter, ...]]]:
-    """Loads adapters in the background; cancels loading when the block ends first."""
-    task = asyncio.create_task(registry.load(choices))
-    # Retrieves the exception so asyncio does not warn "Task exception was never retrieved" when the block fails first.
-    task.add_done_callback(lambda done: done.cancelled() or done.exception())
-    try:
-        yield task
-    finally:
-        task.cancel()

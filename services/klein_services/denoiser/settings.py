@@ -1,4 +1,4 @@
-"""What the denoiser can be told beside what every stage can."""
+"""DenoiserSettings: the settings that the denoiser adds to those of every stage."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ class DenoiserSettings(StageSettings):
     metrics_port: int = metrics_port_setting(9465)
     receive_timeout_seconds: float = setting(
         300.0,
-        help="Seconds within which a whole request must arrive; its tensors may still be computed elsewhere",
+        help="Seconds within which a whole request must arrive; other stages may still be computing its tensors",
         minimum=0.01,
         maximum=3600,
     )
     quantization: str = quantization_setting()
     offload: str = setting(
         "none",
-        help="blocks: weights stay in the machine's memory and each block is brought to the GPU ahead of its use; "
-        "slower, the same pictures",
+        help="blocks: weights stay in host memory and each block is copied to the GPU ahead of its use; "
+        "slower, with identical results",
         choices=OFFLOADS,
     )
     packing: str = setting(
@@ -51,11 +51,11 @@ class DenoiserSettings(StageSettings):
     )
     step_image_limit: int = setting(64, help="Images in one packed step", minimum=1, maximum=1024)
     ageing_seconds: float = setting(
-        30.0, help="Seconds after which a request counts as aged", minimum=0, maximum=86400
+        30.0, help="Seconds after which a waiting request counts as starving", minimum=0, maximum=86400
     )
     aged_share: float = setting(
         0.125,
-        help="Share of the device's time that the oldest aged request gets, however urgent the others are",
+        help="Share of device time for the oldest starving request, however urgent the others are",
         minimum=0.01,
         maximum=1,
     )
@@ -65,12 +65,12 @@ class DenoiserSettings(StageSettings):
     reference_cache_mib: int = setting(
         4096,
         help="MiB of device memory for cached references, for models that cache them: klein-9B in bf16 takes 2048 "
-        "for a megapixel. Those in use count; one request may exceed it while no other uses any",
+        "for a megapixel. Caches in use count; one request may exceed the limit while no other uses a cache",
         minimum=0,
         maximum=10**7,
     )
     adapters_folder: str = setting(
-        "", help="Folder of the adapters that requests may name, NAME.safetensors each; empty offers none"
+        "", help="Folder of the adapters that requests may name, NAME.safetensors each; empty: no adapters"
     )
     adapter_memory_mib: int = setting(
         2048, help="MiB of device memory for adapters, those in use included", minimum=1, maximum=10**7
@@ -84,7 +84,7 @@ class DenoiserSettings(StageSettings):
     text_token_limit: int = setting(512, help="Tokens of a prompt embedding", minimum=1, maximum=65536)
     warmup_sizes: str = setting(
         AUTOMATIC,
-        help="Sizes to warm up and measure before serving, such as 1024x1024,512x512; empty is none; "
+        help="Sizes to warm up and measure before serving, such as 1024x1024,512x512; empty: no warm-up; "
         "auto is 1024x1024 on CUDA and 128x128 elsewhere",
     )
 
@@ -95,7 +95,7 @@ class DenoiserSettings(StageSettings):
         except SettingsError as error:
             yield str(error)
         if self.adapters_folder and not Path(self.adapters_folder).is_dir():
-            yield f"KLEIN_ADAPTERS_FOLDER is {self.adapters_folder!r}; it must be a folder"
+            yield f"KLEIN_ADAPTERS_FOLDER is {self.adapters_folder!r}; it must be an existing folder"
 
     def packs(self, on_gpu: bool) -> bool:
         """Returns whether requests share steps."""
@@ -116,6 +116,6 @@ def _size(entry: str) -> tuple[int, int]:
     width, height = (int(side) for side in match.groups()) if match else (0, 0)
     if min(width, height) < 64 or width % 16 or height % 16:
         raise SettingsError(
-            f"KLEIN_WARMUP_SIZES has {entry!r}; sizes are WIDTHxHEIGHT, multiples of 16 from 64 on"
+            f"KLEIN_WARMUP_SIZES has {entry!r}; sizes must be WIDTHxHEIGHT, multiples of 16, at least 64"
         )
     return width, height

@@ -250,14 +250,15 @@ async def test_unknown_unusable_and_hostile(checkpoint, folder, tmp_path):
         assert (await denoise(channel, request(wish(("inner", 1.0))))).latents
 
 
-async def test_an_unknown_adapter_is_told_before_the_tensors_have_come(checkpoint, written):
+async def test_an_unknown_adapter_is_refused_before_the_tensors_have_arrived(checkpoint, written):
     async with running_denoiser(checkpoint, adapters_folder=str(written)) as channel:
         first, *rest = request(wish(("nothing", 1.0)))
 
         async def slowly():
             yield first
             while True:
-                await asyncio.sleep(0.05)
+                # Longer than the pause after which a server answers a client that is still sending.
+                await asyncio.sleep(0.5)
                 yield rest[0]
 
         stub = channel.stream_stream(
@@ -266,7 +267,7 @@ async def test_an_unknown_adapter_is_told_before_the_tensors_have_come(checkpoin
             response_deserializer=api.DenoiseLatentsResponse.FromString,
         )
         with pytest.raises(grpc.aio.AioRpcError) as failure:
-            async for _ in stub(slowly(), timeout=20):
+            async for _ in stub(slowly(), timeout=60):
                 pass
         assert failure.value.code() is grpc.StatusCode.NOT_FOUND
 
@@ -277,6 +278,6 @@ async def test_without_a_folder_there_are_no_adapters(checkpoint):
         assert "known: none" in (await refusal(channel, ("plain", 1.0))).message
 
 
-def test_a_folder_that_is_none_stops_the_start(tmp_path):
+def test_a_missing_folder_is_refused_at_start(tmp_path):
     with pytest.raises(SettingsError, match="KLEIN_ADAPTERS_FOLDER"):
         DenoiserSettings(adapters_folder=str(tmp_path / "nowhere")).check()

@@ -65,7 +65,10 @@ async def test_plain_weights_quantized_at_load_through_the_service(tmp_path: Pat
         assert torch.equal(pipeline.vae_decoder.decode(heard.latents[0]), expected)
 
 
-def test_klein_up_tells_its_stages():
+def test_klein_up_passes_quantization_to_its_stages():
     suite = Suite(SuiteOptions(quantization="int8"))
-    for stage in ("denoiser", "text-encoder"):
-        assert suite._settings(stage)["KLEIN_QUANTIZATION"] == "int8"
+    try:
+        for stage in ("denoiser", "text-encoder"):
+            assert suite._settings(stage)["KLEIN_QUANTIZATION"] == "int8"
+    finally:
+        suite.stop()
