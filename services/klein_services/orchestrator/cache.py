@@ -1,13 +1,12 @@
-"""Prompt embeddings and reference latents that were made before, by the bytes they were made from."""
+"""Cache of prompt embeddings and reference latents, by the bytes that they were computed from."""
 
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Final
 
-from klein_services.runtime.metrics import CACHE_BYTES, CACHE_EVICTIONS
+from klein_services.runtime.byte_lru import ByteLru
 
 PROMPT_EMBEDDING: Final = "prompt_embedding"
 REFERENCE_LATENTS: Final = "reference_latents"
@@ -15,13 +14,13 @@ REFERENCE_LATENTS: Final = "reference_latents"
 
 @dataclass(frozen=True)
 class CacheKey:
-    """What decides a tensor's bytes."""
+    """Everything that determines a tensor's bytes."""
 
     kind: str
     model: str
     """The model that made it, with the version and element type that its stage reported."""
     digest: bytes
-    """SHA-256 of the content. Callers share the cache, so nobody may be able to make two contents collide."""
+    """SHA-256 of the content. Clients share the cache, so no client may be able to make two contents collide."""
 
     @classmethod
     def of(cls, kind: str, model: str, content: bytes) -> CacheKey:
@@ -30,78 +29,46 @@ class CacheKey:
 
 @dataclass(frozen=True)
 class CachedTensor:
-    """A stage's answer, message by message."""
+    """A stage's response, message by message."""
 
     summary: bytes
     """The serialized summary message."""
     frames: tuple[bytes, ...]
-    """The frames as `wire` moves them."""
+    """The serialized frames, as `protowire` moves them."""
 
     @property
     def size_bytes(self) -> int:
         return len(self.summary) + sum(map(len, self.frames))
 
 
+class TensorCache(ByteLru[CacheKey, CachedTensor]):
+    """The most recently used tensors, at most `limit_bytes` of them; 0 keeps none."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(limit_bytes, lambda key: key.kind)
+
+    def writer(self, key: CacheKey) -> CacheWriter:
+        """Returns a writer that adds a response to the cache while it is relayed."""
+        return CacheWriter(self, key)
+
+
 @dataclass
 class CacheWriter:
-    """Keeps a copy of an answer while it is relayed, and gives up when it grows over its limit."""
+    """Copy of a response that is being relayed; holds nothing once the response is larger than the cache."""
 
-    limit_bytes: int
-    summary: bytes = b""
+    cache: TensorCache
+    key: CacheKey
     _frames: list[bytes] = field(default_factory=list)
     _size_bytes: int = 0
 
     def add(self, frame: bytes) -> None:
         self._size_bytes += len(frame)
-        if self._size_bytes <= self.limit_bytes:
+        if self._size_bytes <= self.cache.limit_bytes:
             self._frames.append(frame)
         else:
             self._frames.clear()
 
-    def finish(self) -> CachedTensor | None:
-        """Returns the whole answer, or `None` if it grew too large to keep."""
-        if self._size_bytes > self.limit_bytes:
-            return None
-        return CachedTensor(self.summary, tuple(self._frames))
-
-
-class TensorCache:
-    """The most recently used tensors, at most `capacity_bytes` of them; 0 keeps none."""
-
-    def __init__(self, capacity_bytes: int) -> None:
-        self._capacity_bytes = capacity_bytes
-        self._entries: OrderedDict[CacheKey, CachedTensor] = OrderedDict()
-        self.size_bytes = 0
-
-    def get(self, key: CacheKey) -> CachedTensor | None:
-        """Returns the tensor of `key` and marks it as used."""
-        entry = self._entries.get(key)
-        if entry is not None:
-            self._entries.move_to_end(key)
-        return entry
-
-    def put(self, key: CacheKey, entry: CachedTensor | None) -> None:
-        """Keeps `entry`; the least recently used ones make room. One that cannot fit is not kept."""
-        if entry is None or entry.size_bytes > self._capacity_bytes:
-            return
-        self.discard(key)
-        self._entries[key] = entry
-        self._count(key, entry.size_bytes)
-        while self.size_bytes > self._capacity_bytes:
-            oldest = next(iter(self._entries))
-            CACHE_EVICTIONS.labels(oldest.kind).inc()
-            self.discard(oldest)
-
-    def discard(self, key: CacheKey) -> None:
-        """Forgets the tensor of `key`, if there is one."""
-        entry = self._entries.pop(key, None)
-        if entry is not None:
-            self._count(key, -entry.size_bytes)
-
-    def record(self) -> CacheWriter:
-        """Starts to keep a copy of an answer."""
-        return CacheWriter(self._capacity_bytes)
-
-    def _count(self, key: CacheKey, byte_count: int) -> None:
-        self.size_bytes += byte_count
-        CACHE_BYTES.labels(key.kind).inc(byte_count)
+    def commit(self, summary: bytes) -> None:
+        """Adds the whole response to the cache, if it is not too large."""
+        if self._size_bytes <= self.cache.limit_bytes:
+            self.cache.put(self.key, CachedTensor(summary, tuple(self._frames)))

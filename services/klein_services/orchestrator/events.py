@@ -1,4 +1,4 @@
-"""What a request's flow tells its caller, and how it gets there."""
+"""Events of a request for its client, and the queue that carries them to the handler."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _EVENTS_AT_ONCE = 4
 class ImageEvent:
     """A finished image or a preview, its bytes as they came from the stage.
 
-    Never a protobuf message: putting megabytes into one and out again copies them four times.
+    Not a protobuf message: putting megabytes into one and out again copies them four times.
     """
 
     description: GeneratedImage
@@ -57,18 +57,18 @@ def collected(images: Sequence[ImageEvent], summary: GenerationSummary) -> bytes
 
 
 class EventQueue:
-    """At most a few events: a caller that reads slowly slows its own request down, and nothing piles up."""
+    """Queue of a few events. A client that reads slowly slows its own request down; nothing accumulates."""
 
     def __init__(self) -> None:
         self._events: asyncio.Queue[Event | None] = asyncio.Queue(_EVENTS_AT_ONCE)
         self._closed = False
         self.was_used = False
-        """Whether the caller has been told anything."""
+        """Whether an event was ever added, so that the client may have got one."""
         self.abandoned = False
-        """Whether the reader is gone. `asyncio.Task.cancelling` does not say: a task group may leave it raised."""
+        """Whether the reader is gone. `asyncio.Task.cancelling` does not show it: a task group may leave it raised."""
 
     async def put(self, event: Event) -> None:
-        """Takes an event, once there is room for it."""
+        """Adds an event, once there is room for it."""
         self.was_used = True
         await self._events.put(event)
 

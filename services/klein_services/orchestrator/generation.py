@@ -1,182 +1,313 @@
-"""From a caller's request to its events: routing, checks, the flow, and what is counted of it."""
+"""One request in progress: its stage calls, the tensors between them and the events for its client."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-import grpc
-
-from klein_api.v1.image_service_pb2 import GenerationSummary, ImageSpec, StreamGenerateImageResponse
-from klein_core.errors import InvalidInput
+from klein_api.v1.denoiser_service_pb2 import DenoiseLatentsRequest, DenoiseLatentsResponse, DenoiseSpec
+from klein_api.v1.image_pb2 import Adapter, ImageFormat
+from klein_api.v1.image_service_pb2 import (
+    GeneratedImage,
+    GenerationQueued,
+    GenerationStep,
+    GenerationSummary,
+    StreamGenerateImageResponse,
+)
+from klein_api.v1.vae_decoder_service_pb2 import DecodeSpec
 from klein_services.orchestrator.cache import TensorCache
-from klein_services.orchestrator.events import Event, EventQueue, ImageEvent
-from klein_services.orchestrator.flow import Flow, FlowOptions
-from klein_services.orchestrator.request import ImageRequest, RequestLimits, flow_of, image_count, validated
-from klein_services.orchestrator.routing import RoutingTable
-from klein_services.orchestrator.stage_client import Channels, Deadline, StageClient
+from klein_services.orchestrator.decoding import DecodedImage, decode_latents
+from klein_services.orchestrator.encoding import InputEncoder
+from klein_services.orchestrator.events import EventQueue, ImageEvent
+from klein_services.orchestrator.relay import FrameQueue
+from klein_services.orchestrator.request import ImageRequest
+from klein_services.orchestrator.routing import DENOISER, VAE_DECODER
+from klein_services.orchestrator.stage_client import (
+    DENOISE_LATENTS,
+    BidiStream,
+    StageClient,
+    StageDisagreement,
+)
 from klein_services.orchestrator.stage_directory import StageDirectory
-from klein_services.runtime.admission import ConcurrencyLimit
+from klein_services.orchestrator.timings import Timings
 from klein_services.runtime.errors import ServiceError, StagesLost
-from klein_services.runtime.logs import request_metadata
-from klein_services.runtime.metrics import DEADLINE_MISSED, IMAGES, PIXELS, REQUEST_SECONDS
-from klein_services.runtime.status import status_of
+from klein_services.runtime.logs import request_id
+from klein_services.runtime.protowire import field_number, indexed_frame_field, is_last_frame
+from klein_services.runtime.stage import duration
 
-_TRANSIT_SECONDS = 0.05
-"""A caller whose deadline passes hangs up this much before the deadline passes here, at most."""
-_CLIENT_MISTAKES = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION)
-"""Codes of an unknown model or adapter and of an adapter that does not fit the model."""
-_UNKNOWN_MODEL = "unknown"
-"""Label of requests that name a model without a route."""
+_PREVIEW_QUALITY = 85
+_QUEUED, _STEP, _PREVIEW, _LATENTS, _SUMMARY = 1, 3, 4, 6, 7
+"""Arms of `DenoiseLatentsResponse.event` by field number."""
 _log = logging.getLogger("klein.orchestrator")
 
 
-@dataclass
-class Generation:
-    """Makes images for callers."""
+@dataclass(frozen=True)
+class GenerationOptions:
+    """What a request's events and image files contain."""
 
-    table: RoutingTable
-    channels: Channels
-    directory: StageDirectory
-    cache: TensorCache
-    limits: RequestLimits = field(default_factory=RequestLimits)
-    slots: ConcurrencyLimit = field(default_factory=lambda: ConcurrencyLimit(256))
-    """Requests that may be in progress."""
-    maximum_seconds: float = 3600.0
-    """Longest time that a request may take, also one without a deadline."""
+    reports_progress: bool = True
+    """Whether queue positions and steps become events."""
     image_metadata: bool = True
     """Whether the seed, model and steps are stored in the image files."""
+    arrived_at: float = field(default_factory=time.perf_counter)
+    """Reading of `time.perf_counter()` when the request came."""
 
-    async def events(
+
+class Generation:
+    """Makes the images of one request.
+
+    Args:
+        request: the validated request.
+        stages: makes the stage calls.
+        directory: forgets the request's stages when one is lost.
+        cache: tensors that need not be computed again.
+        events: takes each event for the client, once there is room for it.
+        options: contents of events and files.
+    """
+
+    def __init__(
         self,
-        spec: ImageSpec,
-        *,
-        remaining_seconds: float | None,
-        preview_interval_steps: int = 0,
-        tells_progress: bool = True,
-    ) -> AsyncGenerator[Event, None]:
-        """Yields a request's events; closing the iterator cancels every stage call.
+        request: ImageRequest,
+        stages: StageClient,
+        directory: StageDirectory,
+        cache: TensorCache,
+        events: EventQueue,
+        options: GenerationOptions,
+    ) -> None:
+        self._request = request
+        self._params = request.params
+        self._stages = stages
+        self._directory = directory
+        self._cache = cache
+        self._events = events
+        self._options = options
+        self._timings = Timings()
+        self._denoiser: asyncio.Future[BidiStream] = asyncio.get_running_loop().create_future()
+        self._inputs = InputEncoder(request, stages, cache, self._timings, self._denoiser)
+        self._latents: dict[int, FrameQueue] = {}
+        self._preview: asyncio.Task[None] | None = None
+        self._preview_latents = FrameQueue()
+        self._step = 0
 
-        Args:
-            spec: what is to be made.
-            remaining_seconds: how long the caller waits; `None` means for ever.
-            preview_interval_steps: a preview after every so many steps; 0 means none.
-            tells_progress: whether there are events besides images and the summary.
+    async def run(self) -> None:
+        """Makes the images; once more from the start if a stage is lost before the client has got an event.
 
         Raises:
-            UnknownModel: the request names a model that is not routed.
-            InvalidInput: fields are outside their limits; all of them are named.
             StagesLost: a stage cannot be used.
+            InvalidInput: a reference cannot be used, or the size that it gives.
             PeerFailure: a stage failed in another way.
+            StageDisagreement: a stage broke the protocol.
         """
-        options = FlowOptions(tells_progress, self.image_metadata)
-        deadline = Deadline.after(remaining_seconds, self.maximum_seconds)
-        with self._counted(spec, deadline, options.arrived_at):
-            route = self.table.route(spec.model)
-            facts = await self.directory.facts(route, deadline.remaining_seconds())
-            request = validated(spec, preview_interval_steps, route, facts, self.limits)
-            if request.references and facts.reference_problem:
-                raise StagesLost(facts.reference_problem)
-            queue = EventQueue()
-            task = asyncio.create_task(self._run(request, deadline, queue, options))
-            task.add_done_callback(lambda _: queue.close())
-            try:
-                async for event in queue:
-                    _count_pixels(request, event)
-                    yield event
-                await task
-            finally:
-                queue.abandoned = True
-                task.cancel()
-                # The client is gone; ignore how the cancelled task ends.
-                await asyncio.gather(task, return_exceptions=True)
-
-    @contextmanager
-    def _counted(self, spec: ImageSpec, deadline: Deadline, arrived_at: float) -> Iterator[None]:
-        """Counts a request's images and its duration by outcome, from its arrival on."""
-        outcome = "succeeded"
         try:
-            yield
-        except BaseException as error:
-            outcome = _outcome(error, deadline)
-            raise
-        finally:
-            model = spec.model or self.table.default_model
-            # Clients choose neither the labels nor how far to count.
-            labels = (model if model in self.table.routes else _UNKNOWN_MODEL, flow_of(spec), outcome)
-            IMAGES.labels(*labels).inc(min(max(image_count(spec), 1), self.limits.image_count))
-            REQUEST_SECONDS.labels(*labels).observe(time.perf_counter() - arrived_at)
-            if outcome == "expired":
-                DEADLINE_MISSED.labels("orchestrator").inc()
-
-    async def _run(
-        self, request: ImageRequest, deadline: Deadline, queue: EventQueue, options: FlowOptions
-    ) -> None:
-        """Carries a request out, and once more if a stage was lost before the caller was told anything."""
-        try:
-            summary = await self._attempt(request, deadline, queue, options)
+            summary = await self._attempt()
         except StagesLost:
-            self.directory.forget(request.route)
-            if queue.was_used:
+            self._directory.forget(self._request.route)
+            if self._events.was_used:
                 raise
             _log.warning("a stage was lost; the request is made again", exc_info=True)
-            summary = await self._attempt(await self._renewed(request, deadline), deadline, queue, options)
-        await queue.put(StreamGenerateImageResponse(summary=summary))
+            summary = await (await self._renewed())._attempt()
+        await self._events.put(StreamGenerateImageResponse(summary=summary))
 
-    async def _renewed(self, request: ImageRequest, deadline: Deadline) -> ImageRequest:
-        """Returns the request for the stages as they are now, which may have other weights than before."""
-        facts = await self.directory.facts(request.route, deadline.remaining_seconds())
-        if not facts.takes_the_same(request.facts):
+    async def _renewed(self) -> Generation:
+        """Returns the same request for the stages as they are now, which may have other weights than before."""
+        request, directory = self._request, self._directory
+        info = await directory.describe_route(request.route, self._stages.deadline.remaining_seconds())
+        if not info.accepts_same_requests(request.info):
             raise StagesLost(f"another model took the place of {request.route.name!r} meanwhile; ask again")
-        return replace(request, facts=facts)
+        request = replace(request, info=info)
+        return Generation(request, self._stages, directory, self._cache, self._events, self._options)
 
-    async def _attempt(
-        self, request: ImageRequest, deadline: Deadline, queue: EventQueue, options: FlowOptions
-    ) -> GenerationSummary:
-        calls = StageClient(self.channels, deadline, request_metadata())
+    async def _attempt(self) -> GenerationSummary:
+        """Encodes, denoises and decodes at once, each as soon as its input arrives."""
         try:
-            return await Flow(request, calls, self.cache, queue.put, options).run()
-        except ExceptionGroup as group:
-            if queue.abandoned:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._inputs.run())
+                await self._denoise(group)
+        except ExceptionGroup as failures:
+            if failures.subgroup(StageDisagreement):
+                self._inputs.discard_cached()
+            if self._events.abandoned:
                 # Stage calls that our own cancellation ended may fail first, and a task group then raises their
                 # errors in place of the cancellation. A second attempt would never be read.
                 raise asyncio.CancelledError from None
-            raise _first(group) from None
+            error: Exception = failures
+            while isinstance(error, ExceptionGroup):
+                # The first failure is the cause; the others came from being cancelled.
+                error = error.exceptions[0]
+            raise error from None
+        return self._summary()
+
+    async def _denoise(self, group: asyncio.TaskGroup) -> None:
+        """Opens the denoiser's call as soon as the size is known and follows it to its end."""
+        if not self._request.size_is_known:
+            self._params = self._request.sized(*await self._inputs.first_reference_size())
+        address, image_count = self._request.route.denoiser, len(self._params.seeds)
+        with self._timings.of(DENOISER, "denoise").call():
+            async with self._stages.stream_stream(address, DENOISE_LATENTS) as call:
+                await call.write(DenoiseLatentsRequest(spec=self._denoise_spec()).SerializeToString())
+                self._denoiser.set_result(call)
+                async for message in call.messages():
+                    await self._accept(message, group)
+        finished = sum(latents.finished for latents in self._latents.values())
+        if finished != image_count:
+            raise StageDisagreement(
+                f"{address.stage} at {address.target} made {finished} of {image_count} images"
+            )
+
+    def _denoise_spec(self) -> DenoiseSpec:
+        params = self._params
+        return DenoiseSpec(
+            model=self._request.route.denoiser.model,
+            width_px=params.width_px,
+            height_px=params.height_px,
+            seeds=params.seeds,
+            step_count=params.steps,
+            guidance_scale=params.guidance,
+            reference_count=params.reference_count,
+            priority=self._request.priority,
+            preview_interval_steps=self._request.preview_interval_steps,
+            adapters=[Adapter(name=adapter.name, scale=adapter.scale) for adapter in params.adapters],
+        )
+
+    async def _accept(self, message: bytes, group: asyncio.TaskGroup) -> None:
+        """Handles one of the denoiser's messages; ignores kinds that the orchestrator does not use."""
+        arm = field_number(message)
+        if arm in (_LATENTS, _PREVIEW):
+            index, frame = self._image_frame(message)
+            if arm == _LATENTS:
+                await self._relay_latents(index, frame, group)
+            elif index == 0:
+                await self._relay_preview(frame, group)
+        elif arm == _SUMMARY:
+            response = DenoiseLatentsResponse.FromString(message)
+            self._timings.of(DENOISER, "denoise").report(response.summary)
+        elif arm in (_QUEUED, _STEP):
+            response = DenoiseLatentsResponse.FromString(message)
+            self._step = response.step.step or self._step
+            if self._options.reports_progress:
+                await self._events.put(_progress(response))
+            # The decoder's call is opened at the last step, because the latents follow in a moment. Not before the
+            # client has got the step: one that reads slowly would let the decoder wait too long.
+            if self._step == self._params.steps and 0 not in self._latents:
+                self._begin_decoding(0, group)
+
+    def _image_frame(self, message: bytes) -> tuple[int, bytes]:
+        """Returns the image's index and the frame of a message with latents."""
+        parts = indexed_frame_field(message)
+        if parts is None or not 0 <= parts[0] < len(self._params.seeds):
+            address = self._request.route.denoiser
+            raise StageDisagreement(f"{address.stage} at {address.target} sent a frame of no image")
+        return parts
+
+    async def _relay_latents(self, index: int, frame: bytes, group: asyncio.TaskGroup) -> None:
+        latents = self._latents.get(index) or self._begin_decoding(index, group)
+        await latents.put(frame)
+        if is_last_frame(frame):
+            await latents.finish()
+
+    def _begin_decoding(self, index: int, group: asyncio.TaskGroup) -> FrameQueue:
+        latents = self._latents[index] = FrameQueue()
+        group.create_task(self._decode_image(index, latents))
+        return latents
+
+    async def _relay_preview(self, frame: bytes, group: asyncio.TaskGroup) -> None:
+        """Relays a preview; drops one that begins while the last is still being decoded."""
+        if self._preview is None or self._preview_latents.finished:
+            self._preview_latents = FrameQueue()
+            if self._preview is None or self._preview.done():
+                self._preview = group.create_task(self._decode_preview(self._preview_latents, self._step))
+            else:
+                self._preview_latents.abandon()
+        await self._preview_latents.put(frame)
+        if is_last_frame(frame):
+            await self._preview_latents.finish()
+
+    async def _decode_image(self, index: int, latents: FrameQueue) -> None:
+        spec = DecodeSpec(
+            model=self._request.route.vae_decoder.model,
+            format=self._request.format,
+            quality=self._request.quality,
+            metadata=self._file_metadata(index),
+        )
+        image = await self._decode(spec, latents)
+        if index == 0 and self._preview is not None:
+            # A preview of a finished image is of no use.
+            self._preview.cancel()
+            self._preview_latents.abandon()
+        await self._events.put(ImageEvent(self._description(index, image), image.chunks))
+
+    async def _decode_preview(self, latents: FrameQueue, step: int) -> None:
+        """Decodes the preview after `step` steps. A failure is only logged, because the next one may succeed."""
+        spec = DecodeSpec(
+            model=self._request.route.vae_decoder.model,
+            format=ImageFormat.IMAGE_FORMAT_JPEG,
+            quality=_PREVIEW_QUALITY,
+        )
+        try:
+            image = await self._decode(spec, latents)
+        except (ServiceError, StageDisagreement) as error:
+            _log.warning("no preview: %s", error)
+            latents.abandon()
+        else:
+            description = self._description(0, image)
+            description.step = step
+            await self._events.put(ImageEvent(description, image.chunks, is_preview=True))
+
+    async def _decode(self, spec: DecodeSpec, latents: FrameQueue) -> DecodedImage:
+        timing = self._timings.of(VAE_DECODER, "decode")
+        address = self._request.route.vae_decoder
+        return await decode_latents(self._stages, address, spec, latents.frames(), timing)
+
+    def _file_metadata(self, index: int) -> dict[str, str]:
+        metadata = dict(self._request.embedded_prompts)
+        if not self._options.image_metadata:
+            return metadata
+        params = self._params
+        metadata |= {
+            "model": self._request.route.name,
+            "seed": str(params.seeds[index]),
+            "steps": str(params.steps),
+        }
+        if params.adapters:
+            metadata["adapters"] = ", ".join(f"{each.name}:{each.scale:g}" for each in params.adapters)
+        return metadata
+
+    def _description(self, index: int, image: DecodedImage) -> GeneratedImage:
+        return GeneratedImage(
+            index=index,
+            seed=self._params.seeds[index],
+            width_px=image.summary.width_px,
+            height_px=image.summary.height_px,
+            format=image.summary.format,
+        )
+
+    def _summary(self) -> GenerationSummary:
+        params, prompt = self._params, self._inputs.prompt_summary
+        sizes = self._inputs.reference_sizes.values()
+        return GenerationSummary(
+            request_id=request_id.get(),
+            model=self._request.route.name,
+            flow=self._request.flow,
+            prompt_token_count=prompt.token_count,
+            prompt_truncated=prompt.truncated,
+            input_megapixels=sum(width_px * height_px for width_px, height_px in sizes) / 1e6,
+            output_megapixels=params.width_px * params.height_px * len(params.seeds) / 1e6,
+            step_count=params.steps,
+            guidance_scale=params.guidance,
+            stage_timings=self._timings.messages(),
+            total_duration=duration(time.perf_counter() - self._options.arrived_at),
+            warnings=self._request.warnings,
+        )
 
 
-def _first(group: ExceptionGroup[Exception]) -> Exception:
-    """Returns what failed first; what failed later did so while it was being cancelled."""
-    error: Exception = group
-    while isinstance(error, ExceptionGroup):
-        error = error.exceptions[0]
-    return error
-
-
-def _outcome(error: BaseException, deadline: Deadline) -> str:
-    """Returns how a request that raised `error` is counted."""
-    is_late = deadline.remaining_seconds() < _TRANSIT_SECONDS
-    match error:
-        case asyncio.CancelledError() | GeneratorExit():
-            return "expired" if is_late else "cancelled"
-        case InvalidInput():
-            return "rejected"
-        case StagesLost() if is_late:
-            # A stage that did not answer within what was left of the deadline.
-            return "expired"
-        case ServiceError():
-            code = status_of(error).code
-            if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-                return "expired"
-            return "rejected" if code in _CLIENT_MISTAKES else "failed"
-        case _:
-            return "failed"
-
-
-def _count_pixels(request: ImageRequest, event: Event) -> None:
-    if isinstance(event, ImageEvent) and not event.is_preview:
-        pixel_count = event.description.width_px * event.description.height_px
-        PIXELS.labels(request.route.name, request.flow).inc(pixel_count)
+def _progress(response: DenoiseLatentsResponse) -> StreamGenerateImageResponse:
+    """Returns the client's event for the denoiser's queue position or step."""
+    if response.HasField("step"):
+        step = GenerationStep(step=response.step.step, step_count=response.step.step_count)
+        return StreamGenerateImageResponse(step=step)
+    queued = GenerationQueued(position=response.queued.position)
+    if response.queued.HasField("estimated_wait"):
+        queued.estimated_wait.CopyFrom(response.queued.estimated_wait)
+    return StreamGenerateImageResponse(queued=queued)

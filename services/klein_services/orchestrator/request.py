@@ -28,7 +28,7 @@ _RANDOM_SEED_LIMIT = 2**32
 
 
 @dataclass(frozen=True)
-class RequestLimits:
+class AdmissionLimits:
     """What the operator allows a request, besides the size, which is the model's."""
 
     reference_count: int = DEFAULT_LIMITS.reference_count
@@ -56,7 +56,7 @@ class ImageRequest:
     """A validated request."""
 
     route: Route
-    facts: RouteInfo
+    info: RouteInfo
     params: GenerationParams
     """Everything, with defaults; a side that the first reference decides has the smallest allowed value."""
     references: tuple[bytes, ...]
@@ -75,9 +75,9 @@ class ImageRequest:
     @property
     def warnings(self) -> list[str]:
         """What the client should know although the request is valid, one sentence each."""
-        if self.references or names_a_subject(self.params.prompt, self.facts.subject_words):
+        if self.references or names_a_subject(self.params.prompt, self.info.subject_words):
             return []
-        shown = ", ".join(self.facts.subject_words[:_SHOWN_SUBJECT_WORDS])
+        shown = ", ".join(self.info.subject_words[:_SHOWN_SUBJECT_WORDS])
         return [
             f"The prompt names nothing that the model {self.route.name!r} can draw, so an image may show only a "
             f"background; it draws, for example: {shown}."
@@ -128,18 +128,18 @@ def _words(text: str) -> str:
 
 
 def validated(
-    spec: ImageSpec, preview_interval_steps: int, route: Route, facts: RouteInfo, limits: RequestLimits
+    spec: ImageSpec, preview_interval_steps: int, route: Route, info: RouteInfo, limits: AdmissionLimits
 ) -> ImageRequest:
     """Checks a request whole.
 
     Raises:
         InvalidInput: one or more fields are outside their limits; all of them are named.
     """
-    route = route.narrowed(facts.default_size_px, facts.pixel_count)
+    route = route.narrowed(info.default_size_px, info.pixel_count)
     violations = list(_own_violations(spec, preview_interval_steps, limits))
     params: GenerationParams | None = None
     try:
-        params = _params(spec, route, facts, limits)
+        params = _params(spec, route, info, limits)
     except InvalidInput as error:
         violations = [*error.violations, *violations]
     if params is not None:
@@ -149,7 +149,7 @@ def validated(
         raise InvalidInput(violations)
     return ImageRequest(
         route=route,
-        facts=facts,
+        info=info,
         params=params,
         references=tuple(spec.references),
         format=spec.format or ImageFormat.IMAGE_FORMAT_PNG,
@@ -163,19 +163,19 @@ def validated(
     )
 
 
-def _params(spec: ImageSpec, route: Route, facts: RouteInfo, limits: RequestLimits) -> GenerationParams:
+def _params(spec: ImageSpec, route: Route, info: RouteInfo, limits: AdmissionLimits) -> GenerationParams:
     bounds = limits.of(route)
     default_side_px = bounds.side_px if spec.references else route.default_size_px
     return GenerationParams(
         width_px=spec.width_px if spec.HasField("width_px") else default_side_px,
         height_px=spec.height_px if spec.HasField("height_px") else default_side_px,
-        is_distilled=facts.distilled,
+        is_distilled=info.distilled,
         prompt=spec.prompt,
         negative_prompt=spec.negative_prompt if spec.HasField("negative_prompt") else None,
         seeds=_seeds(spec, limits),
-        step_count=spec.step_count if spec.HasField("step_count") else facts.default_step_count,
+        step_count=spec.step_count if spec.HasField("step_count") else info.default_step_count,
         guidance_scale=(
-            spec.guidance_scale if spec.HasField("guidance_scale") else facts.default_guidance_scale
+            spec.guidance_scale if spec.HasField("guidance_scale") else info.default_guidance_scale
         ),
         reference_count=len(spec.references),
         adapters=tuple(
@@ -186,7 +186,7 @@ def _params(spec: ImageSpec, route: Route, facts: RouteInfo, limits: RequestLimi
     )
 
 
-def _seeds(spec: ImageSpec, limits: RequestLimits) -> tuple[int, ...]:
+def _seeds(spec: ImageSpec, limits: AdmissionLimits) -> tuple[int, ...]:
     first = spec.seed if spec.HasField("seed") else secrets.randbelow(_RANDOM_SEED_LIMIT)
     # A count outside its limits is a violation of its own, and may be far too large to count to.
     count = min(max(image_count(spec), 1), limits.image_count)
@@ -194,7 +194,7 @@ def _seeds(spec: ImageSpec, limits: RequestLimits) -> tuple[int, ...]:
 
 
 def _own_violations(
-    spec: ImageSpec, preview_interval_steps: int, limits: RequestLimits
+    spec: ImageSpec, preview_interval_steps: int, limits: AdmissionLimits
 ) -> Iterator[Violation]:
     count = image_count(spec)
     if not 1 <= count <= limits.image_count:
@@ -216,7 +216,7 @@ def _own_violations(
         )
 
 
-def _reference_violations(spec: ImageSpec, limits: RequestLimits) -> Iterator[Violation]:
+def _reference_violations(spec: ImageSpec, limits: AdmissionLimits) -> Iterator[Violation]:
     for index, reference in enumerate(spec.references[: limits.reference_count]):
         if not reference:
             yield Violation(f"references[{index}]", "is empty; must be the bytes of an image file")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from klein_core.params import DEFAULT_LIMITS
-from klein_services.orchestrator.request import RequestLimits
+from klein_services.orchestrator.request import AdmissionLimits
 from klein_services.orchestrator.routing import RoutingTable, read_routing_table, single_route_table
 from klein_services.runtime.channels import IMAGE_MESSAGE_BYTES
 from klein_services.runtime.settings import ServerSettings, SettingsError, metrics_port_setting, setting
@@ -100,8 +100,8 @@ class OrchestratorSettings(ServerSettings):
             self.maximum_pixel_count,
         )
 
-    def limits(self) -> RequestLimits:
-        return RequestLimits(
+    def limits(self) -> AdmissionLimits:
+        return AdmissionLimits(
             self.maximum_reference_count,
             self.maximum_reference_bytes,
             self.maximum_image_count,

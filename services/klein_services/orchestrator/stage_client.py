@@ -1,4 +1,4 @@
-"""How long a request may still take."""
+"""Client of the stages: calls with one deadline, their streams, and what their failures mean for the client."""
 
 from __future__ import annotations
 
@@ -19,24 +19,17 @@ from klein_services.runtime.errors import StagesLost
 from klein_services.runtime.grpc_quirks import PeerStatus, is_cancelled_by_peer
 from klein_services.runtime.status import UNKNOWN_ADAPTER, PeerFailure, explain
 
+ENCODE_PROMPT: Final = "/klein_api.v1.TextEncoderService/EncodePrompt"
+ENCODE_REFERENCE: Final = "/klein_api.v1.VaeDecoderService/EncodeReference"
+DECODE_LATENTS: Final = "/klein_api.v1.VaeDecoderService/DecodeLatents"
+DENOISE_LATENTS: Final = "/klein_api.v1.DenoiserService/DenoiseLatents"
 
-@dataclass(frozen=True)
-class Deadline:
-    """A point in monotonic time that every stage call of a request shares."""
-
-    at_seconds: float
-    """Reading of `time.monotonic()` after which nobody waits for the answer."""
-
-    @classmethod
-    def after(cls, remaining_seconds: float | None, maximum_seconds: float) -> Deadline:
-        """Makes the deadline of a caller that waits `remaining_seconds`; `None` is `maximum_seconds`."""
-        wait = maximum_seconds if remaining_seconds is None else min(remaining_seconds, maximum_seconds)
-        return cls(time.monotonic() + wait)
-
-    def remaining_seconds(self) -> float:
-        """Returns the time left, at least 0."""
-        return max(0.0, self.at_seconds - time.monotonic())
-
+SERVICES: Final[Mapping[str, str]] = {
+    TEXT_ENCODER: "klein_api.v1.TextEncoderService",
+    DENOISER: "klein_api.v1.DenoiserService",
+    VAE_DECODER: "klein_api.v1.VaeDecoderService",
+}
+"""The gRPC service of each stage, whose health says whether a replica takes calls."""
 
 PUBLIC_FIELDS: Mapping[str, str] = {
     "prompt": "prompt",
@@ -57,66 +50,165 @@ PUBLIC_FIELDS: Mapping[str, str] = {
 
 _RECEIVE_TIMEOUT = "RECEIVE_TIMEOUT"
 _LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+_RECONNECT = (("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_backoff_ms", 2_000))
+"""A stage that came back is used within seconds; gRPC's own backoff grows to two minutes."""
+_BidiCall: TypeAlias = "grpc.aio.StreamStreamCall[bytes, bytes]"
+_ResponseCall: TypeAlias = "grpc.aio.UnaryStreamCall[bytes, bytes] | grpc.aio.StreamStreamCall[bytes, bytes]"
+_log = logging.getLogger("klein.orchestrator")
+
+
+@dataclass(frozen=True)
+class StageClient:
+    """Makes the stage calls of one request; each ends with the request's deadline at the latest.
+
+    `method` is `/package.Service/Method`; `fields` are the public names of the fields that a call passes on.
+    """
+
+    channels: Channels
+    deadline: Deadline
+    metadata: tuple[tuple[str, str], ...] = ()
+    """gRPC metadata of every call."""
+
+    def unary_stream(
+        self, address: StageAddress, method: str, request: bytes, fields: Mapping[str, str] = PUBLIC_FIELDS
+    ) -> ServerStream:
+        """Opens a call with one serialized request and a stream of responses."""
+        multicallable: grpc.aio.UnaryStreamMultiCallable[bytes, bytes]
+        multicallable = self.channels.serving(address).unary_stream(method)
+        call = multicallable(request, timeout=self.deadline.remaining_seconds(), metadata=self.metadata)
+        return ServerStream(address, call, fields)
+
+    def stream_stream(
+        self, address: StageAddress, method: str, fields: Mapping[str, str] = PUBLIC_FIELDS
+    ) -> BidiStream:
+        """Opens a call with streams in both directions."""
+        multicallable: grpc.aio.StreamStreamMultiCallable[bytes, bytes]
+        multicallable = self.channels.serving(address).stream_stream(method)
+        call = multicallable(timeout=self.deadline.remaining_seconds(), metadata=self.metadata)
+        return BidiStream(address, call, fields)
+
+
+class ServerStream:
+    """Stream of a stage's responses. Leaving its `async with` block ends the call, finished or not.
+
+    Raises, from every method: the exception that `failure_of` returns for the stage's status.
+    """
+
+    def __init__(self, address: StageAddress, call: _ResponseCall, fields: Mapping[str, str]) -> None:
+        self.address = address
+        self._responses = call
+        self._fields = fields
+        self._status = PeerStatus(call)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._responses.cancel()
+
+    async def messages(self) -> AsyncIterator[bytes]:
+        """Yields the stage's serialized messages as they arrive, until it ends the call with OK."""
+        try:
+            async for message in self._responses:
+                yield message
+        except grpc.aio.AioRpcError:
+            raise await self._failure() from None
+        except asyncio.CancelledError:
+            if is_cancelled_by_peer(self._responses):
+                raise await self._failure() from None
+            raise
+
+    async def _failure(self) -> Exception:
+        """Returns the exception for this call, which has ended."""
+        error = await self._status.sent()
+        if error.code() is grpc.StatusCode.OK:
+            place = f"{self.address.stage} at {self.address.target}"
+            return StageDisagreement(f"{place} ended a call before its input did")
+        return failure_of(self.address, error, self._fields)
+
+
+class BidiStream(ServerStream):
+    """Streams of requests to a stage and of its responses."""
+
+    def __init__(self, address: StageAddress, call: _BidiCall, fields: Mapping[str, str]) -> None:
+        super().__init__(address, call, fields)
+        self._call = call
+        self._writing = asyncio.Lock()
+
+    async def write(self, message: bytes) -> None:
+        """Sends a serialized message once the stage has room for it; concurrent writers take turns."""
+        async with self._writing:
+            try:
+                await self._call.write(message)
+            except (asyncio.InvalidStateError, grpc.aio.AioRpcError):
+                raise await self._failure() from None
+            except asyncio.CancelledError:
+                if is_cancelled_by_peer(self._call):
+                    raise await self._failure() from None
+                raise
+
+    async def done_writing(self) -> None:
+        """Closes the stream of requests."""
+        try:
+            await self._call.done_writing()
+        except grpc.aio.InternalError:
+            # The stage has ended the call already; reading its responses raises the reason.
+            _log.debug("%s ended a call before its input did", self.address.stage)
 
 
 class StageDisagreement(Exception):
-    """A stage sent or refused what the protocol between stages does not foresee; a fault of ours."""
+    """A stage sent or refused something against the protocol between stages: a fault of the suite, not the client's."""
 
 
 def failure_of(
     address: StageAddress, error: grpc.aio.AioRpcError, fields: Mapping[str, str] = PUBLIC_FIELDS
 ) -> Exception:
-    """Returns what the caller of the public API is to get for a stage's failed call.
+    """Returns the exception of a stage's failed call, in the terms of the public API.
 
     Args:
         address: the stage.
         error: how its call ended.
         fields: public names of the fields that the call passed on.
     """
-    code, message = error.code(), error.details() or ""
-    if code in _LOST or explain(error).reason == _RECEIVE_TIMEOUT:
-        return StagesLost(f"{address.stage} at {address.target} is unavailable: {message}")
-    if code is grpc.StatusCode.NOT_FOUND and explain(error).reason != UNKNOWN_ADAPTER:
-        return StagesLost(
-            f"{address.stage} at {address.target} does not serve {address.model!r}, "
-            f"as the routing table says: {message}"
-        )
-    if code is grpc.StatusCode.INVALID_ARGUMENT:
-        return _invalid_input(address, error, fields)
-    return PeerFailure(error, address.stage)
-
-
-def _invalid_input(
-    address: StageAddress, error: grpc.aio.AioRpcError, fields: Mapping[str, str]
-) -> Exception:
-    violations = explain(error).violations
+    code, message, place = error.code(), error.details() or "", f"{address.stage} at {address.target}"
+    details = explain(error)
+    if code in _LOST or details.reason == _RECEIVE_TIMEOUT:
+        return StagesLost(f"{place} is unavailable: {message}")
+    if code is grpc.StatusCode.NOT_FOUND and details.reason != UNKNOWN_ADAPTER:
+        return StagesLost(f"{place} does not serve {address.model!r}, as the routing table says: {message}")
+    if code is not grpc.StatusCode.INVALID_ARGUMENT:
+        return PeerFailure(error, address.stage)
     public = [
         Violation(fields.get(violation.field, violation.field), violation.description)
-        for violation in violations
+        for violation in details.violations
         if violation.field in fields or violation.field.startswith(("references[", "adapters["))
     ]
-    if public and len(public) == len(violations):
+    if public and len(public) == len(details.violations):
         return InvalidInput(public)
-    return StageDisagreement(f"{address.stage} at {address.target} refused its input: {error.details()}")
+    return StageDisagreement(f"{place} refused its input: {message}")
 
 
-ENCODE_PROMPT: Final = "/klein_api.v1.TextEncoderService/EncodePrompt"
-ENCODE_REFERENCE: Final = "/klein_api.v1.VaeDecoderService/EncodeReference"
-DECODE_LATENTS: Final = "/klein_api.v1.VaeDecoderService/DecodeLatents"
-DENOISE_LATENTS: Final = "/klein_api.v1.DenoiserService/DenoiseLatents"
+@dataclass(frozen=True)
+class Deadline:
+    """A point in monotonic time that every stage call of a request shares."""
 
-SERVICES: Final[Mapping[str, str]] = {
-    TEXT_ENCODER: "klein_api.v1.TextEncoderService",
-    DENOISER: "klein_api.v1.DenoiserService",
-    VAE_DECODER: "klein_api.v1.VaeDecoderService",
-}
-"""The gRPC service of each stage, whose health says whether a replica takes calls."""
+    at_seconds: float
+    """Reading of `time.monotonic()`."""
 
-_Conversing: TypeAlias = "grpc.aio.StreamStreamCall[bytes, bytes]"
-_Answering: TypeAlias = "grpc.aio.UnaryStreamCall[bytes, bytes] | grpc.aio.StreamStreamCall[bytes, bytes]"
-_log = logging.getLogger("klein.orchestrator")
-_RECONNECT = (("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_backoff_ms", 2_000))
-"""A stage that came back is used within seconds; gRPC's own backoff grows to two minutes."""
+    @classmethod
+    def after(cls, remaining_seconds: float | None, maximum_seconds: float) -> Deadline:
+        """Returns the deadline of a request that may take `remaining_seconds`, at most `maximum_seconds`."""
+        wait = maximum_seconds if remaining_seconds is None else min(remaining_seconds, maximum_seconds)
+        return cls(time.monotonic() + wait)
+
+    def remaining_seconds(self) -> float:
+        """Returns the time left, at least 0."""
+        return max(0.0, self.at_seconds - time.monotonic())
 
 
 class Channels:
@@ -142,107 +234,3 @@ class Channels:
     async def close(self) -> None:
         channels, self._channels = list(self._channels.values()), {}
         await asyncio.gather(*(channel.close() for channel in channels))
-
-
-class ServerStream:
-    """What a stage streams back. Leaving its `async with` block ends the call, finished or not.
-
-    Raises, from every method: what `failure_of` makes of the stage's status.
-    """
-
-    def __init__(self, address: StageAddress, call: _Answering, fields: Mapping[str, str]) -> None:
-        self.address = address
-        self._answering = call
-        self._fields = fields
-        self._status = PeerStatus(call)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._answering.cancel()
-
-    async def messages(self) -> AsyncIterator[bytes]:
-        """Yields the stage's messages as they arrive, until it ends the call with OK."""
-        try:
-            async for message in self._answering:
-                yield message
-        except grpc.aio.AioRpcError:
-            raise await self._failure() from None
-        except asyncio.CancelledError:
-            if is_cancelled_by_peer(self._answering):
-                raise await self._failure() from None
-            raise
-
-    async def _failure(self) -> Exception:
-        """Returns what the caller is to get for this call, which has ended."""
-        error = await self._status.sent()
-        if error.code() is grpc.StatusCode.OK:
-            place = f"{self.address.stage} at {self.address.target}"
-            return StageDisagreement(f"{place} ended a call before its input did")
-        return failure_of(self.address, error, self._fields)
-
-
-class BidiStream(ServerStream):
-    """A call whose request is a stream, too."""
-
-    def __init__(self, address: StageAddress, call: _Conversing, fields: Mapping[str, str]) -> None:
-        super().__init__(address, call, fields)
-        self._call = call
-        self._writing = asyncio.Lock()
-
-    async def write(self, message: bytes) -> None:
-        """Sends a message once the stage has room for it; concurrent writers take turns."""
-        async with self._writing:
-            try:
-                await self._call.write(message)
-            except (asyncio.InvalidStateError, grpc.aio.AioRpcError):
-                raise await self._failure() from None
-            except asyncio.CancelledError:
-                if is_cancelled_by_peer(self._call):
-                    raise await self._failure() from None
-                raise
-
-    async def done_writing(self) -> None:
-        """Tells the stage that nothing more comes."""
-        try:
-            await self._call.done_writing()
-        except grpc.aio.InternalError:
-            # The stage has ended the call already; whoever reads from it is told why.
-            _log.debug("%s ended a call before its input did", self.address.stage)
-
-
-@dataclass(frozen=True)
-class StageClient:
-    """Makes the stage calls of one request; each ends with the request's deadline at the latest.
-
-    `method` is `/package.Service/Method`; `fields` are the public names of the fields that a call passes on.
-    """
-
-    channels: Channels
-    deadline: Deadline
-    metadata: tuple[tuple[str, str], ...] = ()
-    """What travels beside the messages of every call."""
-
-    def ask(
-        self, address: StageAddress, method: str, request: bytes, fields: Mapping[str, str] = PUBLIC_FIELDS
-    ) -> ServerStream:
-        """Makes a call of one request."""
-        multicallable: grpc.aio.UnaryStreamMultiCallable[bytes, bytes]
-        multicallable = self.channels.serving(address).unary_stream(method)
-        call = multicallable(request, timeout=self.deadline.remaining_seconds(), metadata=self.metadata)
-        return ServerStream(address, call, fields)
-
-    def open(
-        self, address: StageAddress, method: str, fields: Mapping[str, str] = PUBLIC_FIELDS
-    ) -> BidiStream:
-        """Opens a call whose request is a stream."""
-        multicallable: grpc.aio.StreamStreamMultiCallable[bytes, bytes]
-        multicallable = self.channels.serving(address).stream_stream(method)
-        call = multicallable(timeout=self.deadline.remaining_seconds(), metadata=self.metadata)
-        return BidiStream(address, call, fields)

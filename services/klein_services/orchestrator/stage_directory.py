@@ -1,4 +1,4 @@
-"""What is known of the stages behind the routing table."""
+"""Directory of the stages behind the routing table: their descriptions, and whether they fit each other."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _BACKOFF_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class RouteInfo:
-    """What a route's stages say of themselves, as far as requests depend on it."""
+    """What requests depend on in the descriptions of a route's stages."""
 
     distilled: bool
     default_step_count: int
     default_guidance_scale: float
     text_encoder_version: str
-    """What decides the bytes of a prompt embedding besides the prompt."""
+    """Everything but the prompt that determines the bytes of a prompt embedding."""
     vae_decoder_version: str
-    """What decides the bytes of reference latents besides the image file."""
+    """Everything but the image file that determines the bytes of reference latents."""
     reference_problem: str
     """Why requests with references cannot be served though others can; empty when they can."""
     default_size_px: int
@@ -39,7 +39,7 @@ class RouteInfo:
     subject_words: tuple[str, ...]
     """Words or phrases of which a prompt must contain one; empty when the model understands any prompt."""
 
-    def takes_the_same(self, other: RouteInfo) -> bool:
+    def accepts_same_requests(self, other: RouteInfo) -> bool:
         """Returns whether a request that was validated for `other` is valid here and means the same."""
         return all(
             getattr(self, name) == getattr(other, name)
@@ -54,6 +54,12 @@ class RouteInfo:
         )
 
 
+@dataclass(frozen=True)
+class _Known:
+    fresh_until: float
+    description: DescribeStageResponse
+
+
 class StageDirectory:
     """Descriptions of stages, kept for `ttl_seconds` and asked for again after a failure.
 
@@ -65,31 +71,34 @@ class StageDirectory:
         self._ttl_seconds = ttl_seconds
         self._known: dict[StageAddress, _Known] = {}
 
-    async def facts(self, route: Route, timeout_seconds: float) -> RouteInfo:
-        """Returns what requests for `route` need to know, asking only stages of which nothing fresh is known.
+    async def describe_route(self, route: Route, timeout_seconds: float) -> RouteInfo:
+        """Returns what requests for `route` depend on. Asks only the stages without a fresh description.
 
         Raises:
             StagesLost: a stage does not answer, does not serve, is another stage, serves another model
                 than the table says, or does not fit the others; all such stages are named.
         """
         timeout = min(timeout_seconds, _DESCRIBE_TIMEOUT_SECONDS)
-        answers = await asyncio.gather(*(self._described(address, timeout) for address in route.stages))
+        answers = await asyncio.gather(*(self._description(address, timeout) for address in route.stages))
         if problems := [answer for answer in answers if isinstance(answer, str)]:
             raise StagesLost("; ".join(problems))
         text_encoder, denoiser, vae_decoder = (answer for answer in answers if not isinstance(answer, str))
-        if problem := misfit(route, text_encoder, denoiser, vae_decoder):
+        if problem := incompatibility(route, text_encoder, denoiser, vae_decoder):
             self.forget(route)
             raise StagesLost(problem)
+        facts = denoiser.denoiser
         return RouteInfo(
-            distilled=denoiser.denoiser.distilled,
-            default_step_count=denoiser.denoiser.default_step_count,
-            default_guidance_scale=denoiser.denoiser.default_guidance_scale,
-            text_encoder_version=_identity(route.text_encoder, text_encoder),
-            vae_decoder_version=_identity(route.vae_decoder, vae_decoder),
-            reference_problem=_dtype_misfit(route.vae_decoder, vae_decoder, route.denoiser, denoiser),
-            default_size_px=denoiser.denoiser.default_size_px,
-            pixel_count=denoiser.denoiser.pixel_count,
-            subject_words=tuple(denoiser.denoiser.subject_words),
+            distilled=facts.distilled,
+            default_step_count=facts.default_step_count,
+            default_guidance_scale=facts.default_guidance_scale,
+            text_encoder_version=_version(route.text_encoder, text_encoder),
+            vae_decoder_version=_version(route.vae_decoder, vae_decoder),
+            reference_problem=_dtype_incompatibility(
+                route.vae_decoder, vae_decoder, route.denoiser, denoiser
+            ),
+            default_size_px=facts.default_size_px,
+            pixel_count=facts.pixel_count,
+            subject_words=tuple(facts.subject_words),
         )
 
     def forget(self, route: Route) -> None:
@@ -97,12 +106,12 @@ class StageDirectory:
         for address in route.stages:
             self._known.pop(address, None)
 
-    async def survey(
+    async def probe(
         self, address: StageAddress, timeout_seconds: float
     ) -> tuple[DescribeStageResponse | None, str]:
-        """Asks a stage now and returns what it says, if anything, and what is wrong with it, if anything.
+        """Asks a stage now. Returns its description, `None` without an answer, and its problem, empty without one.
 
-        Asks a replica that serves, so that one that loads beside it is no problem; any replica, if none does.
+        Asks a replica that serves, so that a loading one next to it is no problem; any replica, if none serves.
         """
         timeout = min(timeout_seconds, _DESCRIBE_TIMEOUT_SECONDS) / 2
         description, problem = await self._describe(address, self._channels.serving(address), timeout)
@@ -110,21 +119,17 @@ class StageDirectory:
             description, problem = await self._describe(address, self._channels.any(address), timeout)
         return description, problem
 
-    def _fresh(self, address: StageAddress) -> DescribeStageResponse | None:
+    async def _description(
+        self, address: StageAddress, timeout_seconds: float
+    ) -> DescribeStageResponse | str:
+        """Returns a stage's description, or its problem. Without a fresh one, asks until the stage serves."""
         known = self._known.get(address)
-        return known.description if known is not None and time.monotonic() < known.fresh_until else None
-
-    async def _described(self, address: StageAddress, timeout_seconds: float) -> DescribeStageResponse | str:
-        """Returns what a stage says of itself, or what is wrong with it.
-
-        Asks a stage of which nothing fresh is known, and again if it does not serve yet.
-        """
-        if fresh := self._fresh(address):
-            return fresh
+        if known is not None and time.monotonic() < known.fresh_until:
+            return known.description
         problem = ""
         for attempt in range(_ATTEMPTS):
             await asyncio.sleep(_BACKOFF_SECONDS * attempt)
-            description, problem = await self.survey(address, timeout_seconds)
+            description, problem = await self.probe(address, timeout_seconds)
             if description is None:
                 break
             if not problem:
@@ -145,14 +150,8 @@ class StageDirectory:
         return description, _problem(address, description)
 
 
-@dataclass(frozen=True)
-class _Known:
-    fresh_until: float
-    description: DescribeStageResponse
-
-
-def _identity(address: StageAddress, description: DescribeStageResponse) -> str:
-    """Returns what decides a stage's answers, as far as it can be known from outside.
+def _version(address: StageAddress, description: DescribeStageResponse) -> str:
+    """Returns what determines a stage's responses besides the request.
 
     The target is part of it: two pools may give two checkpoints the same name.
     """
@@ -164,7 +163,7 @@ def _identity(address: StageAddress, description: DescribeStageResponse) -> str:
 
 
 def _problem(address: StageAddress, description: DescribeStageResponse) -> str:
-    """Returns why a stage cannot be used for `address`, or nothing."""
+    """Returns why a stage cannot be used for `address`; empty when it can."""
     place = f"{address.stage} at {address.target}"
     if description.stage != address.stage:
         return f"{place} is a {description.stage or 'nameless stage'}, not a {address.stage}"
@@ -173,17 +172,17 @@ def _problem(address: StageAddress, description: DescribeStageResponse) -> str:
     if not description.serving:
         return f"{place} is loading or draining"
     if description.WhichOneof("facts") != address.stage.replace("-", "_"):
-        return f"{place} serves but does not tell what it is"
+        return f"{place} serves but does not describe its model"
     return ""
 
 
-def misfit(
+def incompatibility(
     route: Route,
     text_encoder: DescribeStageResponse,
     denoiser: DescribeStageResponse,
     vae_decoder: DescribeStageResponse,
 ) -> str:
-    """Returns why a route's stages do not fit each other, or nothing."""
+    """Returns why a route's stages do not fit each other; empty when they do."""
     made = text_encoder.text_encoder.embedding_channels
     taken = denoiser.denoiser.embedding_channels
     if made != taken:
@@ -198,16 +197,16 @@ def misfit(
             f"{_named(route.denoiser)} makes latents of {made} channels; "
             f"{_named(route.vae_decoder)} takes {decoded}"
         )
-    return _dtype_misfit(route.text_encoder, text_encoder, route.denoiser, denoiser)
+    return _dtype_incompatibility(route.text_encoder, text_encoder, route.denoiser, denoiser)
 
 
-def _dtype_misfit(
+def _dtype_incompatibility(
     source: StageAddress,
     sends: DescribeStageResponse,
     destination: StageAddress,
     takes: DescribeStageResponse,
 ) -> str:
-    """Returns why one stage cannot take the other's tensors, or nothing. Stages convert no tensor they take."""
+    """Returns why one stage cannot take the other's tensors; empty when it can. No stage converts its inputs."""
     if sends.dtype == takes.dtype:
         return ""
     return f"{_named(source)} sends {sends.dtype} tensors; {_named(destination)} takes {takes.dtype}"

@@ -112,8 +112,8 @@ async def drained(call, events=None) -> None:
 
 def parts_running() -> set[str]:
     """Returns which parts of requests have tasks now."""
-    names = ("Generation", "Flow", "Conditioning")
-    return {name for name in names for task in asyncio.all_tasks() if f"{name}." in repr(task)}
+    names = ("Generation.run", "Generation._decode", "InputEncoder.")
+    return {name for name in names for task in asyncio.all_tasks() if name in repr(task)}
 
 
 async def nothing_left_running() -> None:

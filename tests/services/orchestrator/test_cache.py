@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from klein_services.orchestrator.cache import CachedTensor, CacheKey, CacheWriter, TensorCache
+from klein_services.orchestrator.cache import CachedTensor, CacheKey, TensorCache
 
 CAPACITY = 100
 operations = st.lists(
@@ -69,20 +70,52 @@ def test_keys_tell_kinds_models_and_contents_apart():
     assert CacheKey.of("k", "m", b"x") == CacheKey.of("k", "m", b"x")
 
 
-def test_a_recording_that_grows_too_large_holds_nothing():
-    recording = CacheWriter(limit_bytes=10)
-    recording.summary = b"s"
-    recording.add(bytes(6))
-    assert recording.finish() == CachedTensor(b"s", (bytes(6),))
-    recording.add(bytes(6))
-    recording.add(bytes(1))
-    assert recording.finish() is None
-    assert not recording._frames
+def test_a_response_that_grows_too_large_is_not_held():
+    cache = TensorCache(10)
+    writer = cache.writer(key(0))
+    writer.add(bytes(6))
+    writer.commit(b"s")
+    assert cache.get(key(0)) == CachedTensor(b"s", (bytes(6),))
+    cache.discard(key(0))
+    writer.add(bytes(6))
+    writer.add(bytes(1))
+    assert not writer._frames
+    writer.commit(b"s")
+    assert key(0) not in cache
 
 
 def test_a_cache_of_no_bytes_keeps_nothing():
     cache = TensorCache(0)
-    recording = cache.record()
-    recording.add(b"x")
-    cache.put(key(0), recording.finish())
+    writer = cache.writer(key(0))
+    writer.add(b"x")
+    writer.commit(b"s")
     assert cache.get(key(0)) is None
+
+
+def test_pinned_values_stay_even_over_the_limit():
+    cache = TensorCache(CAPACITY)
+    large, small = CachedTensor(b"", (bytes(CAPACITY + 1),)), CachedTensor(b"", (bytes(10),))
+    cache.put(key(0), large, pinned=True)
+    cache.put(key(1), small)
+    # Over the limit already, so nothing else is kept beside it.
+    assert (key(0) in cache, key(1) in cache) == (True, False)
+    assert cache.pin(key(0)) is large
+    assert cache.pinned_bytes == cache.size_bytes == CAPACITY + 1
+    with pytest.raises(ValueError, match="pinned"):
+        cache.put(key(0), small)
+    cache.unpin(key(0))
+    assert cache.is_pinned(key(0))
+    cache.unpin(key(0))
+    # Too large to be kept without a pin.
+    assert (key(0) in cache, cache.size_bytes, cache.is_pinned(key(0))) == (False, 0, False)
+
+
+def test_a_value_stays_after_its_last_pin_until_another_needs_its_room():
+    cache = TensorCache(CAPACITY)
+    cache.put(key(0), CachedTensor(b"", (bytes(60),)), pinned=True)
+    cache.put(key(1), CachedTensor(b"", (bytes(60),)))
+    assert (key(0) in cache, key(1) in cache) == (True, False)
+    cache.unpin(key(0))
+    assert key(0) in cache
+    cache.make_room(50)
+    assert key(0) not in cache

@@ -251,18 +251,18 @@ async def test_a_stage_that_is_forgotten_while_others_are_still_asked_does_not_m
     request = asyncio.create_task(generate(suite, prompt="fox", seed=1))
     await until(lambda: all(stage.descriptions == 1 for stage in suite.stages))
     await asyncio.sleep(0.1)
-    generation = suite.orchestrator.generation
-    generation.directory.forget(generation.table.route(""))
+    generator = suite.orchestrator.generator
+    generator.directory.forget(generator.table.route(""))
     suite.denoiser.describe_gate.set()
     assert (await request).images[0].data == suite.expected_image("fox", 1)
 
 
 async def test_two_pools_that_give_their_models_one_name_share_no_tensors(suite):
-    generation = suite.orchestrator.generation
-    route = generation.table.route("")
+    generator = suite.orchestrator.generator
+    route = generator.table.route("")
     async with running_server(FakeTextEncoder()) as target:
         other = replace(route, text_encoder=replace(route.text_encoder, target=target))
-        versions = [await generation.directory.facts(each, 5) for each in (route, other, route)]
+        versions = [await generator.directory.describe_route(each, 5) for each in (route, other, route)]
     assert versions[0].text_encoder_version == versions[2].text_encoder_version
     assert versions[0].text_encoder_version != versions[1].text_encoder_version
     assert versions[0].vae_decoder_version == versions[1].vae_decoder_version

@@ -63,7 +63,7 @@ async def test_a_stage_that_never_ends_its_tensor_is_cut_off(suite):
     details = await refusal(suite, prompt="fox")
     assert details.code is grpc.StatusCode.INTERNAL
     await until(lambda: suite.text_encoder.cancelled == 1)
-    assert suite.orchestrator.generation.cache.size_bytes == 0
+    assert suite.orchestrator.generator.cache.size_bytes == 0
 
 
 async def test_what_the_denoiser_refuses_is_not_kept(suite):
@@ -78,9 +78,9 @@ async def test_what_the_denoiser_refuses_is_not_kept(suite):
 
 
 PARTS_RUNNING = {
-    "encoding": {"Generation", "Conditioning"},
-    "denoising": {"Generation"},
-    "decoding": {"Generation", "Flow"},
+    "encoding": {"Generation.run", "InputEncoder."},
+    "denoising": {"Generation.run"},
+    "decoding": {"Generation.run", "Generation._decode"},
 }
 
 
@@ -213,7 +213,7 @@ async def test_a_caller_that_does_not_read_keeps_its_place_for_so_long_only(monk
     async with FakeSuite(settings=settings).running() as suite:
         spec = ImageSpec(image_count=8)
         call = suite.images.StreamGenerateImage(StreamGenerateImageRequest(spec=spec))
-        slots = suite.orchestrator.generation.slots
+        slots = suite.orchestrator.generator.slots
         await until(lambda: slots.in_use == 1)
         await until(lambda: slots.in_use == 0)
         await nothing_left_running()

@@ -1,0 +1,95 @@
+"""One call to the vae-decoder: latents in, an encoded image out."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from klein_api.v1.vae_decoder_service_pb2 import (
+    DecodeLatentsRequest,
+    DecodeLatentsResponse,
+    DecodeSpec,
+    DecodeSummary,
+)
+from klein_services.orchestrator.relay import TransferMetrics
+from klein_services.orchestrator.routing import DENOISER, StageAddress
+from klein_services.orchestrator.stage_client import (
+    DECODE_LATENTS,
+    BidiStream,
+    StageClient,
+    StageDisagreement,
+)
+from klein_services.orchestrator.timings import OperationTiming
+from klein_services.runtime.protowire import chunk_of
+
+_IMAGE_BYTES_LIMIT = 64 << 20
+"""Most bytes of one encoded image; unencoded, 4 megapixels are 12 MiB."""
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """An encoded image and the stage's summary of it."""
+
+    summary: DecodeSummary
+    chunks: list[memoryview]
+
+
+async def decode_latents(
+    stages: StageClient,
+    address: StageAddress,
+    spec: DecodeSpec,
+    frames: AsyncIterator[bytes],
+    timing: OperationTiming,
+) -> DecodedImage:
+    """Decodes one image while its latents are still arriving.
+
+    Args:
+        stages: opens the call.
+        address: the vae-decoder.
+        spec: how the image is to be encoded.
+        frames: the latents' serialized frames, as `protowire` moves them.
+        timing: where the call is counted.
+
+    Raises:
+        StageDisagreement: the image is not as long as its summary says.
+        Exception: as `ServerStream.messages`.
+    """
+    with timing.call():
+        async with stages.stream_stream(address, DECODE_LATENTS) as call:
+            await call.write(DecodeLatentsRequest(spec=spec).SerializeToString())
+            transfer = TransferMetrics(DENOISER, address.stage)
+            async for frame in frames:
+                transfer.add(frame)
+                await call.write(frame)
+            await call.done_writing()
+            transfer.finish()
+            image = await _read_image(call)
+    timing.report(image.summary)
+    return image
+
+
+async def _read_image(call: BidiStream) -> DecodedImage:
+    """Reads a summary and the chunks of the image; stops at the first message that does not fit."""
+    summary: DecodeSummary | None = None
+    chunks: list[memoryview] = []
+    missing = 0
+    transfer = TransferMetrics(call.address.stage, "orchestrator")
+    async for message in call.messages():
+        if summary is None:
+            summary = DecodeLatentsResponse.FromString(message).summary
+            missing = summary.size_bytes
+        else:
+            chunk = chunk_of(message)
+            if chunk is None:
+                break
+            chunks.append(chunk)
+            missing -= len(chunk)
+            transfer.add(message)
+        if not 0 <= missing <= _IMAGE_BYTES_LIMIT:
+            break
+    if summary is None or missing:
+        raise StageDisagreement(
+            f"{call.address.stage} at {call.address.target} did not send the image it announced"
+        )
+    transfer.finish()
+    return DecodedImage(summary, chunks)

@@ -1,0 +1,212 @@
+"""Encoder of a request's inputs: prompts and references, whose tensors are relayed into the denoiser."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+
+from klein_api.v1.text_encoder_service_pb2 import EncodePromptRequest, EncodePromptResponse, PromptSummary
+from klein_api.v1.vae_decoder_service_pb2 import (
+    EncodeReferenceRequest,
+    EncodeReferenceResponse,
+    ReferenceSpec,
+)
+from klein_core.errors import InvalidInput, Violation
+from klein_services.orchestrator.cache import PROMPT_EMBEDDING, REFERENCE_LATENTS, CacheKey, TensorCache
+from klein_services.orchestrator.relay import TransferMetrics
+from klein_services.orchestrator.request import ImageRequest
+from klein_services.orchestrator.routing import DENOISER, StageAddress
+from klein_services.orchestrator.stage_client import (
+    ENCODE_PROMPT,
+    ENCODE_REFERENCE,
+    PUBLIC_FIELDS,
+    BidiStream,
+    ServerStream,
+    StageClient,
+    StageDisagreement,
+)
+from klein_services.orchestrator.timings import Timings
+from klein_services.runtime.metrics import CACHE_REQUESTS
+from klein_services.runtime.protowire import (
+    as_negative_prompt_embedding,
+    as_reference_latents,
+    field_number,
+    frame_field,
+)
+
+_CHUNK_BYTES = 1 << 20
+_SUMMARY_FIELD = 1
+_NEGATIVE_FIELDS = {"prompt": "negative_prompt"}
+
+_OpenCall = Callable[[], AbstractAsyncContextManager[ServerStream]]
+_ResponseClass = type[EncodePromptResponse] | type[EncodeReferenceResponse]
+
+
+class InputEncoder:
+    """Encodes a request's prompts and references concurrently and relays every frame as it arrives.
+
+    Args:
+        request: the validated request.
+        stages: makes the calls.
+        cache: responses that are reused, and where new ones are kept.
+        timings: where calls are counted.
+        denoiser: the denoiser's call, set once its spec has been sent.
+    """
+
+    def __init__(
+        self,
+        request: ImageRequest,
+        stages: StageClient,
+        cache: TensorCache,
+        timings: Timings,
+        denoiser: asyncio.Future[BidiStream],
+    ) -> None:
+        self._request = request
+        self._stages = stages
+        self._cache = cache
+        self._timings = timings
+        self._denoiser = denoiser
+        self._undecided = len(request.references)
+        self._violations: list[Violation] = []
+        self._all_decided = asyncio.Event()
+        self._first_size_known = asyncio.Event()
+        self._keys: list[CacheKey] = []
+        self.prompt_summary = PromptSummary()
+        self.reference_sizes: dict[int, tuple[int, int]] = {}
+        """Width and height in pixels of each reference as the model sees it, once known."""
+
+    async def run(self) -> None:
+        """Relays everything into the denoiser and closes its input."""
+        params = self._request.params
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._encode_prompt(params.prompt))
+            if params.uses_guidance:
+                group.create_task(self._encode_prompt(params.negative_prompt or "", is_negative=True))
+            for index, data in enumerate(self._request.references):
+                group.create_task(self._encode_reference(index, data))
+        await (await asyncio.shield(self._denoiser)).done_writing()
+
+    async def first_reference_size(self) -> tuple[int, int]:
+        """Waits for the first reference's processed width and height in pixels."""
+        await self._first_size_known.wait()
+        return self.reference_sizes[0]
+
+    def discard_cached(self) -> None:
+        """Drops this request's tensors from the cache, because the denoiser refused one of them."""
+        for key in self._keys:
+            self._cache.discard(key)
+
+    async def _encode_prompt(self, text: str, *, is_negative: bool = False) -> None:
+        address = self._request.route.text_encoder
+        request = EncodePromptRequest(model=address.model, prompt=text).SerializeToString()
+        fields = _NEGATIVE_FIELDS if is_negative else PUBLIC_FIELDS
+        messages = self._response(
+            CacheKey.of(PROMPT_EMBEDDING, self._request.info.text_encoder_version, text.encode()),
+            address,
+            "encode-prompt",
+            EncodePromptResponse,
+            lambda: self._stages.unary_stream(address, ENCODE_PROMPT, request, fields),
+        )
+        async with aclosing(messages):
+            summary = EncodePromptResponse.FromString(await anext(messages)).summary
+            if not is_negative:
+                self.prompt_summary = summary
+            async for frame in messages:
+                await self._send(as_negative_prompt_embedding(frame) if is_negative else frame)
+
+    async def _encode_reference(self, index: int, data: bytes) -> None:
+        """Encodes one reference. If it is refused, waits for the others so that the error names every bad one."""
+        address = self._request.route.vae_decoder
+        # Files have up to many megabytes, and hashing one must not hold up the event loop.
+        version = self._request.info.vae_decoder_version
+        key = await asyncio.to_thread(CacheKey.of, REFERENCE_LATENTS, version, data)
+        messages = self._response(
+            key,
+            address,
+            "encode-reference",
+            EncodeReferenceResponse,
+            lambda: self._send_reference(address, f"references[{index}]", data),
+        )
+        try:
+            async with aclosing(messages):
+                summary = EncodeReferenceResponse.FromString(await anext(messages)).summary
+                self.reference_sizes[index] = (summary.width_px, summary.height_px)
+                if index == 0:
+                    self._first_size_known.set()
+                self._decide()
+                async for frame in messages:
+                    await self._send(as_reference_latents(index, frame))
+        except InvalidInput as error:
+            self._violations += error.violations
+            self._decide()
+            await self._all_decided.wait()
+            raise InvalidInput(self._violations) from None
+
+    def _decide(self) -> None:
+        """Counts a reference that was accepted or refused."""
+        self._undecided -= 1
+        if not self._undecided:
+            self._all_decided.set()
+
+    async def _send(self, message: bytes) -> None:
+        """Sends a serialized `DenoiseLatentsRequest`, once the denoiser's call is open and it has room."""
+        # Without the shield, cancelling one of the waiting tasks would cancel the future for all of them.
+        await (await asyncio.shield(self._denoiser)).write(message)
+
+    async def _response(
+        self,
+        key: CacheKey,
+        address: StageAddress,
+        operation: str,
+        response_class: _ResponseClass,
+        open_call: _OpenCall,
+    ) -> AsyncGenerator[bytes, None]:
+        """Yields an encoder's summary message and then its frames, from the cache or from a call."""
+        self._keys.append(key)
+        timing = self._timings.of(address.stage, operation)
+        cached = self._cache.get(key)
+        CACHE_REQUESTS.labels(key.kind, "hit" if cached else "miss").inc()
+        if cached is not None:
+            yield cached.summary
+            for frame in cached.frames:
+                yield frame
+            return
+        summary: bytes | None = None
+        writer = self._cache.writer(key)
+        transfer = TransferMetrics(address.stage, DENOISER)
+        with timing.call():
+            async with open_call() as call:
+                async for message in call.messages():
+                    if summary is None and field_number(message) == _SUMMARY_FIELD:
+                        yield (summary := message)
+                        continue
+                    received = frame_field(message)
+                    if received is None or summary is None:
+                        raise _no_tensor(address)
+                    transfer.add(received)
+                    writer.add(received)
+                    yield received
+        if summary is None:
+            raise _no_tensor(address)
+        transfer.finish()
+        writer.commit(summary)
+        timing.report(response_class.FromString(summary).summary)
+
+    @asynccontextmanager
+    async def _send_reference(
+        self, address: StageAddress, field_name: str, data: bytes
+    ) -> AsyncIterator[ServerStream]:
+        """Opens a call and sends a reference's file."""
+        async with self._stages.stream_stream(address, ENCODE_REFERENCE) as call:
+            spec = ReferenceSpec(model=address.model, field_name=field_name)
+            await call.write(EncodeReferenceRequest(spec=spec).SerializeToString())
+            for start in range(0, len(data), _CHUNK_BYTES):
+                chunk = EncodeReferenceRequest(image_chunk=data[start : start + _CHUNK_BYTES])
+                await call.write(chunk.SerializeToString())
+            await call.done_writing()
+            yield call
+
+
+def _no_tensor(address: StageAddress) -> StageDisagreement:
+    return StageDisagreement(f"{address.stage} at {address.target} did not answer with a summary and frames")

@@ -1,0 +1,137 @@
+"""Generator of images for all clients: routes, checks, carries out and counts their requests."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import grpc
+
+from klein_api.v1.image_service_pb2 import ImageSpec
+from klein_core.errors import InvalidInput
+from klein_services.orchestrator.cache import TensorCache
+from klein_services.orchestrator.events import Event, EventQueue, ImageEvent
+from klein_services.orchestrator.generation import Generation, GenerationOptions
+from klein_services.orchestrator.request import AdmissionLimits, flow_of, image_count, validated
+from klein_services.orchestrator.routing import RoutingTable
+from klein_services.orchestrator.stage_client import Channels, Deadline, StageClient
+from klein_services.orchestrator.stage_directory import StageDirectory
+from klein_services.runtime.admission import ConcurrencyLimit
+from klein_services.runtime.errors import ServiceError, StagesLost
+from klein_services.runtime.logs import request_metadata
+from klein_services.runtime.metrics import DEADLINE_MISSED, IMAGES, PIXELS, REQUEST_SECONDS
+from klein_services.runtime.status import status_of
+
+_TRANSIT_SECONDS = 0.05
+"""A client whose deadline passes disconnects at most this much before the deadline passes here."""
+_CLIENT_MISTAKES = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION)
+"""Codes of an unknown model or adapter and of an adapter that does not fit the model."""
+_UNKNOWN_MODEL = "unknown"
+"""Label of requests that name a model without a route."""
+
+
+@dataclass
+class ImageGenerator:
+    """Makes images for clients; holds what their requests share."""
+
+    table: RoutingTable
+    channels: Channels
+    directory: StageDirectory
+    cache: TensorCache
+    limits: AdmissionLimits = field(default_factory=AdmissionLimits)
+    slots: ConcurrencyLimit = field(default_factory=lambda: ConcurrencyLimit(256))
+    """Requests that may be in progress."""
+    maximum_seconds: float = 3600.0
+    """Longest time that a request may take, also one without a deadline."""
+    image_metadata: bool = True
+    """Whether the seed, model and steps are stored in the image files."""
+
+    async def events(
+        self,
+        spec: ImageSpec,
+        *,
+        remaining_seconds: float | None,
+        preview_interval_steps: int = 0,
+        reports_progress: bool = True,
+    ) -> AsyncGenerator[Event, None]:
+        """Yields a request's events; closing the iterator cancels every stage call.
+
+        Args:
+            spec: the client's request.
+            remaining_seconds: time until the client's deadline; `None` without one.
+            preview_interval_steps: a preview after every so many steps; 0 means none.
+            reports_progress: whether queue positions and steps are events, besides images and the summary.
+
+        Raises:
+            UnknownModel: the request names a model that is not routed.
+            InvalidInput: fields are outside their limits; all of them are named.
+            StagesLost: a stage cannot be used.
+            PeerFailure: a stage failed in another way.
+            StageDisagreement: a stage broke the protocol between stages.
+        """
+        options = GenerationOptions(reports_progress, self.image_metadata)
+        deadline = Deadline.after(remaining_seconds, self.maximum_seconds)
+        with self._counted(spec, deadline, options.arrived_at):
+            route = self.table.route(spec.model)
+            info = await self.directory.describe_route(route, deadline.remaining_seconds())
+            request = validated(spec, preview_interval_steps, route, info, self.limits)
+            if request.references and info.reference_problem:
+                raise StagesLost(info.reference_problem)
+            queue = EventQueue()
+            stages = StageClient(self.channels, deadline, request_metadata())
+            generation = Generation(request, stages, self.directory, self.cache, queue, options)
+            task = asyncio.create_task(generation.run())
+            task.add_done_callback(lambda _: queue.close())
+            try:
+                async for event in queue:
+                    if isinstance(event, ImageEvent) and not event.is_preview:
+                        image = event.description
+                        PIXELS.labels(route.name, request.flow).inc(image.width_px * image.height_px)
+                    yield event
+                await task
+            finally:
+                queue.abandoned = True
+                task.cancel()
+                # The client is gone; ignore how the cancelled task ends.
+                await asyncio.gather(task, return_exceptions=True)
+
+    @contextmanager
+    def _counted(self, spec: ImageSpec, deadline: Deadline, arrived_at: float) -> Iterator[None]:
+        """Counts a request's images and its duration by outcome, from its arrival on."""
+        outcome = "succeeded"
+        try:
+            yield
+        except BaseException as error:
+            outcome = _outcome(error, deadline)
+            raise
+        finally:
+            model = spec.model or self.table.default_model
+            # Clients choose neither the labels nor how far to count.
+            labels = (model if model in self.table.routes else _UNKNOWN_MODEL, flow_of(spec), outcome)
+            IMAGES.labels(*labels).inc(min(max(image_count(spec), 1), self.limits.image_count))
+            REQUEST_SECONDS.labels(*labels).observe(time.perf_counter() - arrived_at)
+            if outcome == "expired":
+                DEADLINE_MISSED.labels("orchestrator").inc()
+
+
+def _outcome(error: BaseException, deadline: Deadline) -> str:
+    """Returns the outcome under which a request that raised `error` is counted."""
+    is_late = deadline.remaining_seconds() < _TRANSIT_SECONDS
+    match error:
+        case asyncio.CancelledError() | GeneratorExit():
+            return "expired" if is_late else "cancelled"
+        case InvalidInput():
+            return "rejected"
+        case StagesLost() if is_late:
+            # A stage that did not answer within what was left of the deadline.
+            return "expired"
+        case ServiceError():
+            code = status_of(error).code
+            if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+                return "expired"
+            return "rejected" if code in _CLIENT_MISTAKES else "failed"
+        case _:
+            return "failed"
