@@ -28,7 +28,7 @@ _KEYS = (*_REQUIRED_KEYS, "subject_words")
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """What a model's author says about it."""
+    """A model as its author describes it."""
 
     description: str
     """What the model is and what it can do, in one paragraph."""
@@ -78,15 +78,6 @@ def _problems(values: Mapping[str, Any]) -> Iterator[str]:
         yield "description must be one paragraph of printable text"
     elif len(description) > _DESCRIPTION_CHARACTERS:
         yield f"description has {len(description)} characters; at most {_DESCRIPTION_CHARACTERS} are allowed"
-    yield from _size_problems(values)
-    words = values.get("subject_words", [])
-    if not isinstance(words, list) or len(words) > _SUBJECT_WORDS:
-        yield f"subject_words must be a list of at most {_SUBJECT_WORDS} words"
-    elif not all(map(_is_word, words)):
-        yield f"subject_words must be printable texts of 1 to {_WORD_CHARACTERS} characters with a letter or digit"
-
-
-def _size_problems(values: Mapping[str, Any]) -> Iterator[str]:
     limits = DEFAULT_LIMITS
     pixels = values.get("pixel_count", limits.pixel_count)
     if type(pixels) is not int or not limits.side_px**2 <= pixels <= limits.pixel_count:
@@ -97,12 +88,14 @@ def _size_problems(values: Mapping[str, Any]) -> Iterator[str]:
         yield f"default_size_px must be a multiple of {SIZE_MULTIPLE_PX}, at least {limits.side_px}"
     elif size**2 > pixels:
         yield f"default_size_px is {size}, and its square is over pixel_count, {pixels}"
-
-
-def _is_word(value: object) -> bool:
-    return (
-        isinstance(value, str)
-        and len(value) <= _WORD_CHARACTERS
-        and value.isprintable()
-        and any(map(str.isalnum, value))
-    )
+    words = values.get("subject_words", [])
+    if not isinstance(words, list) or len(words) > _SUBJECT_WORDS:
+        yield f"subject_words must be a list of at most {_SUBJECT_WORDS} words"
+    elif not all(
+        isinstance(word, str)
+        and len(word) <= _WORD_CHARACTERS
+        and word.isprintable()
+        and any(map(str.isalnum, word))
+        for word in words
+    ):
+        yield f"subject_words must be printable texts of 1 to {_WORD_CHARACTERS} characters with a letter or digit"

@@ -1,4 +1,4 @@
-"""What a caller may ask of a model, and its limits. Torch-free; every front end validates with it."""
+"""Parameters of a generation, and their limits. Torch-free; every front end validates with it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 ADAPTER_NAME_RULE = "1 to 128 letters, digits, dots, hyphens and underscores, the first a letter or digit"
 _SHOWN_CHARACTERS = 64
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
-"""Half a character of UTF-16, which Python's texts can hold and UTF-8 cannot."""
+"""Half a character of UTF-16: a Python string can contain it, UTF-8 cannot."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class AdapterChoice:
 
     name: str
     scale: float = 1.0
-    """What its effect is multiplied with."""
+    """Factor of its effect."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ DEFAULT_LIMITS = Limits()
 
 @dataclass(frozen=True)
 class GenerationParams:
-    """One request, validated; `steps` and `guidance` have the model's defaults filled in.
+    """One validated request; `steps` and `guidance` have the model's defaults filled in.
 
     Raises:
         InvalidInput: on construction, with every violation at once.
@@ -85,12 +85,12 @@ class GenerationParams:
 
     @property
     def steps(self) -> int:
-        """Steps, the default filled in."""
+        """Steps; the model's default when unset."""
         return default_step_count(self.is_distilled) if self.step_count is None else self.step_count
 
     @property
     def guidance(self) -> float:
-        """Guidance, the default filled in."""
+        """Guidance scale; the model's default when unset."""
         return (
             default_guidance_scale(self.is_distilled) if self.guidance_scale is None else self.guidance_scale
         )
@@ -213,7 +213,7 @@ def prompt_violations(name: str, prompt: str, limits: Limits = DEFAULT_LIMITS) -
 def adapter_violations(
     adapters: Sequence[AdapterChoice], limits: Limits = DEFAULT_LIMITS
 ) -> Iterator[Violation]:
-    """Yields what is wrong with a request's adapters as far as that can be known without their files."""
+    """Yields what is wrong with a request's adapters without reading their files."""
     if len(adapters) > limits.adapter_count:
         yield Violation("adapters", f"has {len(adapters)}; at most {limits.adapter_count} are allowed")
     seen: set[str] = set()

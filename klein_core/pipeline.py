@@ -1,4 +1,4 @@
-"""All three stages in one process: the library's front door, and the oracle that the services are tested against."""
+"""Pipeline of all three stages in one process: the library's entry point, and the oracle of the services' tests."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ StepCallback = Callable[[int, int, int], None]
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A klein model, whole."""
+    """A whole klein model."""
 
     text_encoder: TextEncoder
     transformer: FlowTransformer
     vae_decoder: VaeDecoder
     is_distilled: bool
     uses_reference_cache: bool = False
-    """Whether references are taken as a cache of their keys and values, computed once a call."""
+    """Whether references enter as cached keys and values, which are computed once a call."""
     description: ModelDescription | None = None
     """What the model's author says; its sizes are the default size and a limit of `generate`."""
 
@@ -65,11 +65,11 @@ class Pipeline:
         """Loads a model.
 
         Args:
-            files: its folder in diffusers' layout, or where each part lies.
-            device: where weights go and all is computed.
+            files: its folder in diffusers' layout, or the path of each part.
+            device: holds the weights and computes.
             dtype: `None` keeps each part's own.
-            quantization: what the plain weights of text encoder and transformer are made into.
-            tiling: when the autoencoder makes large images in tiles.
+            quantization: format into which plain weights of text encoder and transformer are converted.
+            tiling: when the autoencoder works in tiles.
 
         Raises:
             CheckpointError: a file is missing or does not fit its configuration.
@@ -160,10 +160,10 @@ class Pipeline:
         height_px: int | None = None,
         **arguments: object,
     ) -> list[bytes]:
-        """Does `generate` and returns encoded files; takes the same arguments besides its own.
+        """Calls `generate`, with the arguments that are not named here, and returns encoded files.
 
         Raises:
-            InvalidInput: as `generate`, and, before anything is computed, as `encode_image`.
+            InvalidInput: as `generate` raises; or, before anything is computed, as `encode_image` raises.
         """
         # Sides that come from a reference are below every format's end, and so is this one.
         width, height = (DEFAULT_SIDE_PX if side is None else side for side in (width_px, height_px))
@@ -211,7 +211,7 @@ class Pipeline:
             )
 
     def _denoise(self, trajectory: Trajectory, index: int, on_step: StepCallback | None) -> Tensor:
-        """Runs one image to its end; images are not packed, so that each is the same bytes as when made alone."""
+        """Runs all steps of one image. Images are not packed, so each has the same bytes as when made alone."""
         while not trajectory.finished:
             packed_step(self.transformer, [trajectory])
             if on_step is not None:

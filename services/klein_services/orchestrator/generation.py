@@ -45,7 +45,7 @@ _log = logging.getLogger("klein.orchestrator")
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """What a request's events and image files contain."""
+    """Contents of a request's events and image files."""
 
     reports_progress: bool = True
     """Whether queue positions and steps become events."""
@@ -107,17 +107,18 @@ class Generation:
             if self._events.was_used:
                 raise
             _log.warning("a stage was lost; the request is made again", exc_info=True)
-            summary = await (await self._renewed())._attempt()
+            # The stages may have other weights than before.
+            info = await self._directory.describe_route(
+                self._request.route, self._stages.deadline.remaining_seconds()
+            )
+            if not info.accepts_same_requests(self._request.info):
+                name = self._request.route.name
+                raise StagesLost(f"another model took the place of {name!r} meanwhile; ask again") from None
+            again = replace(self._request, info=info)
+            summary = await Generation(
+                again, self._stages, self._directory, self._cache, self._events, self._options
+            )._attempt()
         await self._events.put(StreamGenerateImageResponse(summary=summary))
-
-    async def _renewed(self) -> Generation:
-        """Returns the same request for the stages as they are now, which may have other weights than before."""
-        request, directory = self._request, self._directory
-        info = await directory.describe_route(request.route, self._stages.deadline.remaining_seconds())
-        if not info.accepts_same_requests(request.info):
-            raise StagesLost(f"another model took the place of {request.route.name!r} meanwhile; ask again")
-        request = replace(request, info=info)
-        return Generation(request, self._stages, directory, self._cache, self._events, self._options)
 
     async def _attempt(self) -> GenerationSummary:
         """Encodes, denoises and decodes at once, each as soon as its input arrives."""
@@ -143,23 +144,9 @@ class Generation:
         """Opens the denoiser's call as soon as the size is known and follows it to its end."""
         if not self._request.size_is_known:
             self._params = self._request.sized(*await self._inputs.first_reference_size())
-        address, image_count = self._request.route.denoiser, len(self._params.seeds)
-        with self._timings.of(DENOISER, "denoise").call():
-            async with self._stages.stream_stream(address, DENOISE_LATENTS) as call:
-                await call.write(DenoiseLatentsRequest(spec=self._denoise_spec()).SerializeToString())
-                self._denoiser.set_result(call)
-                async for message in call.messages():
-                    await self._accept(message, group)
-        finished = sum(latents.finished for latents in self._latents.values())
-        if finished != image_count:
-            raise StageDisagreement(
-                f"{address.stage} at {address.target} made {finished} of {image_count} images"
-            )
-
-    def _denoise_spec(self) -> DenoiseSpec:
-        params = self._params
-        return DenoiseSpec(
-            model=self._request.route.denoiser.model,
+        address, params = self._request.route.denoiser, self._params
+        spec = DenoiseSpec(
+            model=address.model,
             width_px=params.width_px,
             height_px=params.height_px,
             seeds=params.seeds,
@@ -170,14 +157,32 @@ class Generation:
             preview_interval_steps=self._request.preview_interval_steps,
             adapters=[Adapter(name=adapter.name, scale=adapter.scale) for adapter in params.adapters],
         )
+        with self._timings.of(DENOISER, "denoise").call():
+            async with self._stages.stream_stream(address, DENOISE_LATENTS) as call:
+                await call.write(DenoiseLatentsRequest(spec=spec).SerializeToString())
+                self._denoiser.set_result(call)
+                async for message in call.messages():
+                    await self._accept(message, group)
+        finished = sum(latents.finished for latents in self._latents.values())
+        if finished != len(params.seeds):
+            raise StageDisagreement(
+                f"{address.stage} at {address.target} made {finished} of {len(params.seeds)} images"
+            )
 
     async def _accept(self, message: bytes, group: asyncio.TaskGroup) -> None:
         """Handles one of the denoiser's messages; ignores kinds that the orchestrator does not use."""
         arm = field_number(message)
         if arm in (_LATENTS, _PREVIEW):
-            index, frame = self._image_frame(message)
+            parts = indexed_frame_field(message)
+            if parts is None or not 0 <= parts[0] < len(self._params.seeds):
+                address = self._request.route.denoiser
+                raise StageDisagreement(f"{address.stage} at {address.target} sent a frame of no image")
+            index, frame = parts
             if arm == _LATENTS:
-                await self._relay_latents(index, frame, group)
+                latents = self._latents.get(index) or self._begin_decoding(index, group)
+                await latents.put(frame)
+                if is_last_frame(frame):
+                    await latents.finish()
             elif index == 0:
                 await self._relay_preview(frame, group)
         elif arm == _SUMMARY:
@@ -192,20 +197,6 @@ class Generation:
             # client has got the step: one that reads slowly would let the decoder wait too long.
             if self._step == self._params.steps and 0 not in self._latents:
                 self._begin_decoding(0, group)
-
-    def _image_frame(self, message: bytes) -> tuple[int, bytes]:
-        """Returns the image's index and the frame of a message with latents."""
-        parts = indexed_frame_field(message)
-        if parts is None or not 0 <= parts[0] < len(self._params.seeds):
-            address = self._request.route.denoiser
-            raise StageDisagreement(f"{address.stage} at {address.target} sent a frame of no image")
-        return parts
-
-    async def _relay_latents(self, index: int, frame: bytes, group: asyncio.TaskGroup) -> None:
-        latents = self._latents.get(index) or self._begin_decoding(index, group)
-        await latents.put(frame)
-        if is_last_frame(frame):
-            await latents.finish()
 
     def _begin_decoding(self, index: int, group: asyncio.TaskGroup) -> FrameQueue:
         latents = self._latents[index] = FrameQueue()
@@ -225,11 +216,17 @@ class Generation:
             await self._preview_latents.finish()
 
     async def _decode_image(self, index: int, latents: FrameQueue) -> None:
+        params, metadata = self._params, dict(self._request.embedded_prompts)
+        if self._options.image_metadata:
+            metadata["model"] = self._request.route.name
+            metadata["seed"], metadata["steps"] = str(params.seeds[index]), str(params.steps)
+            if params.adapters:
+                metadata["adapters"] = ", ".join(f"{each.name}:{each.scale:g}" for each in params.adapters)
         spec = DecodeSpec(
             model=self._request.route.vae_decoder.model,
             format=self._request.format,
             quality=self._request.quality,
-            metadata=self._file_metadata(index),
+            metadata=metadata,
         )
         image = await self._decode(spec, latents)
         if index == 0 and self._preview is not None:
@@ -259,20 +256,6 @@ class Generation:
         timing = self._timings.of(VAE_DECODER, "decode")
         address = self._request.route.vae_decoder
         return await decode_latents(self._stages, address, spec, latents.frames(), timing)
-
-    def _file_metadata(self, index: int) -> dict[str, str]:
-        metadata = dict(self._request.embedded_prompts)
-        if not self._options.image_metadata:
-            return metadata
-        params = self._params
-        metadata |= {
-            "model": self._request.route.name,
-            "seed": str(params.seeds[index]),
-            "steps": str(params.steps),
-        }
-        if params.adapters:
-            metadata["adapters"] = ", ".join(f"{each.name}:{each.scale:g}" for each in params.adapters)
-        return metadata
 
     def _description(self, index: int, image: DecodedImage) -> GeneratedImage:
         return GeneratedImage(

@@ -1,4 +1,4 @@
-"""A request as the caller sent it, turned into one that can be carried out."""
+"""Validated requests: an `ImageSpec` checked against the limits of its model, with the defaults filled in."""
 
 from __future__ import annotations
 
@@ -24,41 +24,17 @@ _OTHER_METADATA_BYTES = 4096
 _WORD = re.compile(r"[^\W_]+")
 _SHOWN_SUBJECT_WORDS = 6
 _RANDOM_SEED_LIMIT = 2**32
-"""Random seeds stay below this, so that people can copy them."""
-
-
-@dataclass(frozen=True)
-class AdmissionLimits:
-    """What the operator allows a request, besides the size, which is the model's."""
-
-    reference_count: int = DEFAULT_LIMITS.reference_count
-    reference_bytes: int = 20 * 1024 * 1024
-    image_count: int = DEFAULT_LIMITS.image_count
-    adapter_count: int = DEFAULT_LIMITS.adapter_count
-
-    @property
-    def request_bytes(self) -> int:
-        """Most bytes of a request's message: one reference too many may still come and be named."""
-        return (self.reference_count + 1) * self.reference_bytes + _OTHER_FIELDS_BYTES
-
-    def of(self, route: Route) -> Limits:
-        """Returns the limits of requests for `route`'s model."""
-        return Limits(
-            pixel_count=route.maximum_pixel_count,
-            reference_count=self.reference_count,
-            image_count=self.image_count,
-            adapter_count=self.adapter_count,
-        )
+"""Random seeds stay below this, so that they are easy to copy."""
 
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """A validated request."""
+    """A request that is within all limits."""
 
     route: Route
     info: RouteInfo
     params: GenerationParams
-    """Everything, with defaults; a side that the first reference decides has the smallest allowed value."""
+    """Parameters with defaults; a side that follows the first reference has the smallest allowed value."""
     references: tuple[bytes, ...]
     format: ImageFormat.ValueType
     quality: int | None
@@ -67,14 +43,15 @@ class ImageRequest:
     embedded_prompts: Mapping[str, str]
     """Prompts to store in the image files, by metadata key; empty unless the client asks for it."""
     follows_width: bool
-    """Whether the width is to be the first reference's."""
+    """Whether the first reference gives the width."""
     follows_height: bool
+    """Whether the first reference gives the height."""
     flow: str
     """text-to-image, edit or multi-reference."""
 
     @property
     def warnings(self) -> list[str]:
-        """What the client should know although the request is valid, one sentence each."""
+        """Sentences for the client of a valid request that may not give what it wants."""
         if self.references or names_a_subject(self.params.prompt, self.info.subject_words):
             return []
         shown = ", ".join(self.info.subject_words[:_SHOWN_SUBJECT_WORDS])
@@ -103,48 +80,51 @@ class ImageRequest:
         )
 
 
-def flow_of(spec: ImageSpec) -> str:
-    """Returns what a request's number of references makes it: text-to-image, edit or multi-reference."""
-    return ("text-to-image", "edit", "multi-reference")[min(len(spec.references), 2)]
+@dataclass(frozen=True)
+class AdmissionLimits:
+    """Limits that the operator sets for requests of every model; the size is limited for each model."""
 
+    reference_count: int = DEFAULT_LIMITS.reference_count
+    reference_bytes: int = 20 * 1024 * 1024
+    image_count: int = DEFAULT_LIMITS.image_count
+    adapter_count: int = DEFAULT_LIMITS.adapter_count
 
-def image_count(spec: ImageSpec) -> int:
-    """Returns how many images a request asks for, unchecked."""
-    return spec.image_count if spec.HasField("image_count") else 1
+    @property
+    def request_bytes(self) -> int:
+        """Most bytes of a request's message. Has room for one reference too many, so that an error can name it."""
+        return (self.reference_count + 1) * self.reference_bytes + _OTHER_FIELDS_BYTES
 
-
-def names_a_subject(prompt: str, subject_words: Sequence[str]) -> bool:
-    """Returns whether a prompt contains one of the words or phrases, in any case; true when there are none.
-
-    Only whole words count: "ring" is not in "string".
-    """
-    text = f" {_words(prompt)} "
-    return not subject_words or any(f" {_words(subject)} " in text for subject in subject_words)
-
-
-def _words(text: str) -> str:
-    """Returns a text's words, case-folded and in one Unicode form, with one space between them."""
-    return " ".join(_WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
+    def of(self, route: Route) -> Limits:
+        """Returns the limits of requests for `route`'s model."""
+        return Limits(
+            pixel_count=route.maximum_pixel_count,
+            reference_count=self.reference_count,
+            image_count=self.image_count,
+            adapter_count=self.adapter_count,
+        )
 
 
 def validated(
     spec: ImageSpec, preview_interval_steps: int, route: Route, info: RouteInfo, limits: AdmissionLimits
 ) -> ImageRequest:
-    """Checks a request whole.
+    """Checks all fields of a request.
 
     Raises:
         InvalidInput: one or more fields are outside their limits; all of them are named.
     """
     route = route.narrowed(info.default_size_px, info.pixel_count)
-    violations = list(_own_violations(spec, preview_interval_steps, limits))
+    violations = list(_violations(spec, preview_interval_steps, limits))
     params: GenerationParams | None = None
     try:
         params = _params(spec, route, info, limits)
     except InvalidInput as error:
         violations = [*error.violations, *violations]
     if params is not None:
-        # A side that a reference will decide is below every format's end.
-        violations += format_size_violations(_format_name(spec), params.width_px, params.height_px)
+        is_known = spec.format in ImageFormat.values() and spec.format
+        name = ImageFormat.Name(spec.format if is_known else ImageFormat.IMAGE_FORMAT_PNG)
+        name = name.removeprefix("IMAGE_FORMAT_").lower()
+        # A side that follows a reference is below every format's end.
+        violations += format_size_violations(name, params.width_px, params.height_px)
     if violations or params is None:
         raise InvalidInput(violations)
     return ImageRequest(
@@ -166,13 +146,16 @@ def validated(
 def _params(spec: ImageSpec, route: Route, info: RouteInfo, limits: AdmissionLimits) -> GenerationParams:
     bounds = limits.of(route)
     default_side_px = bounds.side_px if spec.references else route.default_size_px
+    first_seed = spec.seed if spec.HasField("seed") else secrets.randbelow(_RANDOM_SEED_LIMIT)
+    # A count outside its limits is a violation that `_violations` names, and may be far too large for a range.
+    count = min(max(image_count(spec), 1), limits.image_count)
     return GenerationParams(
         width_px=spec.width_px if spec.HasField("width_px") else default_side_px,
         height_px=spec.height_px if spec.HasField("height_px") else default_side_px,
         is_distilled=info.distilled,
         prompt=spec.prompt,
         negative_prompt=spec.negative_prompt if spec.HasField("negative_prompt") else None,
-        seeds=_seeds(spec, limits),
+        seeds=tuple(range(first_seed, first_seed + count)),
         step_count=spec.step_count if spec.HasField("step_count") else info.default_step_count,
         guidance_scale=(
             spec.guidance_scale if spec.HasField("guidance_scale") else info.default_guidance_scale
@@ -186,25 +169,30 @@ def _params(spec: ImageSpec, route: Route, info: RouteInfo, limits: AdmissionLim
     )
 
 
-def _seeds(spec: ImageSpec, limits: AdmissionLimits) -> tuple[int, ...]:
-    first = spec.seed if spec.HasField("seed") else secrets.randbelow(_RANDOM_SEED_LIMIT)
-    # A count outside its limits is a violation of its own, and may be far too large to count to.
-    count = min(max(image_count(spec), 1), limits.image_count)
-    return tuple(range(first, first + count))
-
-
-def _own_violations(
-    spec: ImageSpec, preview_interval_steps: int, limits: AdmissionLimits
-) -> Iterator[Violation]:
+def _violations(spec: ImageSpec, preview_interval_steps: int, limits: AdmissionLimits) -> Iterator[Violation]:
+    """Yields what is wrong with the fields that `GenerationParams` does not check."""
     count = image_count(spec)
     if not 1 <= count <= limits.image_count:
         yield Violation("image_count", f"is {count}; must be in [1, {limits.image_count}]")
-    yield from _reference_violations(spec, limits)
+    for index, reference in enumerate(spec.references[: limits.reference_count]):
+        field = f"references[{index}]"
+        if not reference:
+            yield Violation(field, "is empty; must be the bytes of an image file")
+        elif len(reference) > limits.reference_bytes:
+            yield Violation(
+                field, f"has {len(reference)} bytes; at most {limits.reference_bytes} are allowed"
+            )
     if spec.format not in ImageFormat.values():
-        yield Violation("format", f"is {spec.format}; must be one of {_names(ImageFormat.keys())}")
-    yield from _quality_violations(spec)
+        yield Violation("format", f"is {spec.format}; must be one of {', '.join(ImageFormat.keys())}")
+    if spec.HasField("quality"):
+        if spec.format not in LOSSY_FORMATS:
+            yield Violation(
+                "quality", "is not taken by lossless formats; leave it out or choose JPEG or WebP"
+            )
+        elif not 1 <= spec.quality <= 100:
+            yield Violation("quality", f"is {spec.quality}; must be in [1, 100]")
     if spec.priority not in Priority.values():
-        yield Violation("priority", f"is {spec.priority}; must be one of {_names(Priority.keys())}")
+        yield Violation("priority", f"is {spec.priority}; must be one of {', '.join(Priority.keys())}")
     if any(metadata_violations(_embedded_prompts(spec) | {"other": "." * _OTHER_METADATA_BYTES})):
         yield Violation(
             "embed_prompt",
@@ -216,26 +204,6 @@ def _own_violations(
         )
 
 
-def _reference_violations(spec: ImageSpec, limits: AdmissionLimits) -> Iterator[Violation]:
-    for index, reference in enumerate(spec.references[: limits.reference_count]):
-        if not reference:
-            yield Violation(f"references[{index}]", "is empty; must be the bytes of an image file")
-        elif len(reference) > limits.reference_bytes:
-            yield Violation(
-                f"references[{index}]",
-                f"has {len(reference)} bytes; at most {limits.reference_bytes} are allowed",
-            )
-
-
-def _quality_violations(spec: ImageSpec) -> Iterator[Violation]:
-    if not spec.HasField("quality"):
-        return
-    if spec.format not in LOSSY_FORMATS:
-        yield Violation("quality", "is not taken by lossless formats; leave it out or choose JPEG or WebP")
-    elif not 1 <= spec.quality <= 100:
-        yield Violation("quality", f"is {spec.quality}; must be in [1, 100]")
-
-
 def _embedded_prompts(spec: ImageSpec) -> dict[str, str]:
     if not spec.embed_prompt:
         return {}
@@ -244,12 +212,25 @@ def _embedded_prompts(spec: ImageSpec) -> dict[str, str]:
     )
 
 
-def _format_name(spec: ImageSpec) -> str:
-    """Returns the format as `klein_core.image_format` names it; PNG is the default."""
-    known = spec.format if spec.format in ImageFormat.values() else ImageFormat.IMAGE_FORMAT_UNSPECIFIED
-    name = ImageFormat.Name(known or ImageFormat.IMAGE_FORMAT_PNG)
-    return name.removeprefix("IMAGE_FORMAT_").lower()
+def flow_of(spec: ImageSpec) -> str:
+    """Returns the flow that the number of references makes: text-to-image, edit or multi-reference."""
+    return ("text-to-image", "edit", "multi-reference")[min(len(spec.references), 2)]
 
 
-def _names(keys: list[str]) -> str:
-    return ", ".join(keys)
+def image_count(spec: ImageSpec) -> int:
+    """Returns how many images a request asks for, unchecked."""
+    return spec.image_count if spec.HasField("image_count") else 1
+
+
+def names_a_subject(prompt: str, subject_words: Sequence[str]) -> bool:
+    """Returns whether a prompt contains one of the words or phrases, in any case; true when there are none.
+
+    Only whole words count: "ring" is not in "string".
+    """
+    text = f" {_words(prompt)} "
+    return not subject_words or any(f" {_words(subject)} " in text for subject in subject_words)
+
+
+def _words(text: str) -> str:
+    """Returns a text's words, case-folded and in one Unicode form, with one space between them."""
+    return " ".join(_WORD.findall(unicodedata.normalize("NFKC", text).casefold()))

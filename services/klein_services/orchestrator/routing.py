@@ -78,7 +78,7 @@ class RoutingTable:
     """The model of a request that names none."""
 
     def route(self, model: str) -> Route:
-        """Finds the row of a request's model; an empty name means the default.
+        """Returns the row of a request's model; an empty name means the default.
 
         Raises:
             UnknownModel: there is no such row.
@@ -91,7 +91,7 @@ class RoutingTable:
 
 @dataclass(frozen=True)
 class _Row:
-    """A row as the file has it, before defaults and checks."""
+    """A row of the file, before defaults and checks."""
 
     text_encoder: Any = None
     denoiser: Any = None
@@ -130,7 +130,7 @@ def read_routing_table(path: Path) -> RoutingTable:
 def single_route_table(
     model: str, text_encoder: str, denoiser: str, vae_decoder: str, size_px: int, pixel_count: int
 ) -> RoutingTable:
-    """Makes the table of a suite that serves one model, the same name at every stage.
+    """Returns the table of a suite that serves one model under the same name at every stage.
 
     Raises:
         RoutingError: a value is wrong; all of them are named.
@@ -171,11 +171,7 @@ def _document_problems(document: Mapping[str, Any]) -> Iterator[str]:
             yield from _row_problems(f"models.{name}.", row)
         else:
             yield f"models.{name} must be a table"
-    yield from _default_problems(document.get("default_model"), models)
-
-
-def _default_problems(default: object, models: Mapping[str, Any]) -> Iterator[str]:
-    names = ", ".join(models)
+    default, names = document.get("default_model"), ", ".join(models)
     if default is None:
         if len(models) > 1:
             yield f"default_model is missing; choose one of {names}"

@@ -1,4 +1,4 @@
-"""What the orchestrator can be told."""
+"""Settings of the orchestrator."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from klein_services.runtime.channels import IMAGE_MESSAGE_BYTES
 from klein_services.runtime.settings import ServerSettings, SettingsError, metrics_port_setting, setting
 
 _BYTES_PER_PIXEL = 3.03
-"""Of an image file that does not compress: RGB, and what the format adds."""
+"""Bytes of an image file that does not compress: RGB, and the format's overhead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +33,14 @@ class OrchestratorSettings(ServerSettings):
     denoiser_target: str = setting("localhost:50052", help="gRPC target of the denoiser")
     vae_decoder_target: str = setting("localhost:50053", help="gRPC target of the vae-decoder")
     default_size_px: int = setting(
-        1024, help="Width and height in pixels of a request that gives none and has no reference", minimum=64
+        1024,
+        help="Width and height in pixels of a request that gives none and has no reference; less where the model was "
+        "trained for less",
+        minimum=64,
     )
     maximum_pixel_count: int = setting(
         DEFAULT_LIMITS.pixel_count,
-        help="Most pixels of one image",
+        help="Most pixels of one image; fewer where the model was trained for fewer",
         minimum=4096,
         maximum=DEFAULT_LIMITS.pixel_count,
     )
@@ -62,25 +65,26 @@ class OrchestratorSettings(ServerSettings):
         minimum=0,
     )
     describe_ttl_seconds: float = setting(
-        15.0, help="Seconds for which what a stage says of itself is believed", minimum=0, maximum=3600
+        15.0, help="Seconds for which a stage's description is kept", minimum=0, maximum=3600
     )
     image_metadata: bool = setting(
         True, help="Whether the seed, model and steps are stored in the image files"
     )
 
     def problems(self) -> Iterator[str]:
+        """Yields what is wrong with settings together: the routing table, or a response too large to send."""
         try:
             routes = self.table().routes
         except SettingsError as error:
             yield str(error)
             return
         largest = max(route.maximum_pixel_count for route in routes.values())
-        answer_bytes = self.maximum_image_count * largest * _BYTES_PER_PIXEL
-        if answer_bytes > IMAGE_MESSAGE_BYTES:
+        if self.maximum_image_count * largest * _BYTES_PER_PIXEL > IMAGE_MESSAGE_BYTES:
             fitting = int(IMAGE_MESSAGE_BYTES / largest / _BYTES_PER_PIXEL)
             yield (
-                f"KLEIN_MAXIMUM_IMAGE_COUNT is {self.maximum_image_count}; {fitting} images of {largest} pixels are "
-                f"what one answer of {IMAGE_MESSAGE_BYTES >> 20} MiB holds: allow fewer images or fewer pixels"
+                f"KLEIN_MAXIMUM_IMAGE_COUNT is {self.maximum_image_count}; a response of "
+                f"{IMAGE_MESSAGE_BYTES >> 20} MiB holds {fitting} images of {largest} pixels: allow fewer images or "
+                "fewer pixels"
             )
 
     def table(self) -> RoutingTable:

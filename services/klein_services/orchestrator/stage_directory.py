@@ -21,7 +21,7 @@ _BACKOFF_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class RouteInfo:
-    """What requests depend on in the descriptions of a route's stages."""
+    """The parts of the descriptions of a route's stages that requests depend on."""
 
     distilled: bool
     default_step_count: int
@@ -147,7 +147,16 @@ class StageDirectory:
         except grpc.aio.AioRpcError as error:
             reason = error.details() or error.code().name
             return None, f"{address.stage} at {address.target} does not answer: {reason}"
-        return description, _problem(address, description)
+        place, problem = f"{address.stage} at {address.target}", ""
+        if description.stage != address.stage:
+            problem = f"is a {description.stage or 'nameless stage'}, not a {address.stage}"
+        elif description.model != address.model:
+            problem = f"serves the model {description.model!r}; the routing table says {address.model!r}"
+        elif not description.serving:
+            problem = "is loading or draining"
+        elif description.WhichOneof("facts") != address.stage.replace("-", "_"):
+            problem = "serves but does not describe its model"
+        return description, problem and f"{place} {problem}"
 
 
 def _version(address: StageAddress, description: DescribeStageResponse) -> str:
@@ -160,20 +169,6 @@ def _version(address: StageAddress, description: DescribeStageResponse) -> str:
     lasting.ClearField("load")
     lasting.ClearField("device")
     return f"{address.target}\n{lasting.SerializeToString(deterministic=True).hex()}"
-
-
-def _problem(address: StageAddress, description: DescribeStageResponse) -> str:
-    """Returns why a stage cannot be used for `address`; empty when it can."""
-    place = f"{address.stage} at {address.target}"
-    if description.stage != address.stage:
-        return f"{place} is a {description.stage or 'nameless stage'}, not a {address.stage}"
-    if description.model != address.model:
-        return f"{place} serves the model {description.model!r}; the routing table says {address.model!r}"
-    if not description.serving:
-        return f"{place} is loading or draining"
-    if description.WhichOneof("facts") != address.stage.replace("-", "_"):
-        return f"{place} serves but does not describe its model"
-    return ""
 
 
 def incompatibility(

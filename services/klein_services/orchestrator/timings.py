@@ -1,4 +1,4 @@
-"""What each stage took for one request."""
+"""Timings of one request: how long each stage took."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from klein_api.v1.image_service_pb2 import StageTiming
 from klein_services.runtime.metrics import STAGE_CALL_SECONDS
 from klein_services.runtime.stage import duration
 
+_ORDER = ("encode-prompt", "encode-reference", "denoise", "decode")
+"""Operations in the order of a request's life."""
+
 
 class StageSummary(Protocol):
-    """The part that every stage's summary has."""
+    """The fields that every stage's summary has."""
 
     @property
     def queue_duration(self) -> Duration: ...
@@ -37,7 +40,7 @@ class OperationTiming:
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """Measures one call, also one that fails."""
+        """Measures one call, including one that fails."""
         begin = time.perf_counter()
         self.call_count += 1
         try:
@@ -48,7 +51,7 @@ class OperationTiming:
             STAGE_CALL_SECONDS.labels(self.stage, self.operation).observe(seconds)
 
     def report(self, summary: StageSummary) -> None:
-        """Adds what the stage measured itself."""
+        """Adds the durations that the stage measured."""
         self.queue_seconds += _seconds(summary.queue_duration)
         self.compute_seconds += _seconds(summary.compute_duration)
 
@@ -61,10 +64,6 @@ class OperationTiming:
             compute_duration=duration(self.compute_seconds),
             call_duration=duration(self.call_seconds),
         )
-
-
-_ORDER = ("encode-prompt", "encode-reference", "denoise", "decode")
-"""Operations in the order of a request's life."""
 
 
 class Timings:

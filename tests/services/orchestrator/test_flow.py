@@ -220,9 +220,10 @@ async def test_the_request_id_travels_to_every_stage_and_back(suite):
 
 async def test_the_deadline_travels_to_every_stage(suite):
     request = GenerateImageRequest(spec=ImageSpec(references=[reference_file(64, 64)]))
-    await suite.images.GenerateImage(request, timeout=20)
+    await suite.images.GenerateImage(request, timeout=400)
     for stage in suite.stages:
-        assert all(10 < remaining <= 20 for remaining in stage.remaining_seconds)
+        # gRPC rounds up what is left.
+        assert all(100 < remaining < 410 for remaining in stage.remaining_seconds)
     await suite.images.GenerateImage(request)
     assert all(remaining < 4000 for remaining in suite.denoiser.remaining_seconds)
 
