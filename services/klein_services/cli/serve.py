@@ -16,7 +16,7 @@ from klein_services.cli.exit_codes import MISUSED
 from klein_services.cli.model_store import find_model
 from klein_services.cli.process import PROCESSES, STAGES, with_flags
 from klein_services.cli.stage_process import run_stage, settings_class
-from klein_services.cli.suite import require_torch
+from klein_services.cli.suite import require_temporary_folder, require_torch
 from klein_services.runtime.settings import (
     EMBEDDED_MODEL,
     ServerSettings,
@@ -73,8 +73,9 @@ def run_serve(stage: str, overrides: dict[str, str], *, check_config: bool) -> i
         for sentence in misspelled(type(loaded.settings), environment):
             typer.echo(f"{sentence}.", err=True)
         return 0
-    if stage != "orchestrator":
+    if stage in STAGES:
         require_torch()
+        require_temporary_folder()
     return run_stage(stage, environment, overrides)
 
 

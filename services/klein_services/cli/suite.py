@@ -101,6 +101,7 @@ class Suite:
 
     def __init__(self, options: SuiteOptions) -> None:
         require_torch()
+        require_temporary_folder()
         self.options = options
         self.files = model_files(options.model, options.parts, options.variant)
         self.model_name = require_model(self.files)
@@ -288,18 +289,24 @@ def require_torch() -> None:
         )
 
 
-def _made_log_folder(folder: Path | None) -> Path:
-    """Creates the folder of the logs, by default a temporary one; raises CliError when that fails."""
+def require_temporary_folder() -> None:
+    """Raises CliError when no folder for temporary files can be written, which torch fails without."""
     try:
-        if folder is None:
-            return Path(tempfile.mkdtemp(prefix="klein-"))
+        tempfile.gettempdir()
+    except OSError as error:
+        raise CliError(
+            f"Stages need a folder for temporary files: {error.strerror}.",
+            "Set TMPDIR to a folder that can be written.",
+        ) from error
+
+
+def _made_log_folder(folder: Path | None) -> Path:
+    """Creates the folder of the logs, by default a temporary one; raises CliError for one that cannot be made."""
+    if folder is None:
+        return Path(tempfile.mkdtemp(prefix="klein-"))
+    try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        if folder is None:
-            raise CliError(
-                f"No temporary folder can be made for the logs: {error.strerror}.",
-                "--log-folder takes another folder, and TMPDIR names the one for temporary files.",
-            ) from error
         raise CliError(
             f"--log-folder {folder} cannot be made: {error.strerror}.", exit_code=MISUSED
         ) from error

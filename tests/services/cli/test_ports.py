@@ -84,8 +84,9 @@ def test_logs_need_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(CliError, match=r"--log-folder .*file cannot be made: File exists") as caught:
         Suite(SuiteOptions(log_folder=tmp_path / "file"))
     assert caught.value.exit_code == 2
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
-    with pytest.raises(CliError, match=r"No temporary folder can be made for the logs: .*--log-folder"):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nowhere"])
+    with pytest.raises(CliError, match=r"need a folder for temporary files: .*TMPDIR"):
         Suite(SuiteOptions())
 
 
