@@ -1,4 +1,4 @@
-"""Hosts as they stand before a port."""
+"""Channels to the servers of the suite, with their options and service config."""
 
 from __future__ import annotations
 
@@ -12,18 +12,12 @@ import grpc
 
 from klein_services.runtime.tracing import client_interceptors
 
-
-def host_for_url(host: str) -> str:
-    """Returns a host with the brackets that an IPv6 address needs before a port; they may be there already."""
-    return f"[{host}]" if ":" in host and not host.startswith("[") else host
-
-
 STAGE_MESSAGE_BYTES = 4 << 20
 """Most bytes of a message between the orchestrator and a stage."""
 IMAGE_MESSAGE_BYTES = 256 << 20
 """Most bytes of a message of the public API, which carries encoded images."""
 HTTP2_FRAME_BYTES = 1 << 20
-"""Most bytes of an HTTP/2 frame; the stock 16 KiB cost a tensor some 5 % more time."""
+"""Most bytes of an HTTP/2 frame; the default, 16 KiB, makes tensors take some 5 % longer."""
 DNS_INTERVAL_MILLISECONDS = 5_000
 
 
@@ -34,43 +28,20 @@ def open_channel(
     health_service: str = "",
     options: Sequence[tuple[str, Any]] = (),
 ) -> grpc.aio.Channel:
-    """Opens a channel; must be called on a running event loop, and connects on the first call.
+    """Opens a channel, which connects on its first call. Needs a running event loop.
 
     Args:
         target: a gRPC target: `host:port`, or `dns:///host:port` to balance over all of a name's addresses.
         message_bytes: largest message, both ways.
         health_service: full name of the service whose health decides which replicas get calls. Not for
             channels that must reach a replica that loads or drains, such as those for DescribeStage.
-        options: further channel options; they win.
+        options: further channel options, which override those set here.
     """
-    return grpc.aio.insecure_channel(
-        target,
-        options=[*_options(message_bytes, health_service), *options],
-        interceptors=client_interceptors(),
-    )
-
-
-def service_config(health_service: str = "") -> str:
-    """Returns the service config of klein_api as JSON, with health checking where a service is named."""
-    config = dict(_committed_config())
-    if health_service:
-        config["healthCheckConfig"] = {"serviceName": health_service}
-    return json.dumps(config)
-
-
-@cache
-def _committed_config() -> dict[str, Any]:
-    text = resources.files("klein_api.v1").joinpath("service_config.json").read_text(encoding="utf-8")
-    config: dict[str, Any] = json.loads(text)
-    return config
-
-
-def _options(message_bytes: int, health_service: str) -> list[tuple[str, Any]]:
-    return [
+    defaults: list[tuple[str, Any]] = [
         ("grpc.service_config", service_config(health_service)),
         ("grpc.service_config_disable_resolution", 1),
         ("grpc.enable_retries", 1),
-        # A proxy for the way out of a network, set for other programs, does not know the way inside it.
+        # A proxy that the environment names is for connections out of the network, not inside it.
         ("grpc.enable_http_proxy", 0),
         ("grpc.max_receive_message_length", message_bytes),
         ("grpc.max_send_message_length", message_bytes),
@@ -80,3 +51,21 @@ def _options(message_bytes: int, health_service: str) -> list[tuple[str, Any]]:
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.dns_min_time_between_resolutions_ms", DNS_INTERVAL_MILLISECONDS),
     ]
+    return grpc.aio.insecure_channel(
+        target, options=[*defaults, *options], interceptors=client_interceptors()
+    )
+
+
+@cache
+def service_config(health_service: str = "") -> str:
+    """Returns the service config of klein_api as JSON, with health checking if a service is named."""
+    text = resources.files("klein_api.v1").joinpath("service_config.json").read_text(encoding="utf-8")
+    config: dict[str, Any] = json.loads(text)
+    if health_service:
+        config["healthCheckConfig"] = {"serviceName": health_service}
+    return json.dumps(config)
+
+
+def host_for_url(host: str) -> str:
+    """Returns a host with the brackets that an IPv6 address needs in front of a port, unless it has them already."""
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host

@@ -39,19 +39,26 @@ class EntryPoint(Generic[_Settings]):
     """Called with valid settings. Imports what it needs, so that settings are checked before torch is loaded."""
 
     def cli_main(self, arguments: Sequence[str]) -> int:
-        """Runs `python -m PACKAGE [--check-config]` and returns the exit code, 2 for other arguments.
+        """Runs `python -m PACKAGE [--check-config]` and returns the exit code, 2 for bad arguments or settings.
 
         Settings come from the environment. `--check-config` prints them and checks them without serving.
         """
         if not arguments:
             return self.main(os.environ, {})
-        if list(arguments) == [CHECK_CONFIG]:
-            return self._check_config(os.environ)
-        sys.stderr.write(
-            f"{arguments[0]} is not understood: only {CHECK_CONFIG} is. Settings are KLEIN_ variables here; "
-            "`klein serve` takes them as flags.\n"
-        )
-        return 2
+        if list(arguments) != [CHECK_CONFIG]:
+            sys.stderr.write(
+                f"{arguments[0]} is not understood: only {CHECK_CONFIG} is. Settings are KLEIN_ variables here; "
+                "`klein serve` takes them as flags.\n"
+            )
+            return 2
+        try:
+            loaded = load_settings(self.settings_class, os.environ, check=True)
+        except SettingsError as error:
+            sys.stderr.write(f"{error}\n")
+            return 2
+        sys.stdout.write(describe(loaded) + "\n")
+        sys.stderr.writelines(f"{sentence}.\n" for sentence in misspelled(self.settings_class, os.environ))
+        return 0
 
     def main(self, environment: Mapping[str, str], overrides: Mapping[str, object]) -> int:
         """Serves in this process until it is stopped.
@@ -89,16 +96,6 @@ class EntryPoint(Generic[_Settings]):
             sys.stdout.flush()
             os._exit(code)
         return code
-
-    def _check_config(self, environment: Mapping[str, str]) -> int:
-        try:
-            loaded = load_settings(self.settings_class, environment, check=True)
-        except SettingsError as error:
-            sys.stderr.write(f"{error}\n")
-            return 2
-        sys.stdout.write(describe(loaded) + "\n")
-        sys.stderr.writelines(f"{sentence}.\n" for sentence in misspelled(self.settings_class, environment))
-        return 0
 
 
 def keep_large_blocks() -> bool:

@@ -77,13 +77,13 @@ def software_version() -> str:
 
 
 class DescribeStageServicer(stage_service_pb2_grpc.StageServiceServicer):
-    """Answers DescribeStage in every state; facts are there once the model is.
+    """Implements StageService: answers DescribeStage in every state, with facts once the model is loaded.
 
     Args:
         stage: text-encoder, denoiser or vae-decoder.
         model: the name that requests may give.
-        load: returns how busy the stage is.
-        complete: adds to each description what changes while the stage serves.
+        load: returns the stage's load.
+        complete: adds to each answer what changes while the stage serves.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class DescribeStageServicer(stage_service_pb2_grpc.StageServiceServicer):
         stage_service_pb2_grpc.add_StageServiceServicer_to_server(self, server)
 
     def loaded(self, *, device: str, dtype: str, weights_digest: str, facts: Facts) -> None:
-        """Takes what is known once the model is loaded; the stage counts as serving from here on."""
+        """Adds the facts of the loaded model; from here on the stage is described as serving."""
         description = self._description
         description.device, description.dtype, description.serving = device, dtype, True
         description.weights_digest = weights_digest
@@ -121,7 +121,7 @@ class DescribeStageServicer(stage_service_pb2_grpc.StageServiceServicer):
         metrics.INFO.labels(self.stage, self.model, device, dtype, description.version).set(1)
 
     def draining(self) -> None:
-        """Makes the stage count as not serving."""
+        """From here on the stage is described as not serving."""
         self._description.serving = False
 
     async def DescribeStage(
@@ -140,7 +140,7 @@ class DescribeStageServicer(stage_service_pb2_grpc.StageServiceServicer):
 
 
 def worker_load(worker: Worker) -> stage_service_pb2.StageLoad:
-    """Returns how busy a stage with one worker is."""
+    """Returns the load of a stage with one worker."""
     load = stage_service_pb2.StageLoad(
         queued_count=worker.queued_count, running_count=worker.running_count, queue_limit=worker.queue_limit
     )
@@ -156,7 +156,7 @@ def duration(seconds: float) -> Duration:
 
 
 def require_model(requested: str, served: str) -> None:
-    """Checks the model name of a request; an empty one means whichever is served.
+    """Checks the model name of a request; an empty one means the served model.
 
     Raises:
         UnknownModel: another one is served here.
@@ -170,7 +170,7 @@ class Loaded:
     """Facts about a model that are known once it is loaded."""
 
     device: str
-    """Where it computes, for example `cuda:0`."""
+    """Device that computes, for example `cuda:0`."""
     dtype: str
     """Element type of its weights and of the tensors that it sends: bf16, f16 or f32."""
     weights_digest: str
@@ -197,7 +197,7 @@ class ModelService(Service, ABC):
         """Loads and warms up the model; runs on the worker. Raises CheckpointError or SettingsError."""
 
     def current_load(self) -> stage_service_pb2.StageLoad:
-        """Returns how busy the worker is."""
+        """Returns the load of the worker."""
         return worker_load(self.worker)
 
     def register(self, server: grpc.aio.Server) -> None:
@@ -220,6 +220,6 @@ class ModelService(Service, ABC):
 
 
 def deadline_of(context: grpc.aio.ServicerContext[Any, Any]) -> float | None:
-    """Returns a call's deadline as `time.monotonic()` counts; `None` when it has none."""
+    """Returns a call's deadline as a reading of `time.monotonic()`; `None` when it has none."""
     remaining = context.time_remaining()
     return None if remaining is None else time.monotonic() + remaining

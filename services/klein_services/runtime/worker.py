@@ -113,7 +113,15 @@ class Worker:
             metrics.DEADLINE_MISSED.labels(self.name).inc()
             raise
         except asyncio.CancelledError:
-            self._abandon(job)
+            with self._changed:
+                if job in self._waiting:
+                    self._waiting.remove(job)
+            if deadline is not None and time.monotonic() >= deadline:
+                metrics.DEADLINE_MISSED.labels(self.name).inc()
+            future = job.future
+            if future.done() and not future.cancelled() and future.exception() is None:
+                metrics.ABANDONED_SECONDS.labels(self.name).inc(future.result().compute_seconds)
+            self._count()
             raise
 
     def close(self) -> None:
@@ -126,16 +134,6 @@ class Worker:
             _set_exception(job.future, StageUnavailable("the stage stops"))
         self._count()
         self._thread.join(_STOP_SECONDS)
-
-    def _abandon(self, job: _Job) -> None:
-        with self._changed:
-            if job in self._waiting:
-                self._waiting.remove(job)
-        if job.deadline is not None and time.monotonic() >= job.deadline:
-            metrics.DEADLINE_MISSED.labels(self.name).inc()
-        if job.future.done() and not job.future.cancelled() and job.future.exception() is None:
-            metrics.ABANDONED_SECONDS.labels(self.name).inc(job.future.result().compute_seconds)
-        self._count()
 
     def _work(self) -> None:
         while (job := self._next()) is not None:

@@ -24,7 +24,6 @@ from klein_services.runtime.tensors import (
     serialized_tensor_frames,
     set_threads,
 )
-from klein_services.runtime.worker import Completed
 from klein_services.text_encoder.settings import TextEncoderSettings
 
 if TYPE_CHECKING:
@@ -51,22 +50,19 @@ class TextEncoderServicer(text_encoder_service_pb2_grpc.TextEncoderServiceServic
         completed = await self._stage.worker.run(
             lambda: self._encode(request.prompt), operation=OPERATION, deadline=deadline_of(context)
         )
-        yield pb.EncodePromptResponse(summary=_summary(completed))
+        summary = pb.PromptSummary(
+            token_count=completed.value.token_count,
+            truncated=completed.value.truncated,
+            queue_duration=duration(completed.queue_seconds),
+            compute_duration=duration(completed.compute_seconds),
+        )
+        yield pb.EncodePromptResponse(summary=summary)
         for message in serialized_tensor_frames(completed.value.embedding, _ENVELOPE):
             yield message
 
     def _encode(self, prompt: str) -> EncodedPrompt:
         encoded = self._stage.encoder.encode([prompt])[0]
         return replace(encoded, embedding=host_tensor(encoded.embedding))
-
-
-def _summary(completed: Completed[EncodedPrompt]) -> pb.PromptSummary:
-    return pb.PromptSummary(
-        token_count=completed.value.token_count,
-        truncated=completed.value.truncated,
-        queue_duration=duration(completed.queue_seconds),
-        compute_duration=duration(completed.compute_seconds),
-    )
 
 
 class TextEncoderStage(ModelService):

@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 import torch
+from google.protobuf.duration_pb2 import Duration
 
 from klein_api.v1 import stage_service_pb2, vae_decoder_service_pb2_grpc
 from klein_api.v1 import vae_decoder_service_pb2 as pb
@@ -31,7 +32,6 @@ from klein_services.runtime.tensors import (
 )
 from klein_services.runtime.worker import Completed, Worker
 from klein_services.vae_decoder.request import (
-    Encoding,
     image_encoding,
     latents_tensor,
     read_file,
@@ -72,7 +72,11 @@ class VaeDecoderServicer(vae_decoder_service_pb2_grpc.VaeDecoderServiceServicer)
                     operation=ENCODE_REFERENCE,
                     deadline=deadline,
                 )
-                yield pb.EncodeReferenceResponse(summary=_reference_summary(read, encoded))
+                height_px, width_px, _ = read.value.shape
+                summary = pb.ReferenceSummary(
+                    width_px=width_px, height_px=height_px, **_durations(read, encoded)
+                )
+                yield pb.EncodeReferenceResponse(summary=summary)
                 for frame in tensor_frames(encoded.value):
                     yield pb.EncodeReferenceResponse(reference_latents=frame)
 
@@ -95,36 +99,26 @@ class VaeDecoderServicer(vae_decoder_service_pb2_grpc.VaeDecoderServiceServicer)
                     operation=WRITE_IMAGE,
                     deadline=deadline,
                 )
-                yield pb.DecodeLatentsResponse(summary=_decode_summary(decoded, written, encoding))
+                height_px, width_px, _ = decoded.value.shape
+                summary = pb.DecodeSummary(
+                    width_px=width_px,
+                    height_px=height_px,
+                    format=encoding.number,
+                    size_bytes=len(written.value),
+                    **_durations(decoded, written),
+                )
+                yield pb.DecodeLatentsResponse(summary=summary)
                 view = memoryview(written.value)
                 for start in range(0, len(view), MAX_FRAME_BYTES):
                     yield pb.DecodeLatentsResponse(image_chunk=bytes(view[start : start + MAX_FRAME_BYTES]))
 
 
-def _reference_summary(
-    read: Completed[torch.Tensor], encoded: Completed[torch.Tensor]
-) -> pb.ReferenceSummary:
-    height_px, width_px, _ = read.value.shape
-    return pb.ReferenceSummary(
-        width_px=width_px,
-        height_px=height_px,
-        queue_duration=duration(read.queue_seconds + encoded.queue_seconds),
-        compute_duration=duration(read.compute_seconds + encoded.compute_seconds),
-    )
-
-
-def _decode_summary(
-    decoded: Completed[torch.Tensor], written: Completed[bytes], encoding: Encoding
-) -> pb.DecodeSummary:
-    height_px, width_px, _ = decoded.value.shape
-    return pb.DecodeSummary(
-        width_px=width_px,
-        height_px=height_px,
-        format=encoding.number,
-        size_bytes=len(written.value),
-        queue_duration=duration(decoded.queue_seconds + written.queue_seconds),
-        compute_duration=duration(decoded.compute_seconds + written.compute_seconds),
-    )
+def _durations(*completed: Completed[Any]) -> dict[str, Duration]:
+    """Returns the duration fields of a summary: the sums over a request's operations."""
+    return {
+        "queue_duration": duration(sum(each.queue_seconds for each in completed)),
+        "compute_duration": duration(sum(each.compute_seconds for each in completed)),
+    }
 
 
 class VaeDecoderStage(ModelService):
@@ -166,7 +160,8 @@ class VaeDecoderStage(ModelService):
             ReferenceLimits(byte_count=self.settings.reference_bytes),
             TilingPolicy(self.settings.tiling, (self.settings.tiling_limit_mib << 20) or None),
         )
-        _warm_up(decoder, self.settings.warm_up_size_px)
+        side_px = self.settings.warm_up_size_px // SIZE_MULTIPLE_PX * SIZE_MULTIPLE_PX
+        decoder.decode(decoder.encode(torch.zeros(side_px, side_px, 3)))
         self.decoder = decoder
         facts = stage_service_pb2.VaeDecoderFacts(latent_channels=decoder.config.packed_channels)
         return Loaded(
@@ -179,8 +174,3 @@ class VaeDecoderStage(ModelService):
     async def close(self) -> None:
         await super().close()
         self.files.close()
-
-
-def _warm_up(decoder: VaeDecoder, size_px: int) -> None:
-    side_px = size_px - size_px % SIZE_MULTIPLE_PX
-    decoder.decode(decoder.encode(torch.zeros(side_px, side_px, 3)))
