@@ -1,9 +1,9 @@
-"""What can go wrong in the model library.
+"""Errors of the model library.
 
 KleinError
-├── InvalidInput       the caller asked for something outside the limits; lists every violation
-├── CheckpointError    the files are not what the configuration says; lists names
-└── DeviceFault        the device is broken or out of memory; the process should be replaced
+├── InvalidInput       a request exceeds one or more limits; lists every violation
+├── CheckpointError    files are missing, corrupt or do not fit the configuration; lists names
+└── DeviceFault        the device failed; the process should be replaced
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class Violation:
     """One field that is outside its limits."""
 
     field: str
-    """The field's name as the caller wrote it, for example `width_px`."""
+    """The field's name in the request, for example `width_px`."""
     description: str
-    """What is wrong and what would be right, limit included."""
+    """What is wrong and what is allowed, limit included."""
 
 
 class InvalidInput(KleinError):
-    """The request breaks one or more limits; `violations` names them all."""
+    """A request exceeds one or more limits; `violations` lists them all."""
 
     def __init__(self, violations: Iterable[Violation]) -> None:
         self.violations = tuple(violations)
@@ -39,27 +39,32 @@ class InvalidInput(KleinError):
 
     @classmethod
     def of(cls, field: str, description: str) -> InvalidInput:
-        """Makes the common case: a single violation."""
+        """Returns the error for a single violation."""
         return cls([Violation(field, description)])
 
 
 class CheckpointError(KleinError):
-    """A checkpoint is missing, incomplete, corrupt or of another shape than its configuration."""
+    """A checkpoint is missing, incomplete, corrupt or does not fit its configuration."""
 
 
 class DeviceFault(KleinError):
-    """The device failed in a way that later work would inherit."""
+    """The device failed in a way that affects later work."""
 
 
 def raise_if_problems(path: Path, problems: Iterable[tuple[str, Iterable[str]]]) -> None:
-    """Raises CheckpointError with every non-empty list of names; each comes with what is wrong with them."""
+    """Raises CheckpointError with every problem that has names; does nothing when none has.
+
+    Args:
+        path: the file or folder, for the message.
+        problems: pairs of what is wrong and the names that it is wrong with.
+    """
     found = [f"{what} {listed(names)}" for what, names in problems if names]
     if found:
         raise CheckpointError(f"{path}: {'; '.join(found)}")
 
 
 def listed(names: Iterable[str]) -> str:
-    """Returns the first names in order and how many more there are; fit for a terminal whatever a file says."""
+    """Joins the first names, sorted, escaped and shortened, plus "and N more"."""
     ordered = sorted(names)
     rest = len(ordered) - _NAMES_SHOWN
     shown = (name if name.isprintable() else ascii(name) for name in ordered[:_NAMES_SHOWN])

@@ -1,4 +1,7 @@
-"""Processors without bfloat16 products of their own, on which fp32 copies are several times as fast as torch's way."""
+"""Linear layers with plain or quantized weights, and the fp32 fallback of CPUs that have no bfloat16 instructions.
+
+There, torch emulates bfloat16 matmuls; multiplying fp32 copies is several times as fast.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,15 @@ HAS_BFLOAT16_PRODUCTS = bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu.
 
 
 def needs_fp32_fallback(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether products of this dtype are emulated, so that ours multiply fp32 copies and round the result."""
+    """Whether the device emulates products of this dtype, so that multiplying fp32 copies is faster."""
     return dtype == torch.bfloat16 and device.type == "cpu" and not HAS_BFLOAT16_PRODUCTS
 
 
 class Addition(Protocol):
-    """What an adapter adds to a layer's product."""
+    """A term that an adapter adds to a layer's output."""
 
     def add_to(self, product: Tensor, rows: Tensor, offset: int) -> None:
-        """Adds in place to `product`, (rows, the layer's output channels from `offset` on)."""
+        """Adds in place to `product` (rows, channels), the layer's output channels from `offset` on."""
 
 
 class Linear(nn.Linear):
@@ -35,10 +38,10 @@ class Linear(nn.Linear):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
         self.adaptations: dict[int, Sequence[Addition]] = {}
-        """Thread → what is added to the products that it makes; set for the time of one step."""
+        """Thread id → the additions to its outputs, set for the duration of one step."""
         self.is_adapted = False
-        """Whether some thread's step has adapters. The same in all layers that a step runs, whichever of them the
-        adapters change, so that compiled blocks have two programs and not one for each set of adapted layers."""
+        """Whether any thread's step has adapters. Equal in all layers that a step runs, also in those that no adapter
+        changes, so that compiled blocks have two programs and not one for each set of adapted layers."""
 
     def forward(self, tokens: Tensor, out: Tensor | None = None) -> Tensor:
         """Returns tokens · weightᵀ, in `out` if that is given."""
@@ -59,7 +62,7 @@ class Linear(nn.Linear):
         return self._adapted(product, tokens, start)
 
     def adapt(self, thread: int, additions: Sequence[Addition]) -> None:
-        """Adds to the products of one thread, possibly nothing; not safe to call from several at once."""
+        """Sets the additions to one thread's outputs, possibly none. Not thread-safe."""
         self.adaptations[thread] = additions
         self.is_adapted = True
 
@@ -96,7 +99,7 @@ def project(tokens: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor
     rows = tokens.flatten(0, -2)
     if len(rows) == 0:
         return tokens.new_empty(*tokens.shape[:-1], len(weight))
-    # One row is faster as it is.
+    # A single row is faster without copies.
     if len(rows) > 1 and needs_fp32_fallback(rows.device, rows.dtype):
         product = F.linear(rows.float(), weight.float())
         product = product.to(tokens.dtype) if out is None else out.view(product.shape).copy_(product)

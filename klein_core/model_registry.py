@@ -1,10 +1,9 @@
-"""The published klein models: shapes, defaults, licenses and where their files are kept.
+"""Registry of the published klein models: shapes, defaults, licenses and repositories. Torch-free and frozen.
 
-Torch-free and frozen. Code branches on the fields of a row, never on its name; what a checkpoint's own
-configuration says always wins. The rows serve two purposes: `klein pull` finds a model by name, and a bare
-weights file, which carries no configuration, can be told to be one of them.
+`klein pull` finds a model by name here, and a bare weights file, which has no configuration, can be declared to be one
+of them. Code branches on the fields of a model, never on its name, and a checkpoint's own configuration always wins.
 
-KeyMap: the published `config.json` files and model cards; file listings of the repositories.
+Sources: the published `config.json` files and model cards; file listings of the repositories.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from klein_core.errors import CheckpointError
+from klein_core.quantization.constants import FLOAT8, NVFP4_TILED
 from klein_core.variants import (
     TextEncoderConfig,
     TransformerConfig,
@@ -29,14 +29,14 @@ _OWNER = "black-forest-labs"
 
 @dataclass(frozen=True)
 class License:
-    """On what terms weights may be used."""
+    """License of a model's weights."""
 
     identifier: str
-    """The model card's: an SPDX identifier where there is one."""
+    """The model card's identifier: SPDX where one exists."""
     name: str
     non_commercial: bool
     text_file: str = "LICENSE.md"
-    """Where the weights' repository keeps the text."""
+    """Name of the license file in the weights' repository."""
 
 
 APACHE_2 = License("apache-2.0", "Apache License 2.0", non_commercial=False)
@@ -59,7 +59,7 @@ class PublishedModel:
 
     name: str
     repository: str
-    """Holds all parts in diffusers' folder layout."""
+    """Repository with all components in diffusers' folder layout."""
     transformer: TransformerConfig
     text_encoder: TextEncoderConfig
     is_distilled: bool
@@ -67,11 +67,11 @@ class PublishedModel:
     gated: bool
     """Whether downloading needs an account that accepted the license."""
     transformer_file: HubFile
-    """The transformer alone as one file with BFL's names."""
+    """The transformer alone, as one file with BFL's names."""
     quantized: Mapping[str, HubFile]
-    """Precision → the same file with quantized weights, where one is published."""
+    """Precision → the same file with quantized weights, for those that are published."""
     uses_reference_cache: bool = False
-    """Whether its references were trained to see each other only, at timestep 0."""
+    """Whether its references attend only to each other, at timestep 0."""
     vae: VaeConfig = field(default_factory=VaeConfig)
 
     @property
@@ -84,17 +84,17 @@ class PublishedModel:
 
 
 @dataclass(frozen=True)
-class KnownVae:
-    """An autoencoder published on its own, for any klein model."""
+class PublishedVae:
+    """An autoencoder that is published alone, for any klein model."""
 
     name: str
     repository: str
-    """Holds config.json and the weights at its root."""
+    """Repository with config.json and the weights at its root."""
     vae: VaeConfig
     license: License
 
 
-SMALL_DECODER = KnownVae(
+SMALL_DECODER = PublishedVae(
     name="small-decoder",
     repository=f"{_OWNER}/FLUX.2-small-decoder",
     vae=VaeConfig(decoder_block_out_channels=(96, 192, 384, 384)),
@@ -103,7 +103,7 @@ SMALL_DECODER = KnownVae(
 
 
 def _qwen3(hidden_size: int, intermediate_size: int, *, tied: bool) -> TextEncoderConfig:
-    """Qwen3-4B's or 8B's `config.json`; what they do not differ in is written once."""
+    """Returns the `config.json` of Qwen3-4B or Qwen3-8B: the values that differ, and the others."""
     values: dict[str, Any] = {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
@@ -126,7 +126,7 @@ def _qwen3(hidden_size: int, intermediate_size: int, *, tied: bool) -> TextEncod
 
 @dataclass(frozen=True)
 class _Size:
-    """What all models of a size have in common."""
+    """Values that all models of a size share."""
 
     transformer: TransformerConfig
     text_encoder: TextEncoderConfig
@@ -151,7 +151,7 @@ def _row(
     repository: str,
     *,
     is_distilled: bool,
-    precisions: Iterable[str] = ("fp8", "nvfp4"),
+    precisions: Iterable[str] = (FLOAT8, NVFP4_TILED),
     uses_reference_cache: bool = False,
 ) -> PublishedModel:
     stem = name.removeprefix("klein-")
@@ -185,45 +185,45 @@ _ROWS = (
         "klein-9b-kv",
         "FLUX.2-klein-9b-kv",
         is_distilled=True,
-        precisions=("fp8",),
+        precisions=(FLOAT8,),
         uses_reference_cache=True,
     ),
 )
 
 PUBLISHED_MODELS: Mapping[str, PublishedModel] = MappingProxyType({row.name: row for row in _ROWS})
-"""Every row by its name."""
+"""Every published model by its name."""
 
 
 def published_model(name: str) -> PublishedModel:
-    """Returns the row of that name, in any case.
+    """Returns the model of that name, ignoring case.
 
     Raises:
-        CheckpointError: there is none; the message lists those there are.
+        CheckpointError: there is none; the message lists all names.
     """
     row = PUBLISHED_MODELS.get(name.lower())
     if row is None:
         near = difflib.get_close_matches(name.lower(), PUBLISHED_MODELS, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        raise CheckpointError(f"{name!r} is no known variant; those are {', '.join(PUBLISHED_MODELS)}.{hint}")
+        raise CheckpointError(f"{name!r} is no known variant; known are {', '.join(PUBLISHED_MODELS)}.{hint}")
     return row
 
 
 def variants_of_shape(transformer: TransformerConfig) -> tuple[PublishedModel, ...]:
-    """Returns the rows whose transformer has this shape: those that a bare file of it could be."""
+    """Returns the models whose transformer has this shape: those that a bare file of it could be."""
     return tuple(row for row in _ROWS if row.transformer == transformer)
 
 
 def variant_of_bare_file(transformer: TransformerConfig, name: str | None = None) -> PublishedModel:
-    """Decides what a weights file without configuration is.
+    """Returns the model that a weights file without configuration belongs to.
 
     Distilled, base and reference-cache models have equal tensors, so the shape alone never decides.
 
     Args:
-        transformer: the shape that its tensors have.
-        name: what the user says it is.
+        transformer: the shape of its tensors.
+        name: the model that the user declares it to be.
 
     Raises:
-        CheckpointError: no row has this shape, the named one has another, or several fit and none was named.
+        CheckpointError: no model has this shape, the named one has another, or several have it and none is named.
     """
     fitting = variants_of_shape(transformer)
     listed = ", ".join(row.name for row in fitting)
@@ -240,7 +240,5 @@ def variant_of_bare_file(transformer: TransformerConfig, name: str | None = None
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
-        raise CheckpointError(
-            f"the tensors ({shape}) do not tell which variant this is: name one of {listed}"
-        )
+        raise CheckpointError(f"several variants have these tensors ({shape}): name one of {listed}")
     raise CheckpointError(f"no known variant has this shape: {shape}; give a folder with configuration files")

@@ -1,7 +1,6 @@
-"""Shapes and sampling defaults of klein models, read from a checkpoint's own configuration files.
+"""Configurations of a model: shapes of its components and sampling defaults. Torch-free.
 
-Torch-free: the command line and tests read these without the model. KeyMap of the values are the
-published `config.json` files; every default here is klein's, so a checkpoint need not repeat it.
+Source of the values: the published `config.json` files. Every default is klein's, so a checkpoint need not repeat it.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from klein_core.errors import CheckpointError
 
 @dataclass(frozen=True)
 class TextEncoderConfig:
-    """Qwen3's shape plus what this pipeline reads from it."""
+    """Qwen3's shape, and the layers that the pipeline taps."""
 
     qwen3: dict[str, Any]
-    """The text encoder's `config.json` as it stands (Hugging Face names)."""
+    """The text encoder's `config.json` (Hugging Face names)."""
     tapped_layers: tuple[int, ...] = (9, 18, 27)
-    """Hidden states that are concatenated on the channel axis: `k` is the output after `k` layers."""
+    """Hidden states that are concatenated on the channel axis: `k` is the output of the first `k` layers."""
     sequence_length: int = 512
     """Tokens of every prompt after padding or truncation."""
 
@@ -31,7 +30,7 @@ class TextEncoderConfig:
 
     @property
     def embedding_channels(self) -> int:
-        """Channels of a prompt embedding: the tapped layers side by side."""
+        """Channels of a prompt embedding: the tapped layers, concatenated."""
         return self.hidden_size * len(self.tapped_layers)
 
 
@@ -66,7 +65,7 @@ class VaeConfig:
 
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
     decoder_block_out_channels: tuple[int, ...] | None = None
-    """The decoder's own widths; `None` means the encoder's."""
+    """The decoder's widths; `None` means the encoder's."""
     layers_per_block: int = 2
     latent_channels: int = 32
     norm_num_groups: int = 32
@@ -78,7 +77,7 @@ class VaeConfig:
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
     sample_size: int = 1024
-    """Side of a tile in pixels, where an image is made in tiles."""
+    """Side of a tile in pixels, for tiled decoding and encoding."""
 
     @property
     def packed_channels(self) -> int:
@@ -88,14 +87,14 @@ class VaeConfig:
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """What the flow schedule takes from `scheduler/scheduler_config.json`."""
+    """Values that the flow schedule takes from `scheduler/scheduler_config.json`."""
 
     num_train_timesteps: int = 1000
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One model: its three parts' shapes and its sampling defaults."""
+    """One model: the shapes of its three components and its sampling defaults."""
 
     text_encoder: TextEncoderConfig
     transformer: TransformerConfig
@@ -115,7 +114,7 @@ class Variant:
 
 
 def default_step_count(is_distilled: bool) -> int:
-    """Returns 4 steps for distilled models and 50 for base models, as the model cards say."""
+    """Returns 4 steps for distilled models and 50 for base models (source: the model cards)."""
     return 4 if is_distilled else 50
 
 
@@ -125,7 +124,7 @@ def default_guidance_scale(is_distilled: bool) -> float:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads one configuration file of a checkpoint.
+    """Reads one JSON file of a checkpoint.
 
     Raises:
         CheckpointError: the file is missing or is not a JSON object.

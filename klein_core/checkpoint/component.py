@@ -61,7 +61,7 @@ class Component:
 
         Args:
             targets: all parameters and needed buffers of the network.
-            allow_companions: whether the checkpoint may hold scales and notes of quantized tensors.
+            allow_companions: whether the checkpoint may hold scales and metadata of quantized tensors.
         """
         stored = {name for name in self.checkpoint.files if self.layout.owns(name)}
         available = {name for name in stored if not self.is_unneeded(name)}

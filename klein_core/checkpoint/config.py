@@ -1,4 +1,7 @@
-"""One JSON configuration file; every value that is missing or wrong is an error that names file and key. Torch-free."""
+"""Configuration of a model: reads and checks the JSON files of its components. Torch-free.
+
+A value that is missing, wrong or not supported raises CheckpointError, which names the file and the key.
+"""
 
 from __future__ import annotations
 
@@ -28,111 +31,11 @@ from klein_core.variants import (
 )
 
 LARGEST_INTEGER = 1 << 20
-"""Of any count or width: beyond every model's, and too small to exhaust memory before tensors are compared."""
+"""Largest count or width: above that of every model, and too small to exhaust memory before tensors are compared."""
 LARGEST_LAYER_COUNT = 1024
-"""Of anything that a network is built of one by one."""
+"""Largest number of layers, which are built one by one."""
 LARGEST_NUMBER = 1e12
 _SHOWN_CHARACTERS = 200
-
-
-@dataclass(frozen=True)
-class ConfigFile:
-    """A file and what stands in it."""
-
-    path: Path
-    values: Mapping[str, Any]
-
-    @classmethod
-    def read(cls, path: Path) -> ConfigFile:
-        """Reads a file.
-
-        Raises:
-            CheckpointError: it is missing, or no JSON object. All methods raise this for a value of theirs.
-        """
-        return cls(path, read_json(path))
-
-    def error(self, key: str, value: object, needed: str) -> CheckpointError:
-        """Returns the error for a value; `needed` goes after a semicolon."""
-        shown = repr(value)[:_SHOWN_CHARACTERS]
-        return CheckpointError(f"{self.path}: {key} is {shown}; {needed}")
-
-    def require_only(self, supported: Mapping[str, Any]) -> None:
-        """Refuses keys that are present with another value than the one that is supported."""
-        for key, value in supported.items():
-            if key in self.values and self.values[key] != value:
-                raise self.error(key, self.values[key], f"only {value!r} is supported")
-
-    def require_class(self, supported: Collection[str], key: str = "_class_name") -> None:
-        """Refuses the name of a class that is not supported; no name is as good as a right one."""
-        check_class(self.path, key, self.values.get(key), supported, optional=True)
-
-    def integer(self, key: str, default: int | None = None, largest: int = LARGEST_INTEGER) -> int:
-        """Returns a whole number in 1 … largest."""
-        return self._integer(key, self.values.get(key, default), largest)
-
-    def integers(self, key: str, default: tuple[int, ...] = ()) -> tuple[int, ...]:
-        """Returns whole numbers in 1 … `LARGEST_INTEGER`, at least one and a bounded number of them."""
-        value = self.values.get(key, default)
-        if not isinstance(value, list | tuple) or not 1 <= len(value) <= LARGEST_LAYER_COUNT:
-            raise self.error(key, value, f"it must be a list of 1 to {LARGEST_LAYER_COUNT} whole numbers")
-        return tuple(self._integer(key, item, LARGEST_INTEGER) for item in value)
-
-    def number(self, key: str, default: float) -> float:
-        """Returns a number above 0 and up to `LARGEST_NUMBER`."""
-        value = self.values.get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= LARGEST_NUMBER:
-            raise self.error(key, value, f"it must be a number above 0 and up to {LARGEST_NUMBER:g}")
-        return float(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        """Returns true or false."""
-        value = self.values.get(key, default)
-        if not isinstance(value, bool):
-            raise self.error(key, value, "it must be true or false")
-        return value
-
-    def _integer(self, key: str, value: object, largest: int) -> int:
-        if value is None:
-            raise CheckpointError(f"{self.path}: {key} is missing")
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
-            raise self.error(key, value, f"it must be a whole number in 1 … {largest}")
-        return value
-
-
-def check_class(
-    path: Path, key: str, name: object, supported: Collection[str], *, optional: bool = False
-) -> None:
-    """Refuses a class that is not supported.
-
-    Raises:
-        CheckpointError: naming those that are.
-    """
-    if name not in supported and not (optional and name is None):
-        raise CheckpointError(f"{path}: {key} is {name}; only {' or '.join(supported)} is supported")
-
-
-VAE_LEVELS = 4
-TRANSFORMER_ONLY: dict[str, Any] = {"patch_size": 1, "guidance_embeds": False}
-VAE_ONLY: dict[str, Any] = {
-    "act_fn": "silu",
-    "down_block_types": ["DownEncoderBlock2D"] * VAE_LEVELS,
-    "up_block_types": ["UpDecoderBlock2D"] * VAE_LEVELS,
-    "patch_size": [2, 2],
-    "in_channels": 3,
-    "out_channels": 3,
-}
-SCHEDULER_ONLY: dict[str, Any] = {
-    "num_train_timesteps": 1000,
-    "use_dynamic_shifting": True,
-    "time_shift_type": "exponential",
-    "shift_terminal": None,
-    "invert_sigmas": False,
-    "stochastic_sampling": False,
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-}
-
 
 TEXT_ENCODER_FOLDER = "text_encoder"
 TOKENIZER_FOLDER = "tokenizer"
@@ -150,56 +53,45 @@ _CLASSES: dict[str, tuple[str, ...]] = {
     VAE_FOLDER: ("AutoencoderKLFlux2",),
     SCHEDULER_FOLDER: ("FlowMatchEulerDiscreteScheduler",),
 }
+"""Folder of a component → the names of its supported classes."""
 _TILE_MULTIPLE_PX = 32
-"""Of a tile: four latents, so that a quarter of its side, the overlap, is whole in latents too."""
+"""A tile's side is a multiple of four latents, so that a quarter of it, the overlap, is a whole number of latents."""
+_VAE_LEVELS = 4
+
+# The only supported values of keys that this library does not read.
+_TRANSFORMER_ONLY: dict[str, Any] = {"patch_size": 1, "guidance_embeds": False}
+_VAE_ONLY: dict[str, Any] = {
+    "act_fn": "silu",
+    "down_block_types": ["DownEncoderBlock2D"] * _VAE_LEVELS,
+    "up_block_types": ["UpDecoderBlock2D"] * _VAE_LEVELS,
+    "patch_size": [2, 2],
+    "in_channels": 3,
+    "out_channels": 3,
+    "quantization_config": None,
+}
+_SCHEDULER_ONLY: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "use_dynamic_shifting": True,
+    "time_shift_type": "exponential",
+    "shift_terminal": None,
+    "invert_sigmas": False,
+    "stochastic_sampling": False,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+}
 
 
 @dataclass(frozen=True)
 class PipelineIndex:
-    """What `model_index.json` says about sampling; the shapes are each component's own."""
+    """How a model is sampled, as `model_index.json` declares it."""
 
     is_distilled: bool
     uses_reference_cache: bool
 
 
-def read_pipeline_index(folder: Path | str) -> PipelineIndex:
-    """Reads `model_index.json`.
-
-    Raises:
-        CheckpointError: it is missing or malformed, or names a class that is not supported.
-    """
-    index = ConfigFile.read(Path(folder) / "model_index.json")
-    _check_index(index)
-    uses_reference_cache = index.values["_class_name"] == _REFERENCE_CACHE_PIPELINE
-    # Each pipeline class has its own default for a key that is not there.
-    is_distilled = index.flag("is_distilled", uses_reference_cache)
-    return PipelineIndex(is_distilled, uses_reference_cache)
-
-
-def read_sampling(files: ModelFiles | Path | str) -> PipelineIndex:
-    """Tells how a model is sampled: as its named variant is, else as its `model_index.json` says.
-
-    Raises:
-        CheckpointError: neither is there, as the tensors of several variants are alike; the message lists those
-            that it could be. Or the named variant is of another shape.
-    """
-    files = ModelFiles.of(files)
-    if not files.variant and files.index_path is not None:
-        return read_pipeline_index(files.index_path.parent)
-    path, transformer = files.path(TRANSFORMER), read_transformer_config(files)
-    try:
-        if files.variant and not variants_of_shape(transformer):
-            # A pruned or grown one of them is sampled as they are.
-            row = published_model(files.variant)
-        else:
-            row = variant_of_bare_file(transformer, files.variant or None)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error} (setting: variant)") from None
-    return PipelineIndex(row.is_distilled, row.uses_reference_cache)
-
-
 def read_variant(files: ModelFiles | Path | str) -> Variant:
-    """Reads a whole model's configuration; shapes of tensors tell it for parts that are bare files.
+    """Reads a whole model's configuration; that of a bare file is inferred from the shapes of its tensors.
 
     Raises:
         CheckpointError: a file is missing or malformed, a class or a value is not supported, or two
@@ -221,25 +113,74 @@ def read_variant(files: ModelFiles | Path | str) -> Variant:
     return variant
 
 
-def read_text_encoder_config(files: ModelFiles | Path | str) -> TextEncoderConfig:
-    """Reads `text_encoder/config.json`, or the tensors' shapes where there is none.
+def read_pipeline_index(folder: Path | str) -> PipelineIndex:
+    """Reads `model_index.json`.
 
     Raises:
-        CheckpointError: as `read_variant`, or it is the text encoder of another size than the named variant's.
+        CheckpointError: it is missing or malformed, or names a class that is not supported.
+    """
+    index = ConfigFile.read(Path(folder) / "model_index.json")
+    _check_class(index.path, "_class_name", index.values.get("_class_name"), _PIPELINES)
+    for component, classes in _CLASSES.items():
+        entry = index.values.get(component)
+        if not isinstance(entry, list) or len(entry) != 2:
+            raise CheckpointError(f"{index.path}: {component} must be [library, class], not {entry!r}")
+        _check_class(index.path, component, entry[1], classes)
+    uses_reference_cache = index.values["_class_name"] == _REFERENCE_CACHE_PIPELINE
+    # The default of a missing key depends on the pipeline class.
+    is_distilled = index.flag("is_distilled", uses_reference_cache)
+    return PipelineIndex(is_distilled, uses_reference_cache)
+
+
+def read_sampling(files: ModelFiles | Path | str) -> PipelineIndex:
+    """Returns how a model is sampled: like its named variant, or else as its `model_index.json` declares.
+
+    Raises:
+        CheckpointError: the named variant has another shape. Or neither is given and several variants have these
+            tensors; the message lists them.
+    """
+    files = ModelFiles.of(files)
+    if not files.variant and files.index_path is not None:
+        return read_pipeline_index(files.index_path.parent)
+    path, transformer = files.path(TRANSFORMER), read_transformer_config(files)
+    try:
+        if files.variant and not variants_of_shape(transformer):
+            # No published model has this shape (pruned or grown): it is sampled like the named one.
+            row = published_model(files.variant)
+        else:
+            row = variant_of_bare_file(transformer, files.variant or None)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error} (setting: variant)") from None
+    return PipelineIndex(row.is_distilled, row.uses_reference_cache)
+
+
+def read_text_encoder_config(files: ModelFiles | Path | str) -> TextEncoderConfig:
+    """Reads `text_encoder/config.json`, or infers the configuration from the tensors' shapes.
+
+    Raises:
+        CheckpointError: as `read_variant`, or the text encoder is that of another published size.
     """
     files = ModelFiles.of(files)
     path = files.config_path(TEXT_ENCODER)
     config = (
         _read_text_encoder_file(path) if path else infer_config.text_encoder_config(files.open(TEXT_ENCODER))
     )
-    _check_size(files, config)
+    if files.variant:
+        # Any unpublished size is accepted, so that pruned text encoders load.
+        published = {row.text_encoder.hidden_size for row in PUBLISHED_MODELS.values()}
+        needed = published_model(files.variant).text_encoder.hidden_size
+        if config.hidden_size in published - {needed}:
+            raise CheckpointError(
+                f"{files.path(TEXT_ENCODER)} is the text encoder of another size: its hidden size is "
+                f"{config.hidden_size}, {files.variant} needs {needed}"
+            )
     return config
 
 
 def _read_text_encoder_file(path: Path) -> TextEncoderConfig:
     """Reads a text encoder's config.json.
 
-    Two optional keys are the pipeline's, not Qwen3's: `text_encoder_out_layers` and `max_sequence_length`.
+    Two optional keys belong to the pipeline and not to Qwen3: `text_encoder_out_layers` and `max_sequence_length`.
     """
     config = ConfigFile.read(path)
     config.require_only({"model_type": "qwen3"})
@@ -253,20 +194,24 @@ def _read_text_encoder_file(path: Path) -> TextEncoderConfig:
     taps = config.integers("text_encoder_out_layers", TextEncoderConfig.tapped_layers)
     length = config.integer("max_sequence_length", TextEncoderConfig.sequence_length)
     if max(taps) >= layer_count:
-        needed = f"each must be below num_hidden_layers ({layer_count}), whose output is normed"
+        needed = f"each must be below num_hidden_layers ({layer_count}), whose output is normalized"
         raise config.error("text_encoder_out_layers", list(taps), needed)
     return TextEncoderConfig(qwen3=dict(config.values), tapped_layers=taps, sequence_length=length)
 
 
 def read_transformer_config(files: ModelFiles | Path | str) -> TransformerConfig:
-    """Reads `transformer/config.json`, or the tensors' shapes where there is none."""
+    """Reads `transformer/config.json`, or infers the configuration from the tensors' shapes.
+
+    Raises:
+        CheckpointError: as `read_variant`.
+    """
     files = ModelFiles.of(files)
     path = files.config_path(TRANSFORMER)
     if path is None:
         return infer_config.transformer_config(files.open(TRANSFORMER))
     config = ConfigFile.read(path)
     config.require_class(_CLASSES[TRANSFORMER_FOLDER])
-    config.require_only(TRANSFORMER_ONLY)
+    config.require_only(_TRANSFORMER_ONLY)
     configured_algorithm(path, config.values)
     default = TransformerConfig
     read = TransformerConfig(
@@ -291,7 +236,7 @@ def read_transformer_config(files: ModelFiles | Path | str) -> TransformerConfig
 
 
 def _check_products(config: ConfigFile, read: TransformerConfig) -> None:
-    """Refuses what no layer can be built with though each number is allowed."""
+    """Rejects combinations that no layer can be built with, although each number is allowed."""
     axes = read.axes_dims_rope
     if sum(axes) != read.attention_head_dim or len(axes) != 4 or any(axis % 2 for axis in axes):
         needed = f"it must be four even numbers that add up to attention_head_dim ({read.attention_head_dim})"
@@ -301,12 +246,16 @@ def _check_products(config: ConfigFile, read: TransformerConfig) -> None:
     inner_size = int(read.hidden_size * read.mlp_ratio)
     for key, width in (("num_attention_heads", read.hidden_size), ("mlp_ratio", inner_size)):
         if not 1 <= width <= LARGEST_INTEGER:
-            needed = f"the width that it makes, {width}, must be in 1 … {LARGEST_INTEGER}"
+            needed = f"the resulting width, {width}, must be in 1 … {LARGEST_INTEGER}"
             raise config.error(key, getattr(read, key), needed)
 
 
 def read_vae_config(files: ModelFiles | Path | str) -> VaeConfig:
-    """Reads `vae/config.json`, or the tensors' shapes where there is none."""
+    """Reads `vae/config.json`, or infers the configuration from the tensors' shapes.
+
+    Raises:
+        CheckpointError: as `read_variant`.
+    """
     files = ModelFiles.of(files)
     path = files.config_path(VAE)
     if path is None:
@@ -315,7 +264,7 @@ def read_vae_config(files: ModelFiles | Path | str) -> VaeConfig:
         return read
     config = ConfigFile.read(path)
     config.require_class(_CLASSES[VAE_FOLDER])
-    config.require_only(VAE_ONLY | {"quantization_config": None})
+    config.require_only(_VAE_ONLY)
     default = VaeConfig
     decoder_widths = None
     if config.values.get("decoder_block_out_channels") is not None:
@@ -334,56 +283,40 @@ def read_vae_config(files: ModelFiles | Path | str) -> VaeConfig:
     )
     _check_widths(path, read)
     if read.sample_size % _TILE_MULTIPLE_PX or read.sample_size < 2 * _TILE_MULTIPLE_PX:
-        needed = f"it must be a multiple of {_TILE_MULTIPLE_PX} from {2 * _TILE_MULTIPLE_PX} on"
+        needed = f"it must be a multiple of {_TILE_MULTIPLE_PX}, at least {2 * _TILE_MULTIPLE_PX}"
         raise config.error("sample_size", read.sample_size, needed)
     return read
 
 
 def _check_widths(path: Path, read: VaeConfig) -> None:
+    """Rejects level widths of the wrong number, or that the groups of the norms do not divide."""
     for key, widths in (
         ("block_out_channels", read.block_out_channels),
         ("decoder_block_out_channels", read.decoder_block_out_channels),
     ):
         if widths is not None and (
-            len(widths) != VAE_LEVELS or any(width % read.norm_num_groups for width in widths)
+            len(widths) != _VAE_LEVELS or any(width % read.norm_num_groups for width in widths)
         ):
             raise CheckpointError(
-                f"{path}: {key} is {list(widths)}; it must be {VAE_LEVELS} multiples of norm_num_groups "
+                f"{path}: {key} is {list(widths)}; it must be {_VAE_LEVELS} multiples of norm_num_groups "
                 f"({read.norm_num_groups})"
             )
 
 
 def read_scheduler_config(folder: Path | str) -> SchedulerConfig:
-    """Reads `scheduler/scheduler_config.json`; the shift's constants are not in it but in the sampler."""
+    """Reads `scheduler/scheduler_config.json`. The constants of the timestep shift are the sampler's.
+
+    Raises:
+        CheckpointError: as `read_variant`.
+    """
     config = ConfigFile.read(Path(folder) / SCHEDULER_FOLDER / "scheduler_config.json")
     config.require_class(_CLASSES[SCHEDULER_FOLDER])
-    config.require_only(SCHEDULER_ONLY)
+    config.require_only(_SCHEDULER_ONLY)
     return SchedulerConfig()
 
 
-def _check_index(index: ConfigFile) -> None:
-    check_class(index.path, "_class_name", index.values.get("_class_name"), _PIPELINES)
-    for component, classes in _CLASSES.items():
-        entry = index.values.get(component)
-        if not isinstance(entry, list) or len(entry) != 2:
-            raise CheckpointError(f"{index.path}: {component} must be [library, class], not {entry!r}")
-        check_class(index.path, component, entry[1], classes)
-
-
-def _check_size(files: ModelFiles, config: TextEncoderConfig) -> None:
-    """Refuses the text encoder of another published size; one that nobody published may be anything."""
-    if not files.variant:
-        return
-    published = {row.text_encoder.hidden_size for row in PUBLISHED_MODELS.values()}
-    needed = published_model(files.variant).text_encoder.hidden_size
-    if config.hidden_size in published - {needed}:
-        raise CheckpointError(
-            f"{files.path(TEXT_ENCODER)} is the text encoder of another size: its hidden size is "
-            f"{config.hidden_size}, {files.variant} needs {needed}"
-        )
-
-
 def _check_fit(files: ModelFiles, variant: Variant) -> None:
+    """Rejects components of different models."""
     transformer, text_encoder = files.path(TRANSFORMER), files.path(TEXT_ENCODER)
     if variant.transformer.in_channels != variant.vae.packed_channels:
         raise CheckpointError(
@@ -396,3 +329,70 @@ def _check_fit(files: ModelFiles, variant: Variant) -> None:
             f"but the text encoder {text_encoder} makes {variant.text_encoder.embedding_channels} "
             f"from layers {list(variant.text_encoder.tapped_layers)}"
         )
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """A JSON file and its values. Methods raise CheckpointError for a missing or wrong value, naming file and key."""
+
+    path: Path
+    values: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> ConfigFile:
+        """Reads a file. Raises CheckpointError when it is missing or not a JSON object."""
+        return cls(path, read_json(path))
+
+    def error(self, key: str, value: object, needed: str) -> CheckpointError:
+        """Returns the error for a wrong value; `needed` is the requirement that it breaks."""
+        shown = repr(value)[:_SHOWN_CHARACTERS]
+        return CheckpointError(f"{self.path}: {key} is {shown}; {needed}")
+
+    def require_only(self, supported: Mapping[str, Any]) -> None:
+        """Rejects keys whose value is not the supported one; missing keys are accepted."""
+        for key, value in supported.items():
+            if key in self.values and self.values[key] != value:
+                raise self.error(key, self.values[key], f"only {value!r} is supported")
+
+    def require_class(self, supported: Collection[str]) -> None:
+        """Rejects an unsupported `_class_name`; a missing one is accepted."""
+        name = self.values.get("_class_name")
+        if name is not None:
+            _check_class(self.path, "_class_name", name, supported)
+
+    def integer(self, key: str, default: int | None = None, largest: int = LARGEST_INTEGER) -> int:
+        """Returns a whole number in 1 … largest."""
+        return self._integer(key, self.values.get(key, default), largest)
+
+    def integers(self, key: str, default: tuple[int, ...] = ()) -> tuple[int, ...]:
+        """Returns 1 to `LARGEST_LAYER_COUNT` whole numbers in 1 … `LARGEST_INTEGER`."""
+        value = self.values.get(key, default)
+        if not isinstance(value, list | tuple) or not 1 <= len(value) <= LARGEST_LAYER_COUNT:
+            raise self.error(key, value, f"it must be a list of 1 to {LARGEST_LAYER_COUNT} whole numbers")
+        return tuple(self._integer(key, item, LARGEST_INTEGER) for item in value)
+
+    def number(self, key: str, default: float) -> float:
+        """Returns a number above 0 and up to `LARGEST_NUMBER`."""
+        value = self.values.get(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= LARGEST_NUMBER:
+            raise self.error(key, value, f"it must be a number above 0 and up to {LARGEST_NUMBER:g}")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """Returns a boolean."""
+        value = self.values.get(key, default)
+        if not isinstance(value, bool):
+            raise self.error(key, value, "it must be true or false")
+        return value
+
+    def _integer(self, key: str, value: object, largest: int) -> int:
+        if value is None:
+            raise CheckpointError(f"{self.path}: {key} is missing")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
+            raise self.error(key, value, f"it must be a whole number in 1 … {largest}")
+        return value
+
+
+def _check_class(path: Path, key: str, name: object, supported: Collection[str]) -> None:
+    if name not in supported:
+        raise CheckpointError(f"{path}: {key} is {name}; only {' or '.join(supported)} is supported")

@@ -36,7 +36,7 @@ class Checkpoint:
         """Returns one file's header, checked.
 
         Raises:
-            CheckpointError: the file is missing or malformed, or holds other tensors than the index says.
+            CheckpointError: the file is missing or malformed, or holds other tensors than the index lists.
         """
         if path not in self._headers:
             header = read_header(path)

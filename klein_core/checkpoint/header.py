@@ -1,7 +1,7 @@
-"""Reads the header of a safetensors file and believes nothing that it says until it is checked. Torch-free.
+"""Header of a safetensors file, read and checked against hostile contents. Torch-free.
 
 A file is 8 bytes with the header's length, the header (JSON: tensor name → dtype, shape, byte range) and the
-tensors' bytes without gaps. Source: the format's description in the safetensors project.
+tensors' bytes without gaps. Source: https://github.com/huggingface/safetensors#format.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from klein_core.errors import CheckpointError, listed, raise_if_problems
 MAXIMUM_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 MAXIMUM_VALUES = 4_000_000
-"""JSON values of a header; the largest published models have thousands of tensors, with eight values each."""
+"""Largest number of JSON values in a header. Published models have thousands of tensors, with eight values each."""
 MAXIMUM_NAME_LENGTH = 1000
 _MAXIMUM_AXES = 16
 _LENGTH_BYTES = 8
@@ -76,13 +76,13 @@ _OTHER_FORMATS = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor as a file has it."""
+    """One tensor in a file."""
 
     dtype: str
     """A key of `DTYPES`."""
     shape: tuple[int, ...]
     start: int
-    """Its first byte, counted from the file's first."""
+    """Offset of its first byte in the file."""
     byte_count: int
 
     @property
@@ -91,15 +91,41 @@ class StoredTensor:
 
 
 @dataclass(frozen=True)
+class FileState:
+    """Inode, size and modification time: they change when a file is replaced or written to."""
+
+    inode: int
+    size_bytes: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileState:
+        """Returns the state of a file. Raises CheckpointError when it is missing."""
+        try:
+            return cls._from_stat(path.stat())
+        except OSError as error:
+            raise CheckpointError(f"{path.name} cannot be read: {error.strerror}") from None
+
+    @classmethod
+    def of_open(cls, descriptor: int) -> FileState:
+        """Returns the state of an open file, also when its path was replaced."""
+        return cls._from_stat(os.fstat(descriptor))
+
+    @classmethod
+    def _from_stat(cls, status: os.stat_result) -> FileState:
+        return cls(status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@dataclass(frozen=True)
 class Header:
-    """What one file holds."""
+    """Tensors and metadata of one file."""
 
     path: Path
     tensors: Mapping[str, StoredTensor]
     metadata: Mapping[str, str]
     """Free text by the file's writer."""
     state: FileState
-    """Of the file that was read."""
+    """State of the file when the header was read."""
 
 
 def read_header(path: Path) -> Header:
@@ -114,9 +140,19 @@ def read_header(path: Path) -> Header:
         state = FileState.of_open(file.fileno())
         text = _header_text(path, file, state.size_bytes)
     entries = _parsed(path, text)
-    metadata = _checked_metadata(path, entries.pop(_METADATA, {}))
+    metadata = entries.pop(_METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: its {_METADATA} is not a table of texts")
     data_start = _LENGTH_BYTES + len(text)
-    tensors = _checked_tensors(path, entries, data_start)
+    tensors: dict[str, StoredTensor] = {}
+    problems: dict[str, list[str]] = {}
+    for name, entry in entries.items():
+        checked = _checked_tensor(name, entry, data_start)
+        if isinstance(checked, StoredTensor):
+            tensors[name] = checked
+        else:
+            problems.setdefault(checked, []).append(name)
+    raise_if_problems(path, problems.items())
     _check_ranges(path, tensors, data_start, state.size_bytes)
     return Header(path, tensors, metadata, state)
 
@@ -125,7 +161,7 @@ def open_regular(path: Path) -> FileIO:
     """Opens a regular file, unbuffered; a pipe or a device could block or never end.
 
     Raises:
-        CheckpointError: there is none, or it cannot be opened.
+        CheckpointError: the file is missing, not regular, or cannot be opened.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
@@ -168,17 +204,17 @@ def _parsed(path: Path, text: bytes) -> dict[str, Any]:
         raise CheckpointError(f"{path}: its header has more than {MAXIMUM_VALUES} values")
     try:
         entries: dict[str, Any] = json.loads(
-            text.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_constant
+            text.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_reject_constant
         )
     except RecursionError:
         raise CheckpointError(f"{path}: its header is nested too deeply") from None
-    # Malformed JSON, text that is not UTF-8, a name twice and numbers without end are all of this type.
+    # Raised for malformed JSON, for text that is not UTF-8, for duplicate names and for numbers that are too long.
     except ValueError as error:
         raise CheckpointError(f"{path}: its header is not valid: {error}") from None
     return entries
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = dict(pairs)
     if len(names) < len(pairs):
         counts = Counter(name for name, _ in pairs)
@@ -186,45 +222,26 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return names
 
 
-def _no_constant(name: str) -> NoReturn:
+def _reject_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def _checked_metadata(path: Path, metadata: object) -> dict[str, str]:
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"{path}: its {_METADATA} is not a table of texts")
-    return metadata
-
-
-def _checked_tensors(path: Path, entries: Mapping[str, Any], data_start: int) -> dict[str, StoredTensor]:
-    problems: dict[str, list[str]] = {}
-    tensors: dict[str, StoredTensor] = {}
-    for name, entry in entries.items():
-        checked = _tensor(name, entry, data_start)
-        if isinstance(checked, StoredTensor):
-            tensors[name] = checked
-        else:
-            problems.setdefault(checked, []).append(name)
-    raise_if_problems(path, problems.items())
-    return tensors
-
-
-def _tensor(name: str, entry: object, data_start: int) -> StoredTensor | str:
+def _checked_tensor(name: str, entry: object, data_start: int) -> StoredTensor | str:
     """Returns the tensor, or what is wrong with it."""
     if not 0 < len(name) <= MAXIMUM_NAME_LENGTH or not name.isprintable():
-        return "names that cannot be a tensor's:"
+        return "invalid names:"
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         return "entries that are not dtype, shape and data_offsets:"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        return "of a dtype that the format does not know:"
+        return "of a dtype that the format does not have:"
     if not _are_sizes(shape) or len(shape) > _MAXIMUM_AXES:
-        return "of a shape that is none:"
+        return "of an invalid shape:"
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        return "with data_offsets that are no byte range:"
+        return "with data_offsets that are not a byte range:"
     bits = prod(shape) * DTYPES[dtype].bits
     if bits != 8 * (offsets[1] - offsets[0]):
-        return "with another number of bytes than dtype and shape say:"
+        return "with another number of bytes than dtype and shape require:"
     return StoredTensor(dtype, tuple(shape), data_start + offsets[0], offsets[1] - offsets[0])
 
 
@@ -233,7 +250,7 @@ def _are_sizes(value: object) -> bool:
 
 
 def _check_ranges(path: Path, tensors: Mapping[str, StoredTensor], data_start: int, byte_count: int) -> None:
-    """Checks that the tensors fill the rest of the file exactly."""
+    """Rejects tensors that overlap, leave gaps, or do not end where the file ends."""
     end = data_start
     overlapping, gapped = [], []
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].byte_count)):
@@ -250,29 +267,3 @@ def _check_ranges(path: Path, tensors: Mapping[str, StoredTensor], data_start: i
         )
     if end < byte_count:
         raise CheckpointError(f"{path} has {byte_count - end} bytes at its end that belong to no tensor")
-
-
-@dataclass(frozen=True)
-class FileState:
-    """What changes when somebody replaces a file or writes into it."""
-
-    inode: int
-    size_bytes: int
-    modified_ns: int
-
-    @classmethod
-    def of(cls, path: Path) -> FileState:
-        """Asks the file system. Raises CheckpointError when the file is not there."""
-        try:
-            return cls._told(path.stat())
-        except OSError as error:
-            raise CheckpointError(f"{path.name} cannot be read: {error.strerror}") from None
-
-    @classmethod
-    def of_open(cls, descriptor: int) -> FileState:
-        """Returns an open file's, whatever its name stands for by now."""
-        return cls._told(os.fstat(descriptor))
-
-    @classmethod
-    def _told(cls, status: os.stat_result) -> FileState:
-        return cls(status.st_ino, status.st_size, status.st_mtime_ns)

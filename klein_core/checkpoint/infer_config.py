@@ -1,13 +1,11 @@
-"""Configurations of bare files, told by the shapes of their tensors. Torch-free.
+"""Configurations of bare weights files, inferred from the shapes of their tensors. Torch-free.
 
-What no shape tells has klein's value: rotary axes and bases, epsilons, groups of the norms, tapped layers.
+Values that no shape determines are klein's: rotary axes and bases, epsilons, groups of the norms, tapped layers.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
 from klein_core.checkpoint.files import Checkpoint
 from klein_core.checkpoint.key_mapping import TEXT_ENCODER, TRANSFORMER, VAE, KeyMap, TensorSlice, find_layout
@@ -19,14 +17,14 @@ from klein_core.variants import TextEncoderConfig, TransformerConfig, VaeConfig
 _BLOCK = "transformer_blocks.0"
 _SINGLE_BLOCK = "single_transformer_blocks.0"
 _PACKED_DTYPES = ("U8", "F4")
-"""Two 4-bit numbers in a byte: twice as many columns as the shape says."""
+"""Dtypes that hold two 4-bit numbers in a byte: the columns are twice those of the shape."""
 
 
 def transformer_config(checkpoint: Checkpoint) -> TransformerConfig:
-    """Returns the configuration of a flow transformer's tensors.
+    """Returns the configuration of a flow transformer.
 
     Raises:
-        CheckpointError: a tensor that decides is missing or of an impossible shape.
+        CheckpointError: a tensor that determines it is missing or of an impossible shape.
     """
     layout = find_layout(TRANSFORMER, checkpoint)
     one_block = TransformerConfig(num_layers=1, num_single_layers=1, num_attention_heads=1)
@@ -52,10 +50,10 @@ def transformer_config(checkpoint: Checkpoint) -> TransformerConfig:
 
 
 def vae_config(checkpoint: Checkpoint) -> VaeConfig:
-    """Returns the configuration of an autoencoder's tensors; the decoder may be narrower than the encoder.
+    """Returns the configuration of an autoencoder; its decoder may be narrower than its encoder.
 
     Raises:
-        CheckpointError: a tensor that decides is missing.
+        CheckpointError: a tensor that determines it is missing.
     """
     layout = find_layout(VAE, checkpoint)
     shapes = _Shapes(checkpoint, layout.prefixed(vae_key_map(VaeConfig(), layout.style)))
@@ -76,17 +74,17 @@ def vae_config(checkpoint: Checkpoint) -> VaeConfig:
 
 
 def text_encoder_config(checkpoint: Checkpoint) -> TextEncoderConfig:
-    """Returns the configuration of a Qwen3's tensors: a published one's, or of its proportions.
+    """Returns the configuration of a Qwen3: the published one of these shapes, or else one tapped at its quarters.
 
     Raises:
-        CheckpointError: a tensor that decides is missing, or the layers cannot be tapped at quarters.
+        CheckpointError: a tensor that determines it is missing, or the layer count is not a multiple of 4.
     """
     layout = find_layout(TEXT_ENCODER, checkpoint)
     one_layer = TextEncoderConfig(qwen3={}, tapped_layers=(1,))
     shapes = _Shapes(checkpoint, layout.prefixed(text_encoder_key_map(one_layer)))
     layer = "layers.0.self_attn"
     head_dim = shapes.rows(f"{layer}.q_norm.weight")
-    told = {
+    sizes = {
         "hidden_size": shapes.rows("layers.0.input_layernorm.weight"),
         "intermediate_size": shapes.rows("layers.0.mlp.gate_proj.weight"),
         "num_attention_heads": shapes.rows(f"{layer}.q_proj.weight") // head_dim,
@@ -97,50 +95,46 @@ def text_encoder_config(checkpoint: Checkpoint) -> TextEncoderConfig:
     known = [
         row.text_encoder
         for row in PUBLISHED_MODELS.values()
-        if told.items() <= row.text_encoder.qwen3.items()
+        if sizes.items() <= row.text_encoder.qwen3.items()
     ]
     if known:
         return known[0]
-    return _proportioned(checkpoint, told, shapes.count("layers.0.input_layernorm.weight"))
-
-
-def _proportioned(checkpoint: Checkpoint, told: Mapping[str, Any], layer_count: int) -> TextEncoderConfig:
-    """Returns an unknown Qwen3's configuration: Qwen3-4B's where shapes do not tell, tapped at its quarters."""
+    layer_count = shapes.count("layers.0.input_layernorm.weight")
     if layer_count % 4:
         raise CheckpointError(
             f"{checkpoint.path}: no published text encoder has these shapes, and {layer_count} layers cannot be "
             "tapped at each quarter; give a folder with config.json"
         )
-    model = next(iter(PUBLISHED_MODELS.values())).text_encoder
-    qwen3 = {**model.qwen3, **told, "num_hidden_layers": layer_count}
+    # Values that shapes do not determine are those of Qwen3-4B.
+    qwen3 = {**PUBLISHED_MODELS["klein-4b"].text_encoder.qwen3, **sizes, "num_hidden_layers": layer_count}
     return TextEncoderConfig(qwen3, tapped_layers=tuple(layer_count * part // 4 for part in (1, 2, 3)))
 
 
 class _Shapes:
-    """The shapes of a component's tensors by its parameters' names."""
+    """The shapes of a component's tensors, by parameter."""
 
-    def __init__(self, checkpoint: Checkpoint, sources: KeyMap) -> None:
+    def __init__(self, checkpoint: Checkpoint, key_map: KeyMap) -> None:
         self._checkpoint = checkpoint
-        self._sources = sources
+        self._key_map = key_map
 
     def has(self, parameter: str) -> bool:
-        return self._piece(parameter).name in self._checkpoint.files
+        return self._slice(parameter).name in self._checkpoint.files
 
     def rows(self, parameter: str) -> int:
         return self._axis(parameter, 0)
 
     def columns(self, parameter: str) -> int:
         columns = self._axis(parameter, 1)
-        is_packed = self._checkpoint.entry(self._piece(parameter).name).dtype in _PACKED_DTYPES
+        is_packed = self._checkpoint.entry(self._slice(parameter).name).dtype in _PACKED_DTYPES
         return 2 * columns if is_packed else columns
 
     def count(self, parameter: str) -> int:
-        """Returns how many blocks there are that are named like this one; its last number is 0.
+        """Returns the number of blocks that have this parameter; `parameter` is that of block 0.
 
         Raises:
-            CheckpointError: one is missing.
+            CheckpointError: a block is missing.
         """
-        before, _, after = self._piece(parameter).name.rpartition(".0.")
+        before, _, after = self._slice(parameter).name.rpartition(".0.")
         numbered = re.compile(rf"{re.escape(before)}\.(\d{{1,6}})\.{re.escape(after)}")
         found = {int(match[1]) for name in self._checkpoint.files if (match := numbered.fullmatch(name))}
         missing = set(range(len(found))) - found
@@ -151,15 +145,17 @@ class _Shapes:
         return len(found)
 
     def _axis(self, parameter: str, axis: int) -> int:
-        name = self._piece(parameter).name
+        name = self._slice(parameter).name
         if name not in self._checkpoint.files:
-            raise CheckpointError(f"{self._checkpoint.path}: missing: {name}, which tells the model's shape")
+            raise CheckpointError(
+                f"{self._checkpoint.path}: missing: {name}, which determines the model's shape"
+            )
         shape = self._checkpoint.entry(name).shape
         if len(shape) <= axis or not shape[axis]:
             raise CheckpointError(
-                f"{self._checkpoint.path}: {name} has shape {shape}, which is no klein model's"
+                f"{self._checkpoint.path}: {name} has shape {shape}, which no klein model has"
             )
         return shape[axis]
 
-    def _piece(self, parameter: str) -> TensorSlice:
-        return self._sources[parameter][0]
+    def _slice(self, parameter: str) -> TensorSlice:
+        return self._key_map[parameter][0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -243,10 +244,18 @@ def _shares(
 
 
 def _variants(files: ModelFiles, config: ComponentConfig) -> tuple[str, ...]:
-    """Returns the published models that have a component of this shape."""
+    """Returns the published models that have such a component."""
     match config:
         case TransformerConfig():
-            return _transformer_variants(files, config)
+            fitting = variants_of_shape(config)
+            if files.index_path is not None:
+                with suppress(CheckpointError):
+                    index = read_sampling(files)
+                    sampling = (index.is_distilled, index.uses_reference_cache)
+                    fitting = tuple(
+                        row for row in fitting if (row.is_distilled, row.uses_reference_cache) == sampling
+                    )
+            return tuple(row.name for row in fitting)
         case TextEncoderConfig():
             return tuple(
                 row.name
@@ -259,22 +268,6 @@ def _variants(files: ModelFiles, config: ComponentConfig) -> tuple[str, ...]:
             if config == SMALL_DECODER.vae:
                 return (SMALL_DECODER.name,)
             return tuple(row.name for row in PUBLISHED_MODELS.values() if row.vae == config)
-
-
-def _transformer_variants(files: ModelFiles, config: TransformerConfig) -> tuple[str, ...]:
-    fitting = variants_of_shape(config)
-    if files.index_path is None:
-        return tuple(row.name for row in fitting)
-    try:
-        sampling = read_sampling(files)
-    except CheckpointError:
-        return tuple(row.name for row in fitting)
-    return tuple(
-        row.name
-        for row in fitting
-        if (row.is_distilled, row.uses_reference_cache)
-        == (sampling.is_distilled, sampling.uses_reference_cache)
-    )
 
 
 def _in_words(config: ComponentConfig) -> str:

@@ -1,4 +1,4 @@
-"""How a checkpoint names its tensors, told by the names themselves and never by the file's. Torch-free."""
+"""Naming of a checkpoint's tensors, recognized by the names alone and never by the file's. Torch-free."""
 
 from __future__ import annotations
 
@@ -19,31 +19,7 @@ DIFFUSERS = "diffusers"
 BFL = "bfl"
 TRANSFORMERS = "transformers"
 
-
-@dataclass(frozen=True)
-class Layout:
-    """A style of names and what stands before each of them."""
-
-    component: str
-    """`transformer`, `vae` or `text_encoder`."""
-    style: str
-    """`diffusers`, `bfl` (the authors' own single files) or `transformers` (of text encoders)."""
-    prefix: str = ""
-    """`model.diffusion_model.` and the like; empty in most files."""
-
-    def owns(self, name: str) -> bool:
-        """Whether a stored tensor can be this component's: a file may hold a whole model, each part prefixed."""
-        return not self.prefix or name.startswith(self.prefix) or not _PART.match(name)
-
-    def prefixed(self, sources: KeyMap) -> dict[str, tuple[TensorSlice, ...]]:
-        """Returns sources whose pieces have the names that the checkpoint gives them."""
-        return {
-            target: tuple(piece._replace(name=self.prefix + piece.name) for piece in pieces)
-            for target, pieces in sources.items()
-        }
-
-
-# Names that only one style of one component has, after the prefixes that tools put before them.
+# Names that only one style of one component has, after the prefixes that tools add.
 _MARKS: Mapping[str, Mapping[str, re.Pattern[str]]] = MappingProxyType(
     {
         TRANSFORMER: {
@@ -80,13 +56,63 @@ _PART = re.compile(
 )
 
 
+class TensorSlice(NamedTuple):
+    """Rows of one stored tensor."""
+
+    name: str
+    """The tensor's name in the checkpoint, prefix included."""
+    start: int = 0
+    stop: int | None = None
+    """Rows start … stop, exclusive; `None` is the tensor's end."""
+    is_pointwise: bool = False
+    """Whether it is stored as a 1×1 convolution (rows, columns, 1, 1) and needed as a matrix (rows, columns)."""
+
+    def row_range(self, row_count: int) -> range:
+        """Returns the indices of these rows in a tensor of `row_count` rows."""
+        return range(row_count)[self.start : self.stop]
+
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the shape of these rows of a tensor of shape `stored`, as the parameter needs them."""
+        if self.is_pointwise and len(stored) == 4 and stored[2:] == (1, 1):
+            stored = stored[:2]
+        is_whole = self.start == 0 and self.stop is None
+        return stored if is_whole or not stored else (len(self.row_range(stored[0])), *stored[1:])
+
+
+KeyMap = Mapping[str, tuple[TensorSlice, ...]]
+"""Parameter name → the slices that make it, one below the other."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A style of tensor names, and the prefix of each name."""
+
+    component: str
+    """`transformer`, `vae` or `text_encoder`."""
+    style: str
+    """`diffusers`, `bfl` (the authors' own single files) or `transformers` (of text encoders)."""
+    prefix: str = ""
+    """`model.diffusion_model.` and the like; empty in most files."""
+
+    def owns(self, name: str) -> bool:
+        """Whether a stored tensor may belong to this component; a file can hold several, each with its prefix."""
+        return not self.prefix or name.startswith(self.prefix) or not _PART.match(name)
+
+    def prefixed(self, key_map: KeyMap) -> dict[str, tuple[TensorSlice, ...]]:
+        """Returns a key map whose slices have the names of the checkpoint, prefix included."""
+        return {
+            target: tuple(each._replace(name=self.prefix + each.name) for each in slices)
+            for target, slices in key_map.items()
+        }
+
+
 def find_layout(component: str, checkpoint: Checkpoint) -> Layout:
-    """Tells how a checkpoint names one component's tensors: as most of those that can be its are named.
+    """Returns the layout of most of the tensors that may belong to one component.
 
     Raises:
-        CheckpointError: none of the names is of this component; the message says what the file is instead.
+        CheckpointError: no tensor belongs to this component; the message names what the file holds instead.
     """
-    layout = layout_among(component, checkpoint.files)
+    layout = _layout_among(component, checkpoint.files)
     if layout is not None:
         return layout
     others = components_among(checkpoint.files)
@@ -94,7 +120,7 @@ def find_layout(component: str, checkpoint: Checkpoint) -> Layout:
     raise CheckpointError(f"{checkpoint.path} has no tensor of a klein {component}: {found}")
 
 
-def layout_among(component: str, names: Iterable[str]) -> Layout | None:
+def _layout_among(component: str, names: Iterable[str]) -> Layout | None:
     """Returns the layout of one component's tensors among `names`; `None` when there are none."""
     names = list(names)
     counts = Counter(
@@ -110,33 +136,6 @@ def layout_among(component: str, names: Iterable[str]) -> Layout | None:
 
 
 def components_among(names: Iterable[str]) -> list[str]:
-    """Returns the components that at least one of the names is of."""
+    """Returns the components to which at least one of the names belongs."""
     names = list(names)
-    return [component for component in _MARKS if layout_among(component, names)]
-
-
-class TensorSlice(NamedTuple):
-    """Rows of one stored tensor."""
-
-    name: str
-    """The tensor's name in the checkpoint, prefix included."""
-    start: int = 0
-    stop: int | None = None
-    """Rows from `start` up to but not with `stop`; `None` is the tensor's end."""
-    is_pointwise: bool = False
-    """Whether it is stored as a 1×1 convolution (rows, columns, 1, 1) and needed as a matrix (rows, columns)."""
-
-    def row_range(self, row_count: int) -> range:
-        """Returns its rows of a tensor that has `row_count` of them."""
-        return range(row_count)[self.start : self.stop]
-
-    def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
-        """Returns the shape of these rows of a tensor of shape `stored`, as the parameter needs them."""
-        if self.is_pointwise and len(stored) == 4 and stored[2:] == (1, 1):
-            stored = stored[:2]
-        is_whole = self.start == 0 and self.stop is None
-        return stored if is_whole or not stored else (len(self.row_range(stored[0])), *stored[1:])
-
-
-KeyMap = Mapping[str, tuple[TensorSlice, ...]]
-"""Parameter name → the pieces that make it, in order; each parameter is on its own."""
+    return [component for component in _MARKS if _layout_among(component, names)]

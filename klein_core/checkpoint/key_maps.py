@@ -1,6 +1,6 @@
-"""How the flow transformer's parameters are named in each style of checkpoint. Torch-free.
+"""Key maps: the names of each component's parameters in each style of checkpoint. Torch-free.
 
-Source: model facts 6.1, which is diffusers' conversion of the authors' file.
+Parameters are named as in diffusers, except for fused ones. Source: diffusers' conversions of the authors' files.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ FUSED: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "attn.to_added_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
     }
 )
-"""Projection of a double-stream block → diffusers' projections that it stacks, in order."""
+"""Fused projection of a double-stream block → diffusers' projections that it stacks, in order."""
 
 HEAD = "norm_out.linear.weight"
 """Rows scale, shift in diffusers' files and here; shift, scale in the authors' own."""
 
-# Parameter (named as in diffusers, but for the fused ones) → its name in the authors' file.
+# Module or parameter → its name in the authors' file.
 _WHOLE = {
     "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
     "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
@@ -57,48 +57,6 @@ _SINGLE = {
     "attn.norm_k.weight": "norm.key_norm.scale",
 }
 
-
-def transformer_key_map(config: TransformerConfig, style: str) -> dict[str, tuple[TensorSlice, ...]]:
-    """Returns every parameter of the network with the pieces that a checkpoint of this style has for it."""
-    authors = _authors_names(config)
-    if style != BFL:
-        return {parameter: _diffusers_pieces(parameter) for parameter in authors}
-    pieces = {parameter: (TensorSlice(name),) for parameter, name in authors.items()}
-    size = config.hidden_size
-    head = authors[HEAD]
-    return pieces | {HEAD: (TensorSlice(head, size, 2 * size), TensorSlice(head, 0, size))}
-
-
-def _authors_names(config: TransformerConfig) -> dict[str, str]:
-    names = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in _WHOLE.items()}
-    for kind, their_kind, count, table in (
-        ("transformer_blocks", "double_blocks", config.num_layers, _DOUBLE),
-        ("single_transformer_blocks", "single_blocks", config.num_single_layers, _SINGLE),
-    ):
-        for block in range(count):
-            names |= {
-                f"{kind}.{block}.{ours}": f"{their_kind}.{block}.{theirs}" for ours, theirs in table.items()
-            }
-    return names
-
-
-def _diffusers_pieces(parameter: str) -> tuple[TensorSlice, ...]:
-    for fused, parts in FUSED.items():
-        if parameter.endswith(f".{fused}.weight"):
-            block = parameter.removesuffix(f"{fused}.weight")
-            return tuple(TensorSlice(f"{block}{part}.weight") for part in parts)
-    return (TensorSlice(parameter),)
-
-
-def checkpoint_names(config: TransformerConfig) -> dict[str, tuple[str, ...]]:
-    """Returns parameter → diffusers' names, for parameters that fuse several; the others are named alike."""
-    return {
-        parameter: tuple(piece.name for piece in pieces)
-        for parameter, pieces in transformer_key_map(config, DIFFUSERS).items()
-        if len(pieces) > 1
-    }
-
-
 STATISTICS = ("bn.running_mean", "bn.running_var")
 _BATCH_COUNT = "bn.num_batches_tracked"
 _RESIDUAL = ("norm1", "conv1", "norm2", "conv2")
@@ -109,77 +67,6 @@ _ATTENTION = {
     "to_v": "v",
     "to_out.0": "proj_out",
 }
-
-
-def vae_key_map(config: VaeConfig, style: str) -> dict[str, tuple[TensorSlice, ...]]:
-    """Returns every parameter and needed buffer with the piece that a checkpoint of this style has for it."""
-    names = [f"{module}.{kind}" for module in _modules(config) for kind in ("weight", "bias")]
-    if style != BFL:
-        return {name: (TensorSlice(name),) for name in (*names, *STATISTICS)}
-    last_level = len(config.block_out_channels) - 1
-    return {name: (_authors_piece(name, last_level),) for name in (*names, *STATISTICS)}
-
-
-def is_unneeded(name: str) -> bool:
-    """Whether a stored tensor only counts training's batches."""
-    return name == _BATCH_COUNT or name.endswith("." + _BATCH_COUNT)
-
-
-def _modules(config: VaeConfig) -> Iterator[str]:
-    """Yields the path of every module that has weights, all of which have biases too."""
-    widths = config.block_out_channels
-    yield from _half("encoder", "down", widths, config.layers_per_block, config)
-    widths = tuple(reversed(config.decoder_block_out_channels or widths))
-    yield from _half("decoder", "up", widths, config.layers_per_block + 1, config)
-    if config.use_quant_conv:
-        yield "quant_conv"
-    if config.use_post_quant_conv:
-        yield "post_quant_conv"
-
-
-def _half(
-    half: str, direction: str, widths: Sequence[int], layer_count: int, config: VaeConfig
-) -> Iterator[str]:
-    """Yields one direction's modules; `widths` in the order in which features pass them."""
-    yield f"{half}.conv_in"
-    before = widths[0]
-    for level, width in enumerate(widths):
-        path = f"{half}.{direction}_blocks.{level}"
-        for layer, (inner, outer) in enumerate(pairwise([before] + [width] * layer_count)):
-            yield from (f"{path}.resnets.{layer}.{part}" for part in _RESIDUAL)
-            if inner != outer:
-                yield f"{path}.resnets.{layer}.conv_shortcut"
-        if level + 1 < len(widths):
-            yield f"{path}.{direction}samplers.0.conv"
-        before = width
-    yield from (f"{half}.mid_block.resnets.{index}.{part}" for index in range(2) for part in _RESIDUAL)
-    if config.mid_block_add_attention:
-        yield from (f"{half}.mid_block.attentions.0.{part}" for part in _ATTENTION)
-    yield from (f"{half}.conv_norm_out", f"{half}.conv_out")
-
-
-def _authors_piece(name: str, last_level: int) -> TensorSlice:
-    module, _, kind = name.rpartition(".")
-    attention = re.fullmatch(r"(encoder|decoder)\.mid_block\.attentions\.0\.(.+)", module)
-    if attention:
-        part = _ATTENTION[attention[2]]
-        # The authors' projections are 1×1 convolutions.
-        is_pointwise = kind == "weight" and part != "norm"
-        return TensorSlice(f"{attention[1]}.mid.attn_1.{part}.{kind}", is_pointwise=is_pointwise)
-    return TensorSlice(f"{_authors_module(module, last_level)}.{kind}")
-
-
-def _authors_module(module: str, last_level: int) -> str:
-    """Renames one module; the decoder's levels are counted from the other end."""
-    if module in ("quant_conv", "post_quant_conv"):
-        return f"{'encoder' if module == 'quant_conv' else 'decoder'}.{module}"
-    module = module.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
-    module = re.sub(r"mid_block\.resnets\.(\d)", lambda found: f"mid.block_{int(found[1]) + 1}", module)
-    module = re.sub(r"down_blocks\.(\d+)", r"down.\1", module)
-    module = re.sub(r"up_blocks\.(\d+)", lambda found: f"up.{last_level - int(found[1])}", module)
-    module = module.replace("downsamplers.0", "downsample").replace("upsamplers.0", "upsample")
-    return module.replace(".resnets.", ".block.")
-
 
 EMBEDDING = "embed_tokens.weight"
 _LAYER = (
@@ -199,15 +86,127 @@ _UNNEEDED = re.compile(r"(.*\.)?(lm_head\.|(model\.)?norm\.weight$|layers\.\d+\.
 _LAYER_NUMBER = re.compile(r"(?:.*\.)?layers\.(\d+)\.")
 
 
+def transformer_key_map(config: TransformerConfig, style: str) -> dict[str, tuple[TensorSlice, ...]]:
+    """Returns every parameter of the transformer with the slices that make it in this style, without any prefix."""
+    authors = _authors_names(config)
+    slices: dict[str, tuple[TensorSlice, ...]]
+    if style != BFL:
+        slices = {parameter: (TensorSlice(parameter),) for parameter in authors}
+        for block in range(config.num_layers):
+            for fused, parts in FUSED.items():
+                path = f"transformer_blocks.{block}"
+                slices[f"{path}.{fused}.weight"] = tuple(
+                    TensorSlice(f"{path}.{part}.weight") for part in parts
+                )
+        return slices
+    slices = {parameter: (TensorSlice(name),) for parameter, name in authors.items()}
+    size = config.hidden_size
+    head = authors[HEAD]
+    return slices | {HEAD: (TensorSlice(head, size, 2 * size), TensorSlice(head, 0, size))}
+
+
+def _authors_names(config: TransformerConfig) -> dict[str, str]:
+    """Returns parameter → the authors' name of the tensor that holds it."""
+    names = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in _WHOLE.items()}
+    for kind, their_kind, count, table in (
+        ("transformer_blocks", "double_blocks", config.num_layers, _DOUBLE),
+        ("single_transformer_blocks", "single_blocks", config.num_single_layers, _SINGLE),
+    ):
+        for block in range(count):
+            names |= {
+                f"{kind}.{block}.{ours}": f"{their_kind}.{block}.{theirs}" for ours, theirs in table.items()
+            }
+    return names
+
+
+def checkpoint_names(config: TransformerConfig) -> dict[str, tuple[str, ...]]:
+    """Returns fused parameter → diffusers' names of its parts; the other parameters have the same name there."""
+    return {
+        parameter: tuple(each.name for each in slices)
+        for parameter, slices in transformer_key_map(config, DIFFUSERS).items()
+        if len(slices) > 1
+    }
+
+
+def vae_key_map(config: VaeConfig, style: str) -> dict[str, tuple[TensorSlice, ...]]:
+    """Returns every parameter and needed buffer of the autoencoder with its slice in this style, without any prefix."""
+    names = [f"{module}.{kind}" for module in _modules(config) for kind in ("weight", "bias")]
+    if style != BFL:
+        return {name: (TensorSlice(name),) for name in (*names, *STATISTICS)}
+    last_level = len(config.block_out_channels) - 1
+    return {name: (_authors_slice(name, last_level),) for name in (*names, *STATISTICS)}
+
+
+def is_unneeded(name: str) -> bool:
+    """Whether a stored tensor only counts the batches of training."""
+    return name == _BATCH_COUNT or name.endswith("." + _BATCH_COUNT)
+
+
+def _modules(config: VaeConfig) -> Iterator[str]:
+    """Yields the path of every module with weights; each has a bias, too."""
+    widths = config.block_out_channels
+    yield from _half("encoder", "down", widths, config.layers_per_block, config)
+    widths = tuple(reversed(config.decoder_block_out_channels or widths))
+    yield from _half("decoder", "up", widths, config.layers_per_block + 1, config)
+    if config.use_quant_conv:
+        yield "quant_conv"
+    if config.use_post_quant_conv:
+        yield "post_quant_conv"
+
+
+def _half(
+    half: str, direction: str, widths: Sequence[int], layer_count: int, config: VaeConfig
+) -> Iterator[str]:
+    """Yields the modules of encoder or decoder; `widths` in the order of computation."""
+    yield f"{half}.conv_in"
+    before = widths[0]
+    for level, width in enumerate(widths):
+        path = f"{half}.{direction}_blocks.{level}"
+        for layer, (inner, outer) in enumerate(pairwise([before] + [width] * layer_count)):
+            yield from (f"{path}.resnets.{layer}.{part}" for part in _RESIDUAL)
+            if inner != outer:
+                yield f"{path}.resnets.{layer}.conv_shortcut"
+        if level + 1 < len(widths):
+            yield f"{path}.{direction}samplers.0.conv"
+        before = width
+    yield from (f"{half}.mid_block.resnets.{index}.{part}" for index in range(2) for part in _RESIDUAL)
+    if config.mid_block_add_attention:
+        yield from (f"{half}.mid_block.attentions.0.{part}" for part in _ATTENTION)
+    yield from (f"{half}.conv_norm_out", f"{half}.conv_out")
+
+
+def _authors_slice(name: str, last_level: int) -> TensorSlice:
+    module, _, kind = name.rpartition(".")
+    attention = re.fullmatch(r"(encoder|decoder)\.mid_block\.attentions\.0\.(.+)", module)
+    if attention:
+        part = _ATTENTION[attention[2]]
+        # The authors' projections are 1×1 convolutions.
+        is_pointwise = kind == "weight" and part != "norm"
+        return TensorSlice(f"{attention[1]}.mid.attn_1.{part}.{kind}", is_pointwise=is_pointwise)
+    return TensorSlice(f"{_authors_module(module, last_level)}.{kind}")
+
+
+def _authors_module(module: str, last_level: int) -> str:
+    """Returns the authors' name of a module; they count the decoder's levels from the other end."""
+    if module in ("quant_conv", "post_quant_conv"):
+        return f"{'encoder' if module == 'quant_conv' else 'decoder'}.{module}"
+    module = module.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
+    module = re.sub(r"mid_block\.resnets\.(\d)", lambda found: f"mid.block_{int(found[1]) + 1}", module)
+    module = re.sub(r"down_blocks\.(\d+)", r"down.\1", module)
+    module = re.sub(r"up_blocks\.(\d+)", lambda found: f"up.{last_level - int(found[1])}", module)
+    module = module.replace("downsamplers.0", "downsample").replace("upsamplers.0", "upsample")
+    return module.replace(".resnets.", ".block.")
+
+
 def text_encoder_key_map(config: TextEncoderConfig) -> dict[str, tuple[TensorSlice, ...]]:
-    """Returns every parameter up to the last tapped layer with its name in a checkpoint, without any prefix."""
+    """Returns every parameter up to the last tapped layer with its slice, without any prefix."""
     layers = range(max(config.tapped_layers))
     names = [EMBEDDING, *(f"layers.{layer}.{part}.weight" for layer in layers for part in _LAYER)]
     return {name: (TensorSlice(name),) for name in names}
 
 
 def is_past(config: TextEncoderConfig) -> Callable[[str], bool]:
-    """Returns a test for stored tensors that come after the last tapped layer: they are not needed."""
+    """Returns a predicate for stored tensors that are not needed: those after the last tapped layer."""
     layer_count = max(config.tapped_layers)
 
     def past(name: str) -> bool:

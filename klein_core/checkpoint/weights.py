@@ -105,26 +105,25 @@ def _assign(module: nn.Module, loaded: Mapping[str, Tensor], weights: Mapping[st
 def _check_shapes(
     plan: KeyMap, targets: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], path: Path
 ) -> None:
-    wrong = _with_unused_rows(plan, shapes)
+    """Rejects parameters of another shape than their slices, and stored tensors with rows that no slice takes.
+
+    Args:
+        shapes: stored tensor → the shape of its values, unpacked.
+    """
+    wrong: list[str] = []
+    taken: Counter[str] = Counter()
     for target, slices in plan.items():
         expected = tuple(targets[target].shape)
         if not _fits(slices, expected, shapes):
             found = ", ".join(f"{each.name} {shapes[each.name]}" for each in slices)
             wrong.append(f"{found} instead of {expected}")
-    raise_if_problems(path, [("of another shape than the configuration says:", wrong)])
-
-
-def _with_unused_rows(plan: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Describes the stored tensors of which some rows belong to no slice."""
-    taken: Counter[str] = Counter()
-    for each in (each for slices in plan.values() for each in slices):
-        shape = shapes[each.name]
-        taken[each.name] += len(each.row_range(shape[0])) if shape else 1
-    return [
-        f"{name} {shapes[name]} instead of {count} rows"
-        for name, count in taken.items()
-        if shapes[name] and shapes[name][0] != count
-    ]
+        for each in slices:
+            shape = shapes[each.name]
+            taken[each.name] += len(each.row_range(shape[0])) if shape else 1
+    for name, count in taken.items():
+        if shapes[name] and shapes[name][0] != count:
+            wrong.append(f"{name} {shapes[name]} instead of {count} rows")
+    raise_if_problems(path, [("of another shape than the configuration requires:", wrong)])
 
 
 def _fits(

@@ -6,7 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from klein_core.quantization.constants import FLOAT4_CHUNK_VALUES, FLOAT8_CHUNK_VALUES
+from klein_core.quantization.constants import (
+    FLOAT4_CHUNK_VALUES,
+    FLOAT8,
+    FLOAT8_CHUNK_VALUES,
+    INT8,
+    NVFP4_TILED,
+)
 
 _SCALE_BYTES = 4
 _NVFP4_BLOCK = 16
@@ -55,9 +61,9 @@ PRECISIONS: Mapping[str, Precision] = MappingProxyType(
         for each in (
             Precision("fp32", 4, lambda rows, columns: 4 * rows * columns),
             Precision("bf16", 2, lambda rows, columns: 2 * rows * columns),
-            Precision("fp8", 2, _byte_and_row_scales, is_quantized=True, input_bytes=_float8_inputs),
-            Precision("int8", 2, _byte_and_row_scales, is_quantized=True),
-            Precision("nvfp4", 2, _nvfp4_bytes, is_quantized=True, input_bytes=_nvfp4_inputs),
+            Precision(FLOAT8, 2, _byte_and_row_scales, is_quantized=True, input_bytes=_float8_inputs),
+            Precision(INT8, 2, _byte_and_row_scales, is_quantized=True),
+            Precision(NVFP4_TILED, 2, _nvfp4_bytes, is_quantized=True, input_bytes=_nvfp4_inputs),
         )
     }
 )

@@ -105,9 +105,14 @@ def _format(
     kind = _kind(tensor, layer, metadata)
     if kind not in _KINDS[tensor.dtype]:
         return kind
-    shape = _values_shape(kind, tensor)
-    if shape is None:
+    packing = 2 if kind in _FOUR_BIT else 1
+    if (
+        len(tensor.shape) != 2
+        or not tensor.element_count
+        or (kind in _FOUR_BIT and 2 * tensor.shape[1] % BLOCK)
+    ):
         return f"of a shape that {kind} cannot have:"
+    shape = (tensor.shape[0], packing * tensor.shape[1])
     required = {SCALE, SECOND_SCALE} if kind in _FOUR_BIT else {SCALE}
     optional = {INPUT_SCALE, MARKER} | ({SMOOTHING} if kind == NVFP4_TILED else set())
     missing = [f"without {suffix}" for suffix in required - companions.keys()]
@@ -138,15 +143,6 @@ def _kind(tensor: StoredTensor, layer: LayerQuant | None, metadata: QuantMetadat
             return "quantized in a format that the checkpoint's metadata does not name:"
         return next(iter(candidates))
     return named if named in candidates else f"{tensor.dtype}, but listed as {named}:"
-
-
-def _values_shape(kind: str, tensor: StoredTensor) -> tuple[int, int] | None:
-    if len(tensor.shape) != 2 or not tensor.element_count:
-        return None
-    rows, columns = tensor.shape
-    if kind not in _FOUR_BIT:
-        return rows, columns
-    return None if 2 * columns % BLOCK else (rows, 2 * columns)
 
 
 def _scale_fits(kind: str, suffix: str, shape: tuple[int, int], scale: StoredTensor) -> bool:

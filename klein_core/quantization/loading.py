@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 
 import torch
@@ -113,7 +113,11 @@ class QuantizedLoader:
         Raises:
             CheckpointError: the values of a quantized tensor or of its scales are not finite, or reading fails.
         """
-        if _fit_one_weight([self._formats.get(each.name) for each in slices]):
+        formats = [self._formats.get(each.name) for each in slices]
+        kinds = {stored.kind if stored else None for stored in formats}
+        # Weights with different smoothing cannot be stacked.
+        is_smoothed = any(stored and SMOOTHING in stored.companions for stored in formats)
+        if len(kinds) == 1 and None not in kinds and not (is_smoothed and len(formats) > 1):
             parts = [self._read_slice(each, reader, dtype) for each in slices]
             return parts[0] if len(parts) == 1 else type(parts[0]).stacked(parts)
         dense = self._read_dense(slices, shape, reader, dtype)
@@ -144,13 +148,6 @@ class QuantizedLoader:
         weight.dtype, weight.full_precision = dtype, stored.full_precision
         rows = tensor_slice.row_range(stored.shape[0])
         return weight if len(rows) == stored.shape[0] else weight.cut(rows.start, rows.stop)
-
-
-def _fit_one_weight(formats: Sequence[QuantFormat | None]) -> bool:
-    """Whether tensors of these formats can be rows of one quantized weight."""
-    kinds = {stored.kind if stored else None for stored in formats}
-    is_smoothed = any(stored and SMOOTHING in stored.companions for stored in formats)
-    return len(kinds) == 1 and None not in kinds and not (is_smoothed and len(formats) > 1)
 
 
 def _read_whole(name: str, stored: QuantFormat, reader: Reader) -> QuantizedWeight:

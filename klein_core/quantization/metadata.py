@@ -163,31 +163,27 @@ def _common_format(path: Path, metadata: Mapping[str, str]) -> str | None:
     Raises:
         CheckpointError: two of them contradict each other, or one names a format that is not supported.
     """
-    named: dict[str, str] = {}
-    for source, algorithm in _algorithms(path, metadata).items():
-        if not isinstance(algorithm, str) or algorithm not in _ALGORITHMS:
-            supported = ", ".join(_ALGORITHMS)
-            raise CheckpointError(f"{path}: {source} says {algorithm!r}; supported are {supported}")
-        named[source] = _ALGORITHMS[algorithm]
-    if len(set(named.values())) > 1:
-        sources = ", ".join(f"{source} says {kind}" for source, kind in named.items())
-        raise CheckpointError(f"{path} contradicts itself: {sources}")
-    return next(iter(named.values()), None)
-
-
-def _algorithms(path: Path, metadata: Mapping[str, str]) -> dict[str, object]:
-    """Returns source → the algorithm that it names, for a header and the configuration files of a folder."""
-    named: dict[str, object] = {}
+    algorithms: dict[str, object] = {}
     if _DIFFUSERS_HEADER in metadata:
-        named["the header"] = metadata[_DIFFUSERS_HEADER]
+        algorithms["the header"] = metadata[_DIFFUSERS_HEADER]
     if (path / _MODELOPT_FILE).is_file():
         settings = read_json(path / _MODELOPT_FILE).get("quantization")
-        named[_MODELOPT_FILE] = settings.get("quant_algo") if isinstance(settings, dict) else settings
+        algorithms[_MODELOPT_FILE] = settings.get("quant_algo") if isinstance(settings, dict) else settings
     config = path / "config.json"
     configured = configured_algorithm(config, read_json(config)) if config.is_file() else None
     if configured is not None:
-        named[config.name] = configured
-    return named
+        algorithms[config.name] = configured
+
+    kinds: dict[str, str] = {}
+    for source, algorithm in algorithms.items():
+        if not isinstance(algorithm, str) or algorithm not in _ALGORITHMS:
+            supported = ", ".join(_ALGORITHMS)
+            raise CheckpointError(f"{path}: {source} names {algorithm!r}; supported are {supported}")
+        kinds[source] = _ALGORITHMS[algorithm]
+    if len(set(kinds.values())) > 1:
+        contradiction = ", ".join(f"{source} names {kind}" for source, kind in kinds.items())
+        raise CheckpointError(f"{path} contradicts itself: {contradiction}")
+    return next(iter(kinds.values()), None)
 
 
 def _json_object(path: Path, source: str, text: str) -> dict[str, Any]:

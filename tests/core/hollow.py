@@ -36,7 +36,7 @@ def write_hollow(
     dtypes: Mapping[str, str] = MappingProxyType({}),
     metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
-    """Writes the shapes of tensors that may be on `meta`, as zeros; bfloat16 where `dtypes` says nothing."""
+    """Writes the shapes of tensors that may be on `meta`, as zeros; bfloat16 unless `dtypes` lists them."""
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, tensor in tensors.items():

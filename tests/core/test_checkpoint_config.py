@@ -1,4 +1,4 @@
-"""Configuration files read as written, and every unsupported value refused by name."""
+"""Configuration files read as written, and every unsupported value rejected by name."""
 
 from __future__ import annotations
 

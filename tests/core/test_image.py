@@ -124,7 +124,7 @@ def test_a_format_is_written_up_to_its_longest_side_and_refused_beyond(image_for
     shape = [limit, 2] if axis == 0 else [2, limit]
     assert encode_image(torch.zeros(*shape, 3, dtype=torch.uint8), image_format, 1)
     shape[axis] += 1
-    with pytest.raises(InvalidInput, match=f"{image_format} ends at {limit}") as caught:
+    with pytest.raises(InvalidInput, match=f"{image_format} allows at most {limit}") as caught:
         encode_image(torch.zeros(*shape, 3, dtype=torch.uint8), image_format, 1)
     assert fields(caught) == [("height_px", "width_px")[axis]]
 

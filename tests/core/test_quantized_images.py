@@ -1,4 +1,4 @@
-"""What quantization costs a picture and saves in memory: the embedded model's pictures, the published models' bytes."""
+"""Quality and size of quantized models: images of the embedded model, bytes of the published models."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from tests.tiny.transformer import random_span
 
 PROMPT = "a large red heart on a yellow background"
 LEAST_PSNR_DB = {"fp8": 42.0, "int8": 45.0, "nvfp4": 36.0}
-"""Of a picture against bfloat16's; measured over three prompts: 42.9 to 51.7, 50.9 to 54.2, 40.5 to 46.4 at 128²,
-and more at 64². Above 40 nobody tells pictures apart."""
+"""Of an image against bfloat16's; measured over three prompts: 42.9 to 51.7, 50.9 to 54.2, 40.5 to 46.4 at 128²,
+and more at 64². Above 40 dB images cannot be told apart by eye."""
 DTYPE = torch.bfloat16
 
 
@@ -37,7 +37,7 @@ def pico() -> Pipeline:
 
 
 @pytest.fixture(scope="module")
-def picture(pico: Pipeline) -> Tensor:
+def image(pico: Pipeline) -> Tensor:
     return paint(pico)
 
 
@@ -73,36 +73,36 @@ def pico_file(folder: Path, write: Callable[[Tensor], object], form: str) -> Pat
     return folder
 
 
-def test_a_picture_from_an_fp8_file(tmp_path: Path, pico: Pipeline, picture: Tensor):
+def test_an_image_from_an_fp8_file(tmp_path: Path, pico: Pipeline, image: Tensor):
     folder = pico_file(tmp_path, lambda weight: write_float8(weight, input_scale=None), "float8_e4m3fn")
     pipeline = with_transformer(pico, FlowTransformer.from_folder(folder, dtype=DTYPE))
-    assert psnr_db(paint(pipeline), picture) > LEAST_PSNR_DB["fp8"]
+    assert psnr_db(paint(pipeline), image) > LEAST_PSNR_DB["fp8"]
     assert byte_count(pipeline.transformer) <= 0.62 * byte_count(pico.transformer)
 
 
-def test_a_picture_from_an_nvfp4_file(tmp_path: Path, pico: Pipeline, picture: Tensor):
+def test_an_image_from_an_nvfp4_file(tmp_path: Path, pico: Pipeline, image: Tensor):
     folder = pico_file(tmp_path, write_nvfp4, "nvfp4")
     pipeline = with_transformer(pico, FlowTransformer.from_folder(folder, dtype=DTYPE))
-    assert psnr_db(paint(pipeline), picture) > LEAST_PSNR_DB["nvfp4"]
+    assert psnr_db(paint(pipeline), image) > LEAST_PSNR_DB["nvfp4"]
     assert byte_count(pipeline.transformer) <= 0.45 * byte_count(pico.transformer)
 
 
 @pytest.mark.parametrize("name", ["fp8", "int8"])
-def test_a_picture_after_quantizing_both_stages_at_load(name: str, picture: Tensor):
+def test_an_image_after_quantizing_both_stages_at_load(name: str, image: Tensor):
     pipeline = Pipeline.from_folder(WEIGHTS, dtype=DTYPE, quantization=name)
-    assert psnr_db(paint(pipeline), picture) > LEAST_PSNR_DB[name]
+    assert psnr_db(paint(pipeline), image) > LEAST_PSNR_DB[name]
     for module, count in ((pipeline.transformer, 2 * 8 + 4 * 2), (pipeline.text_encoder.model, 4 * 7)):
         assert sum(isinstance(part, QuantizedWeight) for part in module.modules()) == count
     assert {value.dtype for value in pipeline.vae_decoder.autoencoder.parameters()} == {DTYPE}
 
 
-def test_a_picture_with_inputs_in_eight_bits_too(
-    pico: Pipeline, picture: Tensor, monkeypatch: pytest.MonkeyPatch
+def test_an_image_with_inputs_in_eight_bits_too(
+    pico: Pipeline, image: Tensor, monkeypatch: pytest.MonkeyPatch
 ):
     """As a Hopper device computes it; torch's CPU product of 8-bit floats stands in for it."""
     monkeypatch.setattr(quantized_weight, "capability_of", lambda device: (9, 0))
     transformer = FlowTransformer.from_folder(WEIGHTS, dtype=DTYPE, quantization="fp8")
-    assert psnr_db(paint(with_transformer(pico, transformer)), picture) > LEAST_PSNR_DB["fp8"]
+    assert psnr_db(paint(with_transformer(pico, transformer)), image) > LEAST_PSNR_DB["fp8"]
 
 
 def test_compiled_blocks_give_the_same_bits():

@@ -15,7 +15,7 @@ from PIL import Image, ImageFile, ImageOps
 
 from klein_core.errors import InvalidInput
 from klein_core.vae_decoder.image_io import ReferenceLimits, fit_reference, prepare_reference
-from tests.tiny.pictures import encoded, png_bomb, sixteen_bit_png, webp_bomb
+from tests.tiny.image_files import encoded, png_bomb, sixteen_bit_png, webp_bomb
 
 
 def noise(width: int, height: int, channels: int = 3) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Whoever keeps a model's answers has to notice when the model behind a name is another one."""
+"""Digests of weights change with every noticeable change of a model, and agree between equal models."""
 
 from __future__ import annotations
 

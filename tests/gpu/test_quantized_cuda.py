@@ -16,7 +16,7 @@ from klein_core.quantization.quantized_weight import (
     multiplies_float8,
     set_weight,
 )
-from tests.core.test_quantized_weights import KINDS, matrix
+from tests.core.test_quantized_weight import KINDS, matrix
 from tests.tiny.transformer import relative_error
 
 pytestmark = [

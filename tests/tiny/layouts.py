@@ -1,4 +1,4 @@
-"""Writes diffusers' tensors as other tools name them; from model facts 6.1 to 6.3 and nothing of the loader's."""
+"""Renames diffusers' tensors as other tools name them, from the formats' descriptions; shares no loader code."""
 
 from __future__ import annotations
 

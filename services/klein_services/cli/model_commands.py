@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from klein_core.model_registry import PUBLISHED_MODELS
+from klein_core.quantization import constants
 from klein_services.cli.output import messages
 from klein_services.cli.ports import DEFAULT_PORT
 
@@ -28,17 +29,17 @@ class DtypeName(StrEnum):
 class QuantizationName(StrEnum):
     """Formats that plain weights can be converted to."""
 
-    NONE = "none"
-    FP8 = "fp8"
-    INT8 = "int8"
+    NONE = constants.NO_QUANTIZATION
+    FP8 = constants.FLOAT8
+    INT8 = constants.INT8
 
 
 class PrecisionName(StrEnum):
     """Formats in which transformers are published."""
 
     BF16 = "bf16"
-    FP8 = "fp8"
-    NVFP4 = "nvfp4"
+    FP8 = constants.FLOAT8
+    NVFP4 = constants.NVFP4_TILED
 
 
 class OffloadName(StrEnum):

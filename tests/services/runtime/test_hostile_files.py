@@ -1,4 +1,4 @@
-"""A stage given a broken or hostile file says which, with names, and never serves."""
+"""A stage that is started with a broken or hostile file exits, names the file and the reason, and never serves."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def a_missing_shard(path: Path) -> None:
         (giant_header, ["header", "100000000"]),
         (overlapping, ["overlapping", "conv_in.bias"]),
         (wrong_dtype, ["decoder.conv_in.bias (I32)", "not one of F32, F16, BF16"]),
-        (unknown_dtype, ["dtype that the format does not know", "decoder.conv_in.bias"]),
+        (unknown_dtype, ["dtype that the format does not have", "decoder.conv_in.bias"]),
         (wrong_shape, ["decoder.conv_in.bias (4, 8) instead of (32,)"]),
         (a_pickle, ["a pickle, which is never read"]),
         (only_pickles, ["only pickle files", "diffusion_pytorch_model.bin"]),
@@ -202,7 +202,7 @@ async def test_a_bare_transformer_that_could_be_several_models(tmp_path):
     assert all(name in message for name in ("klein-9b", "klein-base-9b", "klein-9b-kv", "variant"))
 
 
-async def test_a_file_that_is_cut_while_it_is_read(copy, monkeypatch):
+async def test_a_file_that_is_truncated_while_it_is_read(copy, monkeypatch):
     """A mapped file would end the process here."""
     path = copy / "vae" / WEIGHTS["vae"]
     open_files = Reader.__enter__
@@ -213,7 +213,7 @@ async def test_a_file_that_is_cut_while_it_is_read(copy, monkeypatch):
         return opened
 
     monkeypatch.setattr(Reader, "__enter__", cutting)
-    assert "cut since" in await refusal("vae", model_path=str(copy))
+    assert "truncated since" in await refusal("vae", model_path=str(copy))
 
 
 def test_the_process_ends_with_1_and_one_line(copy):

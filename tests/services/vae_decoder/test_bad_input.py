@@ -31,7 +31,7 @@ from tests.services.fakes.vae_decoder_calls import (
     refusal,
     tiny_application,
 )
-from tests.tiny.pictures import png_bomb, webp_bomb
+from tests.tiny.image_files import png_bomb, webp_bomb
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
@@ -194,7 +194,7 @@ async def test_a_side_that_the_format_cannot_have_is_refused_with_the_first_fram
 
     async with read_parts(spec_and_first_frame(), timeout_seconds=30) as parts:
         encoding = image_encoding((await parts.spec_part()).spec, "")
-        with pytest.raises(InvalidInput, match=r"width_px is 16384; webp ends at 16383"):
+        with pytest.raises(InvalidInput, match=r"width_px is 16384; webp allows at most 16383"):
             await read_latents(parts, encoding, 16, Limits())
 
 

@@ -29,7 +29,7 @@ from tests.services.fakes.vae_decoder_calls import (
     reference_parts,
     tiny_application,
 )
-from tests.tiny import pictures
+from tests.tiny import image_files
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -69,11 +69,11 @@ PHOTO = Image.open(BytesIO(picture(100, 70)))
 LYING_ON_ITS_SIDE = Image.Exif()
 LYING_ON_ITS_SIDE[0x0112] = 6
 KINDS_OF_PICTURES = {
-    "CMYK": pictures.encoded(PHOTO.convert("CMYK"), "JPEG", quality=95),
-    "turned by EXIF": pictures.encoded(PHOTO, "JPEG", quality=95, exif=LYING_ON_ITS_SIDE),
-    "palette": pictures.encoded(PHOTO.quantize(17)),
-    "alpha": pictures.encoded(PHOTO.convert("RGBA")),
-    "16-bit colors": pictures.sixteen_bit_png(np.asarray(PHOTO).astype(np.uint16) * 257),
+    "CMYK": image_files.encoded(PHOTO.convert("CMYK"), "JPEG", quality=95),
+    "turned by EXIF": image_files.encoded(PHOTO, "JPEG", quality=95, exif=LYING_ON_ITS_SIDE),
+    "palette": image_files.encoded(PHOTO.quantize(17)),
+    "alpha": image_files.encoded(PHOTO.convert("RGBA")),
+    "16-bit colors": image_files.sixteen_bit_png(np.asarray(PHOTO).astype(np.uint16) * 257),
 }
 
 

@@ -6,7 +6,7 @@ import difflib
 import re
 from dataclasses import dataclass, replace
 
-from klein_core.model_registry import PUBLISHED_MODELS, SMALL_DECODER, HubFile, KnownVae, PublishedModel
+from klein_core.model_registry import PUBLISHED_MODELS, SMALL_DECODER, HubFile, PublishedModel, PublishedVae
 from klein_services.cli.errors import CliError
 from klein_services.cli.exit_codes import MISUSED
 
@@ -27,7 +27,7 @@ class Choice:
     """The table's row; `None` for a repository that is not in it."""
     transformer: HubFile | None = None
     """Instead of the repository's own transformer weights."""
-    vae: KnownVae | None = None
+    vae: PublishedVae | None = None
     """Instead of the repository's own autoencoder."""
 
     @property

@@ -16,7 +16,7 @@ from klein_core.checkpoint.config import (
     read_text_encoder_config,
 )
 from klein_core.checkpoint.key_maps import is_past
-from klein_core.model_registry import HubFile, KnownVae
+from klein_core.model_registry import HubFile, PublishedVae
 from klein_core.variants import read_json
 from klein_services.cli.errors import CliError
 from klein_services.cli.hub.catalog import Choice
@@ -123,7 +123,7 @@ def _own_components(choice: Choice) -> list[str]:
     return [part for part in parts if replaced.get(part) is None]
 
 
-def _single_file(part: HubFile | KnownVae, names: set[str]) -> str:
+def _single_file(part: HubFile | PublishedVae, names: set[str]) -> str:
     """The file that the table names, else the only one there is."""
     if isinstance(part, HubFile) and part.name in names:
         return part.name

@@ -1,4 +1,4 @@
-"""What a file is, told from its headers: full-size files without their gigabytes, and broken ones."""
+"""Reports on files from their headers: full-size files without their gigabytes, and broken ones."""
 
 from __future__ import annotations
 

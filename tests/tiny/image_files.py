@@ -1,4 +1,4 @@
-"""Image files as they come from anywhere: ones that claim too much, and ones that Pillow does not write."""
+"""Hostile and unusual image files: false sizes in headers, and formats that Pillow does not write."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantized matrices: what they unfold to, which products a device computes itself, and that those are right."""
+"""Quantized weights: their dequantized values, and the products that a device computes from stored weights."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def inference():
 @each_kind
 @settings(max_examples=15, deadline=None)
 @given(st.integers(1, 300), st.integers(1, 9), st.data())
-def test_any_rows_unfold_to_the_written_values(kind: str, rows: int, blocks: int, data: st.DataObject):
+def test_any_rows_dequantize_to_the_written_values(kind: str, rows: int, blocks: int, data: st.DataObject):
     write, read = KINDS[kind]
     file = write(matrix(rows, 16 * blocks))
     stored = read(file)
@@ -147,7 +147,7 @@ def test_four_bit_floats_round_to_the_nearest_and_ties_to_the_even_code():
 
 
 @each_kind
-def test_a_layer_gives_what_it_gives_with_the_unfolded_matrix(kind: str):
+def test_a_layer_gives_what_it_gives_with_the_dequantized_matrix(kind: str):
     write, read = KINDS[kind]
     file = write(matrix(48, 32))
     tokens = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))

@@ -1,4 +1,4 @@
-"""Whatever a file calls its tensors, the same numbers come to the same places."""
+"""Files of every layout of names load into equal networks."""
 
 from __future__ import annotations
 

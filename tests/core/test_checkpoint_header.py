@@ -1,4 +1,4 @@
-"""A header is believed only when every byte of the file is accounted for."""
+"""A header is accepted only when every byte of the file is accounted for."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def test_a_written_file_is_read_as_it_was_written(tmp_path):
         ({"v": entry(4, 12)}, ["after a gap", "v"]),
         ({"w": entry(stop=4, shape=(1,))}, ["4 bytes at its end"]),
         ({"w": entry(), "v": entry(8, 16)}, ["truncated", "v"]),
-        ({"w": entry(8, 0)}, ["no byte range", "w"]),
-        ({"w": entry(-8, 0)}, ["no byte range", "w"]),
+        ({"w": entry(8, 0)}, ["not a byte range", "w"]),
+        ({"w": entry(-8, 0)}, ["not a byte range", "w"]),
         ({"w": entry(shape=(3,))}, ["another number of bytes", "w"]),
         ({"w": entry(dtype="F16")}, ["another number of bytes", "w"]),
         ({"w": entry(dtype="F4", shape=(3,), stop=1)}, ["another number of bytes", "w"]),
@@ -81,7 +81,7 @@ def test_a_written_file_is_read_as_it_was_written(tmp_path):
         ({"w": entry(shape=(True, 2))}, ["shape", "w"]),
         ({"w": entry(shape=[1] * 17 + [2])}, ["shape", "w"]),
         ({"w": entry(shape=(2**62, 2**62))}, ["another number of bytes", "w"]),
-        ({"w": entry(stop=2**70)}, ["no byte range", "w"]),
+        ({"w": entry(stop=2**70)}, ["not a byte range", "w"]),
         ({"w": {"dtype": "F32", "shape": [2]}}, ["data_offsets", "w"]),
         ({"w": entry(more=1)}, ["dtype, shape and data_offsets", "w"]),
         ({"w": [1]}, ["dtype, shape and data_offsets", "w"]),
@@ -112,7 +112,7 @@ def test_names_that_break_are_all_listed(tmp_path):
     header = {f"w{index}": entry(dtype="F9") for index in range(3)} | {"v": entry(shape=(9,))}
     message = refusal(write(tmp_path / "x.safetensors", header))
     assert "w0, w1, w2" in message
-    assert "another number of bytes than dtype and shape say: v" in message
+    assert "another number of bytes than dtype and shape require: v" in message
 
 
 def test_a_giant_header_is_refused_before_it_is_read(tmp_path):

@@ -1,4 +1,4 @@
-"""What is easily got wrong holds for every kind of model: distilled, base, and with cached references."""
+"""Sampling of every kind of model, distilled, base and with cached references, equals diffusers'."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_steps_guidance_and_spans_are_the_kinds_own(pair: Pair, steps: list[list
     is_base = not pair.ours.is_distilled
     [latents] = pair.ours.generate(PROMPT, width_px=64, height_px=64, seeds=[3])
     assert len(steps) == (50 if is_base else 4)
-    # Guidance's pair is one packed step; both see the same picture at the same level.
+    # Guidance's pair is one packed step; both have the same latents at the same noise level.
     assert {len(spans) for spans in steps} == {2 if is_base else 1}
     assert all(spans[0].latents is spans[-1].latents and spans[0].sigma == spans[-1].sigma for spans in steps)
     # All the way from noise: minus velocity 1, or 0 + 4 · (1 - 0).

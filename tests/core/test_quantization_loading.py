@@ -1,4 +1,4 @@
-"""Files of every quantized layout are read to the last bit, and whatever leaves a doubt is refused by name."""
+"""Files of every quantized layout are read exactly, and ambiguous ones are rejected by name."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_every_matrix_may_be_quantized_even_the_head(tmp_path: Path, official: T
     assert_reads_exactly(tmp_path, file, tmp_path, BLOCK_LAYERS + 9)
 
 
-def test_three_projections_stored_in_two_ways_are_unfolded(tmp_path: Path, plain: Tensors):
+def test_three_projections_stored_in_two_ways_are_dequantized(tmp_path: Path, plain: Tensors):
     odd = "transformer_blocks.0.attn.to_k.weight"
     file = quantized_file(plain, write_float8, lambda name: is_block_matrix(name) and name != odd)
     save(tmp_path, file.tensors, {"quantization": "fp8r"})
@@ -231,7 +231,7 @@ def test_an_incomplete_or_contradictory_fp8_file_is_refused(tmp_path: Path, offi
         FlowTransformer.from_folder(tmp_path)
 
 
-REFUSED_NOTES: dict[str, tuple[dict[str, str], str]] = {
+REFUSED_METADATA: dict[str, tuple[dict[str, str], str]] = {
     "none": ({}, rf"the checkpoint's metadata does not name: .*{QKV}.weight"),
     "other layout": ({"quantization": "nvfp4"}, rf"dtype or shape \({QKV}.weight_scale\).*: {QKV}.weight"),
     "other form": (comfy_header([QKV], "float8_e4m3fn"), "with .weight_scale_2"),
@@ -246,7 +246,7 @@ REFUSED_NOTES: dict[str, tuple[dict[str, str], str]] = {
         comfy_header([QKV], "nvfp4"),
         "not listed in the checkpoint's metadata: double_blocks.0.img_attn.proj",
     ),
-    "another tool": ({"quantization": "gptq"}, "says 'gptq'; supported are FP8, NVFP4"),
+    "another tool": ({"quantization": "gptq"}, "names 'gptq'; supported are FP8, NVFP4"),
     "twice": (
         comfy_header([QKV], "nvfp4") | {"quantization": "nvfp4"},
         "listed as nvfp4 and as nvfp4 .ModelOpt.",
@@ -258,9 +258,9 @@ REFUSED_NOTES: dict[str, tuple[dict[str, str], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED_NOTES)
-def test_a_four_bit_file_whose_notes_leave_a_doubt_is_refused(tmp_path: Path, official: Tensors, case: str):
-    metadata, message = REFUSED_NOTES[case]
+@pytest.mark.parametrize("case", REFUSED_METADATA)
+def test_a_four_bit_file_with_ambiguous_metadata_is_refused(tmp_path: Path, official: Tensors, case: str):
+    metadata, message = REFUSED_METADATA[case]
     file = quantized_file(official, write_nvfp4, is_block_matrix)
     save(tmp_path, file.tensors, metadata)
     with pytest.raises(CheckpointError, match=message):
@@ -286,11 +286,11 @@ def test_a_modelopt_file_that_says_two_things_is_refused(tmp_path: Path, plain: 
     settings = {"quant_method": "modelopt", "quant_algo": "FP8"}
     save(tmp_path, file.tensors, {"quantization": "nvfp4"}, quantization_config=settings)
     with pytest.raises(
-        CheckpointError, match=r"contradicts itself: the header says .*, config.json says fp8"
+        CheckpointError, match=r"contradicts itself: the header names .*, config.json names fp8"
     ):
         FlowTransformer.from_folder(tmp_path)
     save(tmp_path, file.tensors, quantization_config=settings | {"quant_algo": "W4A16_AWQ"})
-    with pytest.raises(CheckpointError, match=r"config\.json says 'W4A16_AWQ'"):
+    with pytest.raises(CheckpointError, match=r"config\.json names 'W4A16_AWQ'"):
         FlowTransformer.from_folder(tmp_path)
     save(tmp_path, file.tensors, quantization_config={"quant_method": "bitsandbytes"})
     with pytest.raises(CheckpointError, match="'bitsandbytes'; supported is 'modelopt'"):

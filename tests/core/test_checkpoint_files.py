@@ -1,4 +1,4 @@
-"""A model's parts from wherever they lie, and configurations told by shapes alone."""
+"""Components from separate files and folders, and configurations inferred from shapes alone."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.tiny.layouts import bare_text_encoder, bfl_transformer, bfl_vae, pref
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny model whose prompts have klein's length, which no tensor tells."""
+    """A tiny model whose prompts have klein's length, which no tensor determines."""
     folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
     save_tiny_checkpoint(folder, text_encoder={"max_sequence_length": 512})
     return folder
@@ -67,13 +67,13 @@ def test_three_bare_files_make_the_folder_s_picture(folder, bare):
 
 
 def test_shapes_tell_what_the_folder_s_configurations_say(folder, bare):
-    told, written = read_variant(bare), read_variant(folder)
-    assert told.transformer == written.transformer
-    assert told.vae == replace(written.vae, sample_size=told.vae.sample_size)
-    assert told.text_encoder.tapped_layers == written.text_encoder.tapped_layers
-    assert told.is_distilled
+    inferred, written = read_variant(bare), read_variant(folder)
+    assert inferred.transformer == written.transformer
+    assert inferred.vae == replace(written.vae, sample_size=inferred.vae.sample_size)
+    assert inferred.text_encoder.tapped_layers == written.text_encoder.tapped_layers
+    assert inferred.is_distilled
     same = ("hidden_size", "head_dim", "num_attention_heads", "num_key_value_heads", "intermediate_size")
-    assert all(told.text_encoder.qwen3[key] == written.text_encoder.qwen3[key] for key in same)
+    assert all(inferred.text_encoder.qwen3[key] == written.text_encoder.qwen3[key] for key in same)
 
 
 @pytest.mark.parametrize("style", ["diffusers", "bfl"])

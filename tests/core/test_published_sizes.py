@@ -29,24 +29,24 @@ def count(shapes):
     return sum(map(prod, shapes.values()))
 
 
-def filled_from(module, sources, stored):
-    """Checks that stored tensors of these shapes fill `module` by `sources`; returns those that are used up.
+def filled_from(module, key_map, stored):
+    """Checks that stored tensors of these shapes fill `module` by `key_map`; returns the names that are used up.
 
-    A stored tensor is used up when each of its rows goes to exactly one place.
+    A stored tensor is used up when each of its rows goes to exactly one parameter.
     """
     taken = {name: [] for name in stored}
     for target, value in module.state_dict().items():
-        if target not in sources:
+        if target not in key_map:
             continue
         rows = 0
-        for piece in sources[target]:
-            shape = stored[piece.name]
-            if piece.is_pointwise:
+        for each in key_map[target]:
+            shape = stored[each.name]
+            if each.is_pointwise:
                 assert shape[2:] == (1, 1)
                 shape = shape[:2]
             assert shape[1:] == tuple(value.shape[1:]), target
-            chosen = piece.row_range(shape[0])
-            taken[piece.name] += chosen
+            chosen = each.row_range(shape[0])
+            taken[each.name] += chosen
             rows += len(chosen)
         assert rows == value.shape[0], target
     return {
@@ -54,15 +54,15 @@ def filled_from(module, sources, stored):
     }
 
 
-def rows_of(pieces, stored):
-    """The same pieces with every end written out, neighbors joined."""
+def rows_of(slices, stored):
+    """Returns the slices with explicit ends, neighbors joined."""
     rows = []
-    for piece in pieces:
-        chosen = piece.row_range(stored[piece.name][0])
-        if rows and rows[-1][0] == piece.name and rows[-1][2] == chosen.start:
-            rows[-1] = (piece.name, rows[-1][1], chosen.stop)
+    for each in slices:
+        chosen = each.row_range(stored[each.name][0])
+        if rows and rows[-1][0] == each.name and rows[-1][2] == chosen.start:
+            rows[-1] = (each.name, rows[-1][1], chosen.stop)
         else:
-            rows.append((piece.name, chosen.start, chosen.stop))
+            rows.append((each.name, chosen.start, chosen.stop))
     return rows
 
 
@@ -78,9 +78,9 @@ def test_the_transformer_has_the_published_names_shapes_and_count(row, style):
     with torch.device("meta"):
         module = FlowTransformer(row.transformer)
     stored = PUBLISHED[style](*dimensions(row))
-    sources = transformer_key_map(row.transformer, style)
-    assert sources.keys() == module.state_dict().keys()
-    assert filled_from(module, sources, stored) == stored.keys()
+    key_map = transformer_key_map(row.transformer, style)
+    assert key_map.keys() == module.state_dict().keys()
+    assert filled_from(module, key_map, stored) == stored.keys()
     assert count(stored) == sum(p.numel() for p in module.parameters()) == parameters
     assert len(stored) == tensors[style == BFL]
 
@@ -131,11 +131,11 @@ def test_the_autoencoder_has_the_published_names_shapes_and_count(config, parame
     diffusers = published.vae(*widths)
     authors = published.vae(*widths, published.BFL_VAE)
     for style, stored in ((DIFFUSERS, diffusers), (BFL, authors)):
-        sources = vae_key_map(config, style)
-        assert filled_from(module, sources, stored) == stored.keys() - {"bn.num_batches_tracked"}
+        key_map = vae_key_map(config, style)
+        assert filled_from(module, key_map, stored) == stored.keys() - {"bn.num_batches_tracked"}
         assert len(stored) == 251
     same = dict(zip(diffusers, authors, strict=True))
-    moved = {name: pieces[0].name for name, pieces in vae_key_map(config, BFL).items()}
+    moved = {name: slices[0].name for name, slices in vae_key_map(config, BFL).items()}
     assert moved == {name: same[name] for name in vae_key_map(config, DIFFUSERS)}
     assert {name: tuple(value.shape) for name, value in module.state_dict().items()} == diffusers
     assert sum(p.numel() for p in module.parameters()) == parameters

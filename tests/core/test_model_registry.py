@@ -1,4 +1,4 @@
-"""The table of published models: it is frozen, and decides bare files by shape and name."""
+"""The registry of published models is frozen, and identifies bare files by shape and name."""
 
 from __future__ import annotations
 
