@@ -165,7 +165,7 @@ class Evaluation:
         rng = _random("controls")
         scenes = [any_scene(rng) for _ in range(count)]
         pictures = [render(scene, *USUAL) for scene in scenes]
-        self.add("control: true pictures", [judge(p, s) for p, s in zip(pictures, scenes, strict=True)])
+        self.add("control: true images", [judge(p, s) for p, s in zip(pictures, scenes, strict=True)])
         passed = [self._painter.round_trip(picture) for picture in pictures]
         self.add("control: VAE round trip", [judge(p, s) for p, s in zip(passed, scenes, strict=True)])
 
