@@ -20,7 +20,7 @@ from klein_services.cli.errors import CliError, call_error
 from klein_services.cli.exit_codes import MISUSED
 from klein_services.cli.image_files import STANDARD_STREAM, ImageFiles
 from klein_services.cli.output import GenerationProgress
-from klein_services.cli.status import described, list_models
+from klein_services.cli.status import list_models, model_text
 
 _FORMATS = {
     "png": image_pb2.IMAGE_FORMAT_PNG,
@@ -156,7 +156,7 @@ def _about_model(target: str, name: str) -> str:
     except CliError:
         # The images are made and written; a missing description is no failure.
         return f"`klein status --target {target}` describes the model."
-    return next((described(model) for model in models if model.name == name), name)
+    return next((model_text(model) for model in models if model.name == name), name)
 
 
 def warnings_of(summary: api.GenerationSummary) -> list[str]:

@@ -28,7 +28,7 @@ TAIL_LINES = 12
 class ChildSpec:
     """Description of a process to start."""
 
-    stage: str
+    name: str
     """Name of the process, for example `vae-decoder`."""
     address: str
     """Address that clients on this machine use."""
@@ -47,7 +47,7 @@ class Child:
         with spec.log_file.open("ab" if spec.appends_log else "wb") as log:
             # A new session: Ctrl-C in a terminal reaches only the parent, which stops the children in order.
             self._process = subprocess.Popen(
-                [sys.executable, "-X", "faulthandler", "-m", "klein_services.cli.stage_process", spec.stage],
+                [sys.executable, "-X", "faulthandler", "-m", "klein_services.cli.stage_process", spec.name],
                 env=dict(spec.environment),
                 stdin=subprocess.PIPE,
                 stdout=log,
@@ -56,8 +56,8 @@ class Child:
             )
 
     @property
-    def stage(self) -> str:
-        return self.spec.stage
+    def name(self) -> str:
+        return self.spec.name
 
     @property
     def address(self) -> str:
@@ -106,7 +106,7 @@ class Child:
             return [line.rstrip() for line in deque(log, TAIL_LINES)]
 
 
-class StageDied(CliError):
+class ProcessDied(CliError):
     """A process ended by itself. Names it, shows its last log lines and their file.
 
     Args:
@@ -116,13 +116,12 @@ class StageDied(CliError):
     """
 
     def __init__(self, child: Child, deaths: int = 1, flags: Mapping[str, str] | None = None) -> None:
-        self.stage = child.stage
         self.tail = [with_flags(line, flags or {}) for line in child.log_tail()]
         reason = next((line.strip() for line in reversed(self.tail) if line.strip()), "it wrote no log")
         super().__init__(
-            f"The {child.stage} ended {child.ending}."
+            f"The {child.name} ended {child.ending}."
             if deaths == 1
-            else f"The {child.stage} ended {deaths} times in a row, at last {child.ending}: {reason}",
+            else f"The {child.name} ended {deaths} times in a row, at last {child.ending}: {reason}",
             f"Its last lines are above, all of them in {child.spec.log_file}.",
         )
 

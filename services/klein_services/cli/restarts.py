@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 
 from klein_services.cli.probes import Probes, StartupPhase
-from klein_services.cli.process import PROCESSES, StageDied
+from klein_services.cli.process import PROCESSES, ProcessDied
 from klein_services.cli.suite import Suite
 
 DEATH_LIMIT = 3
@@ -67,7 +67,7 @@ class Restarts:
         """Notices deaths, starts what is due, and reports what serves again; returns soon.
 
         Raises:
-            StageDied: a process died too often.
+            ProcessDied: a process died too often.
         """
         now = time.monotonic()
         for process, history in self._histories.items():
@@ -75,7 +75,7 @@ class Restarts:
             if history.due is None and child.exit_code is not None:
                 deaths = history.add_death(now)
                 if deaths >= DEATH_LIMIT:
-                    raise StageDied(child, deaths, self._suite.flags(process))
+                    raise ProcessDied(child, deaths, self._suite.flags(process))
                 pause = FIRST_PAUSE_SECONDS * 2.0**deaths
                 history.due, history.is_loading = now + pause, False
                 self._say(f"The {process} ended {child.ending}; it starts again in {pause:.0f} s.")

@@ -43,7 +43,7 @@ def wait_with_progress(
         Seconds that it took, or `None` when `cancelled` returned true first.
 
     Raises:
-        StageDied: a process ended instead.
+        ProcessDied: a process ended instead.
         CliError: it takes too long.
     """
     progress = LoadingProgress()

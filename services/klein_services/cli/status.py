@@ -1,4 +1,4 @@
-"""`klein status`: what runs, and how busy it is."""
+"""`klein status` and `klein adapters`: tables of a running suite's models, stages and adapters."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run_status(target: str, timeout_seconds: float, console: Console) -> int:
     console.print(status_table(answer))
     for model in answer.models:
         if model.description:
-            console.print(Text(described(model)), soft_wrap=True)
+            console.print(Text(model_text(model)), soft_wrap=True)
     for line in problems(answer):
         console.print(Text(line, "red"), soft_wrap=True)
     all_serve = bool(answer.models) and all(model.serving for model in answer.models)
@@ -37,7 +37,7 @@ def run_status(target: str, timeout_seconds: float, console: Console) -> int:
 
 
 async def list_models(target: str, timeout_seconds: float) -> api.ListModelsResponse:
-    """Asks an orchestrator for its models; raises CliError when it does not answer."""
+    """Returns an orchestrator's models; raises CliError when it does not answer."""
     try:
         async with connect(target) as stub:
             return await stub.ListModels(api.ListModelsRequest(), timeout=timeout_seconds)
@@ -45,7 +45,7 @@ async def list_models(target: str, timeout_seconds: float) -> api.ListModelsResp
         raise call_error(error, target) from error
 
 
-def described(model: api.RoutedModel) -> str:
+def model_text(model: api.RoutedModel) -> str:
     """Returns a model's name with its description, if there is one, as a paragraph that begins with the name."""
     if model.description.startswith(model.name):
         return model.description
@@ -53,7 +53,7 @@ def described(model: api.RoutedModel) -> str:
 
 
 def status_table(answer: api.ListModelsResponse) -> Table:
-    """A row for each stage of each model."""
+    """Returns a table with a row for each stage of each model."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for heading in ("MODEL", "STAGE", "HEALTH", "DEVICE", "RUNNING", "QUEUED"):
         table.add_column(heading, no_wrap=True)
@@ -67,7 +67,7 @@ def status_table(answer: api.ListModelsResponse) -> Table:
 
 
 def problems(answer: api.ListModelsResponse) -> list[str]:
-    """A line for each problem; several stages may have the same one, that they do not fit each other."""
+    """Returns a line for each problem; stages that do not fit each other share one."""
     lines = (
         f"{model.name}: {stage.problem}" for model in answer.models for stage in model.stages if stage.problem
     )
@@ -116,20 +116,20 @@ def run_adapters(target: str, timeout_seconds: float, console: Console) -> int:
 
 
 def adapters_table(model: api.RoutedModel) -> Table:
-    """A row for each adapter of a model."""
+    """Returns a table with a row for each adapter of a model."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(f"ADAPTER OF {model.name}", overflow="fold")
     for heading in ("KIND", "RANK", "LAYERS", "SIZE"):
         table.add_column(heading, no_wrap=True, justify="left" if heading == "KIND" else "right")
     for adapter in model.adapters:
-        told = (adapter.kind, str(adapter.rank or "–"), str(adapter.layer_count))
-        cells = (Text("unusable", "red"), "–", "–") if adapter.problem else told
+        details = (adapter.kind, str(adapter.rank or "–"), str(adapter.layer_count))
+        cells = (Text("unusable", "red"), "–", "–") if adapter.problem else details
         table.add_row(Text(adapter.name), *cells, file_size(adapter.size_bytes))
     return table
 
 
 def adapter_problems(answer: api.ListModelsResponse) -> list[str]:
-    """A line for each adapter that cannot be used."""
+    """Returns a line for each adapter that cannot be used."""
     return [
         f"{model.name}: {adapter.problem}"
         for model in answer.models

@@ -31,7 +31,7 @@ from klein_services.cli.process import (
     STAGES,
     Child,
     ChildSpec,
-    StageDied,
+    ProcessDied,
     inherited_environment,
     wait_for_all,
     with_flags,
@@ -154,7 +154,7 @@ class Suite:
         """Waits until all four serve; returns false when `cancelled` returned true first.
 
         Raises:
-            StageDied: one ended instead.
+            ProcessDied: one ended instead.
             CliError: the time passed.
         """
         phases = dict.fromkeys(PROCESSES, StartupPhase.STARTING)
@@ -186,10 +186,10 @@ class Suite:
         return False
 
     def raise_if_died(self) -> None:
-        """Raises StageDied when one of the four has ended."""
+        """Raises ProcessDied when one of the four has ended."""
         for child in self.children.values():
             if child.exit_code is not None:
-                raise StageDied(child, flags=self.flags(child.stage))
+                raise ProcessDied(child, flags=self.flags(child.name))
 
     def restart(self, process: str) -> None:
         """Starts a process that ended once more, on the same ports; its log goes on in the same file."""
@@ -206,8 +206,8 @@ class Suite:
         """
         running = [child for child in self.children.values() if child.exit_code is None]
         for group in (
-            [child for child in running if child.stage == ORCHESTRATOR],
-            [child for child in running if child.stage != ORCHESTRATOR],
+            [child for child in running if child.name == ORCHESTRATOR],
+            [child for child in running if child.name != ORCHESTRATOR],
         ):
             self._killed += _stop_together(group, insisted)
         self._reservations.close()
@@ -220,7 +220,7 @@ class Suite:
         return _COMMON_FLAGS | {"KLEIN_WEIGHTS_PATH": f"--{COMPONENTS[process].replace('_', '-')}"}
 
     def _check_settings(self, process: str) -> None:
-        """Raises CliError for settings that would stop a process at its start, by the flags that set them."""
+        """Raises CliError, with the flags of `klein up`, for settings that would stop a process at its start."""
         environment = inherited_environment() | self._settings(process)
         try:
             load_settings(settings_class(process), environment, {}).settings.check()
@@ -322,4 +322,4 @@ def _stop_together(children: list[Child], insisted: Callable[[], bool]) -> list[
     for child in children:
         child.kill()
     wait_for_all(children, GRACE_SECONDS)
-    return [child.stage for child in children]
+    return [child.name for child in children]

@@ -15,7 +15,7 @@ from klein_services.cli.ports import DEFAULT_PORT, LOOPBACK
 from klein_services.cli.process import PROCESSES
 from klein_services.cli.restarts import Restarts
 from klein_services.cli.startup import FollowedLogs, StopSignals, wait_with_progress
-from klein_services.cli.status import described, list_models
+from klein_services.cli.status import list_models, model_text
 from klein_services.cli.suite import Suite, SuiteOptions
 
 WATCH_SECONDS = 0.1
@@ -26,7 +26,7 @@ def run_up(options: SuiteOptions, console: Console, *, verbose: bool) -> int:
     """Runs the suite until a signal to stop; returns the exit code.
 
     Raises:
-        StageDied: a process ended before it was ready, or too often after; the others were stopped.
+        ProcessDied: a process ended before it was ready, or too often after; the others were stopped.
         CliError: the suite cannot start.
     """
     suite = Suite(options)
@@ -73,7 +73,7 @@ def about_model(suite: Suite) -> str:
     except CliError:
         # The suite serves; a description that comes too late is no reason to stop it.
         return suite.model_name
-    return next((described(model) for model in models if model.name == suite.model_name), suite.model_name)
+    return next((model_text(model) for model in models if model.name == suite.model_name), suite.model_name)
 
 
 def how_to_call(suite: Suite) -> str:
