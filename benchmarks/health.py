@@ -103,11 +103,11 @@ async def wait_until_serving(channel: grpc.aio.Channel, process: subprocess.Pope
         if answer.status == health_pb2.HealthCheckResponse.SERVING:
             return
         await asyncio.sleep(0.1)
-    raise SystemExit("the denoiser did not start; its log above says why")
+    raise SystemExit("the denoiser did not start; see its log above")
 
 
 async def probe(channel: grpc.aio.Channel, seconds: float) -> list[float]:
-    """Returns how long each check took; one is due every 10 ms, whether or not the last was answered."""
+    """Returns the duration of each check; one starts every 10 ms, whether or not the last was answered."""
     health = health_pb2_grpc.HealthStub(channel)
     request = health_pb2.HealthCheckRequest(service=SERVICE)
 
@@ -115,7 +115,7 @@ async def probe(channel: grpc.aio.Channel, seconds: float) -> list[float]:
         begun = time.perf_counter()
         answer = await health.Check(request, timeout=10)
         if answer.status != health_pb2.HealthCheckResponse.SERVING:
-            raise SystemExit(f"health said {answer.status} while the denoiser worked")
+            raise SystemExit(f"health was {answer.status} while the denoiser worked")
         return time.perf_counter() - begun
 
     begun, checks = time.perf_counter(), []
@@ -127,7 +127,7 @@ async def probe(channel: grpc.aio.Channel, seconds: float) -> list[float]:
 
 
 def long_request() -> Iterator[api.DenoiseLatentsRequest]:
-    """Yields the parts of a request that runs longer than anybody probes."""
+    """Yields the parts of a request that runs longer than the probes."""
     spec = api.DenoiseSpec(width_px=SIZE_PX, height_px=SIZE_PX, seeds=[1], step_count=STEPS)
     yield api.DenoiseLatentsRequest(spec=spec)
     embedding = torch.randn(TEXT_TOKENS, CONFIG.joint_attention_dim)
@@ -169,7 +169,7 @@ def percentiles(seconds: list[float]) -> tuple[float, float, float]:
 
 
 def free_port() -> int:
-    """Returns a port that nobody uses now."""
+    """Returns a port that is free now."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
 

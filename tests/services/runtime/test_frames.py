@@ -1,4 +1,4 @@
-"""Frames: every tensor survives the trip, and whatever is not a tensor is refused by name."""
+"""Frames: every tensor arrives unchanged, and anything else is refused by name."""
 
 import math
 
@@ -129,12 +129,12 @@ LIES = {
 
 @pytest.mark.parametrize("lie", LIES)
 def test_a_stream_that_lies_is_refused_by_name(lie):
-    change, told = LIES[lie]
+    change, description = LIES[lie]
     with pytest.raises(InvalidInput) as raised:
         read(change(frames()))
     (violation,) = raised.value.violations
     assert violation.field == "latents"
-    assert told in violation.description
+    assert description in violation.description
 
 
 def test_memory_is_taken_only_after_the_limit_is_checked():
@@ -182,16 +182,16 @@ def test_nan_survives_too():
 
 
 @pytest.mark.parametrize(
-    ("expected", "told"),
+    ("expected", "description"),
     [
         ({"shape": (2, None)}, r"\[2, 3, 4\]; must be \[2, any\]"),
         ({"shape": (2, None, 5)}, r"must be \[2, any, 5\]"),
         ({"dtypes": [torch.bfloat16]}, "element type f32; must be bf16"),
     ],
 )
-def test_another_shape_or_type_than_expected_is_refused(expected, told):
+def test_another_shape_or_type_than_expected_is_refused(expected, description):
     reader = read(tensor_frames(torch.zeros(2, 3, 4)))
-    with pytest.raises(InvalidInput, match=told):
+    with pytest.raises(InvalidInput, match=description):
         frames_tensor(reader, **expected)
 
 

@@ -38,7 +38,7 @@ def test_an_override_wins_over_the_environment_which_wins_over_the_default():
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "told"),
+    ("name", "value", "parts"),
     [
         ("PORT", "many", ["KLEIN_PORT", "'many'", "whole number"]),
         ("PORT", "65536", ["KLEIN_PORT", "65536", "at most 65535"]),
@@ -49,10 +49,10 @@ def test_an_override_wins_over_the_environment_which_wins_over_the_default():
         ("LOG_LEVEL", "loud", ["KLEIN_LOG_LEVEL", "loud", "debug, info, warning, error"]),
     ],
 )
-def test_a_bad_value_names_the_variable_the_value_and_the_limit(name, value, told):
+def test_a_bad_value_names_the_variable_the_value_and_the_limit(name, value, parts):
     with pytest.raises(SettingsError) as raised:
         load_settings(Sample, {f"KLEIN_{name}": value})
-    assert all(part in str(raised.value) for part in told)
+    assert all(part in str(raised.value) for part in parts)
 
 
 def test_a_bad_flag_is_named_as_a_flag():

@@ -51,14 +51,16 @@ def raising(error):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("error", "code", "reason", "told"), TABLE, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    ("error", "code", "reason", "message"), TABLE, ids=lambda value: type(value).__name__
+)
 async def test_each_error_has_its_status_in_every_call_shape(
-    toy, toy_channel, shape, error, code, reason, told
+    toy, toy_channel, shape, error, code, reason, message
 ):
     toy.behavior = raising(error)
     details = explain(await failure(call(toy_channel, shape)))
     assert (details.code, details.reason) == (code, reason)
-    assert told in details.message
+    assert message in details.message
     assert "secret" not in details.message
     assert "0x7f" not in details.message
 

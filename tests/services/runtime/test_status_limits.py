@@ -1,4 +1,4 @@
-"""Statuses fit the headers that they travel in, whatever callers write."""
+"""Statuses fit the headers that they travel in, whatever clients send."""
 
 from __future__ import annotations
 

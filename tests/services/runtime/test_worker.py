@@ -1,4 +1,4 @@
-"""The worker: order, bounds, and that nothing is computed for callers who have gone."""
+"""The worker: order, bounds, and that nothing is computed for clients that have disconnected."""
 
 import asyncio
 import threading
@@ -128,7 +128,7 @@ async def test_what_expires_and_is_cancelled_at_the_same_time_is_counted_once(wo
     late = asyncio.create_task(worker.run(lambda: None, deadline=time.monotonic() + 0.02))
     await asyncio.sleep(0.05)
     busy[0].may_end.set()
-    time.sleep(0.2)  # noqa: ASYNC251 # the worker finds it expired while the event loop cannot be told
+    time.sleep(0.2)  # noqa: ASYNC251 # the worker finds it expired before the event loop can act
     late.cancel()
     await asyncio.gather(late, return_exceptions=True)
     assert sample("klein_deadline_missed_total") == before + 1

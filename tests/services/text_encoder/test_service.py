@@ -1,4 +1,4 @@
-"""The text-encoder over gRPC: klein_core's very embeddings, and a status for whatever is wrong."""
+"""The text-encoder over gRPC: klein_core's very embeddings, and a status for every error."""
 
 import asyncio
 import time

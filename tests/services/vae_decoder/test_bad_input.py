@@ -98,10 +98,10 @@ BAD_REFERENCES = {
 
 @pytest.mark.parametrize("case", BAD_REFERENCES)
 async def test_a_bad_reference_names_field_and_limit(stub, case):
-    parts, field, told = BAD_REFERENCES[case]
+    parts, field, description = BAD_REFERENCES[case]
     details = await refusal(encode_reference(stub, iter(parts)))
     assert (details.code, details.violations[0].field) == (INVALID, field)
-    assert told in details.violations[0].description
+    assert description in details.violations[0].description
 
 
 async def test_a_reference_over_the_limit_is_refused_before_it_has_all_come(stub):
@@ -178,11 +178,11 @@ BAD_LATENTS = {
 
 @pytest.mark.parametrize("case", BAD_LATENTS)
 async def test_bad_latents_name_field_and_limit(stub, case):
-    parts, field, told = BAD_LATENTS[case]
+    parts, field, description = BAD_LATENTS[case]
     details = await refusal(decode(stub, iter(parts)))
     assert details.code is INVALID
     assert details.violations[0].field == field
-    assert told in details.violations[0].description
+    assert description in details.violations[0].description
 
 
 async def test_a_side_that_the_format_cannot_have_is_refused_with_the_first_frame():
@@ -260,7 +260,7 @@ async def test_a_refused_stream_leaves_nothing_running(application, stub):
 
 
 async def test_a_status_reaches_a_client_that_is_still_writing(stub):
-    # grpc.aio tells INTERNAL in place of a status that arrives while it writes.
+    # grpc.aio reports INTERNAL in place of a status that arrives while it writes.
     parts = [REFERENCE] + [pb.EncodeReferenceRequest(image_chunk=b"x" * MAX_FRAME_BYTES)] * 12
     for _ in range(5):
         assert (await refusal(encode_reference(stub, iter(parts)))).code is INVALID
@@ -278,7 +278,7 @@ async def test_a_client_that_goes_while_it_sends_leaves_nothing_running(applicat
     assert (application.worker.queued_count, application.worker.running_count) == (0, 0)
 
 
-async def test_requests_beyond_the_places_are_refused_before_anything_is_kept(tiny_checkpoint):
+async def test_requests_beyond_the_slots_are_refused_before_anything_is_kept(tiny_checkpoint):
     application = tiny_application(tiny_checkpoint, queue_limit=1, receive_timeout_seconds=30)
     async with running_server(application) as address, open_channel(address) as channel:
         stub = vae_decoder_service_pb2_grpc.VaeDecoderServiceStub(channel)

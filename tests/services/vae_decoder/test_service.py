@@ -150,7 +150,7 @@ async def test_the_stage_describes_its_model(channel):
 
 
 @pytest.mark.parametrize(
-    ("told", "policy"),
+    ("settings", "policy"),
     [
         ({}, TilingPolicy("auto", None)),
         ({"tiling": "on"}, TilingPolicy("on", None)),
@@ -158,8 +158,8 @@ async def test_the_stage_describes_its_model(channel):
     ],
     ids=["default", "on", "limit"],
 )
-async def test_settings_decide_when_images_are_tiled(tiny_checkpoint, told, policy):
-    application = tiny_application(tiny_checkpoint, **told)
+async def test_settings_decide_when_images_are_tiled(tiny_checkpoint, settings, policy):
+    application = tiny_application(tiny_checkpoint, **settings)
     await application.load()
     assert application.decoder.tiling == policy
     await application.close()

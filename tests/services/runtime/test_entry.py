@@ -1,4 +1,4 @@
-"""`python -m services.STAGE`: its arguments, and an installation without torch."""
+"""`python -m klein_services.STAGE`: its arguments, and an installation without torch."""
 
 import subprocess
 import sys

@@ -1,10 +1,11 @@
-"""What surrounds every call: request ids, metrics, access log, cancellation, load reports."""
+"""Contexts around every call: request ids, metrics, access log, cancellation, load reports, and their order."""
 
 import asyncio
 import json
 import logging
 import re
 import struct
+from contextlib import asynccontextmanager
 
 import grpc
 import pytest
@@ -13,9 +14,10 @@ from prometheus_client import REGISTRY
 
 from klein_api.v1 import stage_service_pb2, stage_service_pb2_grpc
 from klein_services.runtime.channels import open_channel
+from klein_services.runtime.interceptors import CallInterceptor
 from klein_services.runtime.logs import ConsoleFormatter, JsonFormatter, request_id
 from klein_services.runtime.orca import LoadReport
-from tests.services.fakes.runtime_toy import SHAPES, call, failure, until
+from tests.services.fakes.runtime_toy import SHAPES, Toy, call, failure, until
 
 KINDS = dict(zip(SHAPES, ("unary", "server_stream", "client_stream", "bidi_stream"), strict=True))
 
@@ -151,6 +153,38 @@ async def test_each_call_is_one_line_of_the_access_log_and_probes_are_none(toy_c
     assert (record.method, record.code) == ("toy.Toy/unary_stream", "OK")
     assert record.seconds < 5
     assert "127.0.0.1" in record.peer
+
+
+async def test_contexts_are_entered_in_order_and_left_in_reverse():
+    events = []
+
+    def recording(name):
+        @asynccontextmanager
+        async def record(call):
+            events.append(f"enter {name} {call.method.name}")
+            try:
+                yield
+            finally:
+                events.append(f"leave {name}")
+
+        return record
+
+    toy = Toy()
+    server = grpc.aio.server(interceptors=[CallInterceptor([recording("outer"), recording("inner")])])
+    toy.register(server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with open_channel(f"127.0.0.1:{port}") as channel:
+            for shape in SHAPES * 2:
+                events.clear()
+                assert await call(channel, shape, b"hello") == b"hello"
+                await until(lambda: len(events) == 4)
+                entered = [f"enter outer {shape}", f"enter inner {shape}"]
+                assert events == [*entered, "leave inner", "leave outer"]
+    finally:
+        await server.stop(0)
+        await toy.close()
 
 
 async def test_an_unknown_method_is_unimplemented(toy_channel):
