@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks.contenders import Place, Run, StepInputs, flow_transformer, step_run
 from benchmarks.measure import Bar, alternate, command, describe_machine, finish, paired_ratio
 from benchmarks.shapes import SHAPES
-from klein_core.denoiser.transformer import FlowTransformer, is_block_product
+from klein_core.denoiser.transformer import FlowTransformer, is_block_linear
 from klein_core.pico import WEIGHTS
 from klein_core.pipeline import Pipeline
 from klein_core.quantization import fp8, nvfp4
@@ -93,7 +93,7 @@ def quantized(plain: FlowTransformer, quantize: Callable[[Tensor], QuantizedWeig
     with torch.device("meta"):
         made = FlowTransformer(plain.config)
     weights = plain.state_dict()
-    for name in [name for name in weights if is_block_product(name)]:
+    for name in [name for name in weights if is_block_linear(name)]:
         set_weight(made, name, quantize(weights.pop(name)))
     made.load_state_dict(weights, strict=False, assign=True)
     share_buffer(made)

@@ -1,7 +1,7 @@
-"""Weights of blocks in the machine's memory, brought to the device one block ahead of their use.
+"""Block offloading: block weights stay in host memory and are streamed to the device one block ahead.
 
-The device holds two blocks, whatever the network's depth. While one computes, the next one is copied into the
-place that the one before left. Values are copied as they are, quantized ones too, so results are the same bits.
+The device holds two blocks, at any depth of the network: while one computes, the next one is copied into the other
+slot. Bytes are copied as they are stored, quantized weights included, so results are bit-identical.
 """
 
 from __future__ import annotations
@@ -15,185 +15,191 @@ from torch import Tensor, nn
 
 from klein_core.denoiser.transformer import FlowTransformer
 
-PLACES = 2
-"""Blocks on the device: the one that computes and the one that comes next."""
-_ALIGNMENT = 256
-"""Bytes; what CUDA's own allocations keep to, so that the same kernels are chosen."""
-
-
-class CopyStream(Protocol):
-    """Copies blocks to the device beside the computation, and keeps the two from overtaking each other."""
-
-    def fill(self, place: int, room: Tensor, block: Tensor) -> None:
-        """Begins to copy a block's bytes into a place's room, once whoever used that place is done."""
-
-    def await_filled(self, place: int) -> None:
-        """Lets the computation wait until the place is filled."""
-
-    def mark_used(self, place: int) -> None:
-        """Marks the point in the computation from which on the place may be filled anew."""
-
-
-class CudaCopyStream:
-    """A CUDA stream of its own; the processor never waits."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        new_event: Callable[[], torch.cuda.Event] = torch.cuda.Event
-        self._filled = [new_event() for _ in range(PLACES)]
-        self._used = [new_event() for _ in range(PLACES)]
-
-    def fill(self, place: int, room: Tensor, block: Tensor) -> None:
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(self._used[place])
-            room.copy_(block, non_blocking=True)
-            self._filled[place].record(self._stream)
-
-    def await_filled(self, place: int) -> None:
-        torch.cuda.current_stream(self._device).wait_event(self._filled[place])
-
-    def mark_used(self, place: int) -> None:
-        self._used[place].record(torch.cuda.current_stream(self._device))
-
-
-class SyncCopyStream:
-    """Copies at once, where nothing runs beside the processor."""
-
-    def fill(self, place: int, room: Tensor, block: Tensor) -> None:
-        room.copy_(block)
-
-    def await_filled(self, place: int) -> None:
-        pass
-
-    def mark_used(self, place: int) -> None:
-        pass
+SLOTS = 2
+"""Double buffer on the device: one block computes while the next one is copied."""
+_ALIGNMENT_BYTES = 256
+"""Alignment of CUDA's own allocations; with the same alignment the same kernels are chosen."""
 
 
 def offload_blocks(
-    transformer: FlowTransformer, device: torch.device | str, lane: CopyStream | None = None
+    transformer: FlowTransformer, device: torch.device | str, copy_stream: CopyStream | None = None
 ) -> None:
-    """Leaves the blocks' weights in the machine's memory, from where each step streams them to `device`.
+    """Keeps the blocks' weights in host memory and streams them to `device` during each step.
 
     Args:
         transformer: loaded on the CPU, and not compiled. Everything but its blocks is moved to the device.
         device: where steps are computed.
-        lane: how copies are made; `None` is a CUDA stream on CUDA.
+        copy_stream: makes the copies; `None` is `CudaCopyStream` on CUDA, else `SyncCopyStream`.
     """
     device = torch.device(device)
     is_cuda = device.type == "cuda"
     blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-    parked = [PinnedBlock.of(block, is_pinned=is_cuda) for block in blocks]
+    pinned = [PinnedBlock.of(block, is_pinned=is_cuda) for block in blocks]
     for child in transformer.children():
         if child not in (transformer.transformer_blocks, transformer.single_transformer_blocks):
             child.to(device)
-    lane = lane or (CudaCopyStream(device) if is_cuda else SyncCopyStream())
-    BlockStream(parked, device, lane).attach(blocks)
+    copy_stream = copy_stream or (CudaCopyStream(device) if is_cuda else SyncCopyStream())
+    BlockStream(pinned, device, copy_stream).attach(blocks)
+
+
+class BlockStream:
+    """Copies each block to the device before its forward pass, and prefetches the next one.
+
+    Args:
+        blocks: in execution order.
+        device: where they compute.
+        copy_stream: makes the copies.
+    """
+
+    def __init__(self, blocks: Sequence[PinnedBlock], device: torch.device, copy_stream: CopyStream) -> None:
+        largest = max(block.memory.numel() for block in blocks)
+        self._blocks = tuple(blocks)
+        self._device_buffers = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
+        self._host_tensors = [[view.of(block.memory) for view in block.views] for block in blocks]
+        self._device_tensors = [
+            [[view.of(buffer) for view in block.views] for buffer in self._device_buffers] for block in blocks
+        ]
+        """By block, then slot."""
+        self._copy_stream = copy_stream
+        self._slot = 0
+        """The slot that is filled next."""
+        self._prefetched: int | None = None
+        """The block that was copied last."""
+
+    def attach(self, modules: Sequence[nn.Module]) -> None:
+        """Registers forward hooks on the blocks' modules, which must be in the same order as the blocks."""
+        for index, module in enumerate(modules):
+            module.register_forward_pre_hook(lambda *_, index=index: self.pre_forward(index))
+            # After a failed forward pass too: the next step expects host tensors.
+            module.register_forward_hook(lambda *_, index=index: self.post_forward(index), always_call=True)
+
+    def pre_forward(self, index: int) -> None:
+        """Switches a block to its weights on the device and starts to copy the next block's."""
+        if self._prefetched != index:
+            # The first step, or the first one after a failed step.
+            self._fill(index)
+        self._slot, slot = 1 - self._slot, self._slot
+        self._copy_stream.wait_ready(slot)
+        self._assign(index, self._device_tensors[index][slot])
+        self._fill((index + 1) % len(self._blocks))
+
+    def post_forward(self, index: int) -> None:
+        """Switches a block back to its weights in host memory, which needs no copy."""
+        self._assign(index, self._host_tensors[index])
+        self._copy_stream.record_free(1 - self._slot)
+
+    def _fill(self, index: int) -> None:
+        """Starts to copy a block into the next slot."""
+        memory = self._blocks[index].memory
+        with torch.inference_mode(False), torch.no_grad():
+            buffer = self._device_buffers[self._slot]
+            self._copy_stream.fill(self._slot, buffer[: memory.numel()], memory)
+        self._prefetched = index
+
+    def _assign(self, index: int, tensors: Sequence[Tensor]) -> None:
+        for view, tensor in zip(self._blocks[index].views, tensors, strict=True):
+            view.assign(tensor)
 
 
 @dataclass(frozen=True)
-class Slice:
-    """One tensor of a block, where it lies in the block's bytes."""
+class PinnedBlock:
+    """A block's tensors, contiguous in host memory."""
+
+    views: tuple[TensorView, ...]
+    memory: Tensor
+    """Bytes; pinned for copies to CUDA."""
+
+    @classmethod
+    def of(cls, block: nn.Module, *, is_pinned: bool) -> PinnedBlock:
+        """Moves a block's parameters and buffers into one allocation."""
+        views, start = [], 0
+        for table, name, tensor in _tensors(block):
+            is_parameter = isinstance(tensor, nn.Parameter)
+            views.append(TensorView(table, name, start, tensor.shape, tensor.dtype, is_parameter))
+            start += -(-tensor.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        pinned = cls(tuple(views), torch.empty(start, dtype=torch.uint8, pin_memory=is_pinned))
+        for view in pinned.views:
+            host_tensor = view.of(pinned.memory)
+            host_tensor.detach().copy_(view.table[view.name])
+            view.assign(host_tensor)
+        return pinned
+
+
+@dataclass(frozen=True)
+class TensorView:
+    """One tensor of a block: its location in the block's bytes, and the module attribute that holds it."""
 
     table: dict[str, Any]
-    """The owner's parameters or buffers."""
+    """The module's `_parameters` or `_buffers`."""
     name: str
     start: int
+    """Offset in bytes."""
     shape: torch.Size
     dtype: torch.dtype
     is_parameter: bool
 
     def of(self, memory: Tensor) -> Tensor:
-        """Returns this tensor in a block's bytes, as the owner keeps it."""
+        """Returns this tensor as a view of a block's bytes, as a parameter if the module has one."""
         byte_count = self.shape.numel() * self.dtype.itemsize
         view = memory[self.start : self.start + byte_count].view(self.dtype).view(self.shape)
         return nn.Parameter(view, requires_grad=False) if self.is_parameter else view
 
-    def put(self, tensor: Tensor) -> None:
-        """Makes `tensor` what the owner uses."""
+    def assign(self, tensor: Tensor) -> None:
+        """Sets the module's attribute to `tensor`."""
         self.table[self.name] = tensor
 
 
-@dataclass(frozen=True)
-class PinnedBlock:
-    """A block's tensors side by side in the machine's memory."""
+class CopyStream(Protocol):
+    """Copies blocks to the device concurrently with computation, and orders the two by slot."""
 
-    slices: tuple[Slice, ...]
-    memory: Tensor
-    """Bytes; pinned where a device copies from it."""
+    def fill(self, slot: int, buffer: Tensor, block: Tensor) -> None:
+        """Starts to copy a block's bytes into a slot's buffer, after the slot's last reader has finished."""
 
-    @classmethod
-    def of(cls, block: nn.Module, *, is_pinned: bool) -> PinnedBlock:
-        """Moves a block's parameters and buffers into one piece of memory."""
-        slices, start = [], 0
-        for table, name, tensor in _tensors(block):
-            is_parameter = isinstance(tensor, nn.Parameter)
-            slices.append(Slice(table, name, start, tensor.shape, tensor.dtype, is_parameter))
-            start += -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
-        parked = cls(tuple(slices), torch.empty(start, dtype=torch.uint8, pin_memory=is_pinned))
-        for piece in parked.slices:
-            home = piece.of(parked.memory)
-            home.detach().copy_(piece.table[piece.name])
-            piece.put(home)
-        return parked
+    def wait_ready(self, slot: int) -> None:
+        """Makes the computation wait until the slot is filled."""
+
+    def record_free(self, slot: int) -> None:
+        """Marks the point in the computation after which the slot may be overwritten."""
 
 
-class BlockStream:
-    """Brings each block before it runs and the next one meanwhile.
+class CudaCopyStream:
+    """Copies on a separate CUDA stream; the CPU never waits."""
 
-    Args:
-        parked: the blocks in the order in which they run.
-        device: where they run.
-        lane: makes the copies.
-    """
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        new_event: Callable[[], torch.cuda.Event] = torch.cuda.Event
+        self._ready = [new_event() for _ in range(SLOTS)]
+        self._free = [new_event() for _ in range(SLOTS)]
 
-    def __init__(self, parked: Sequence[PinnedBlock], device: torch.device, lane: CopyStream) -> None:
-        largest = max(block.memory.numel() for block in parked)
-        self._rooms = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(PLACES)]
-        self._parked = tuple(parked)
-        self._homes = [[piece.of(block.memory) for piece in block.slices] for block in parked]
-        self._guests = [
-            [[piece.of(room) for piece in block.slices] for room in self._rooms] for block in parked
-        ]
-        self._lane = lane
-        self._place = 0
-        self._ahead: int | None = None
+    def fill(self, slot: int, buffer: Tensor, block: Tensor) -> None:
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(self._free[slot])
+            buffer.copy_(block, non_blocking=True)
+            self._ready[slot].record(self._stream)
 
-    def attach(self, blocks: Sequence[nn.Module]) -> None:
-        """Makes the blocks call this stream before and after they run."""
-        for index, block in enumerate(blocks):
-            block.register_forward_pre_hook(lambda *_, index=index: self.enter(index))
-            # Also where the block fails: the next step must find it parked.
-            block.register_forward_hook(lambda *_, index=index: self.leave(index), always_call=True)
+    def wait_ready(self, slot: int) -> None:
+        torch.cuda.current_stream(self._device).wait_event(self._ready[slot])
 
-    def enter(self, index: int) -> None:
-        """Gives a block its weights on the device and begins to copy the next block's."""
-        if self._ahead != index:
-            # The first step, or the one after a step that failed.
-            self._fill(index)
-        self._place, place = 1 - self._place, self._place
-        self._lane.await_filled(place)
-        self._put(index, self._guests[index][place])
-        self._fill((index + 1) % len(self._parked))
+    def record_free(self, slot: int) -> None:
+        self._free[slot].record(torch.cuda.current_stream(self._device))
 
-    def leave(self, index: int) -> None:
-        """Takes a block's weights back to the machine's memory; nothing has to be copied for that."""
-        self._put(index, self._homes[index])
-        self._lane.mark_used(1 - self._place)
 
-    def _fill(self, index: int) -> None:
-        """Begins to copy a block into the place that is next."""
-        memory = self._parked[index].memory
-        with torch.inference_mode(False), torch.no_grad():
-            self._lane.fill(self._place, self._rooms[self._place][: memory.numel()], memory)
-        self._ahead = index
+class SyncCopyStream:
+    """Copies synchronously, for CPU tests."""
 
-    def _put(self, index: int, tensors: Sequence[Tensor]) -> None:
-        for piece, tensor in zip(self._parked[index].slices, tensors, strict=True):
-            piece.put(tensor)
+    def fill(self, slot: int, buffer: Tensor, block: Tensor) -> None:
+        buffer.copy_(block)
+
+    def wait_ready(self, slot: int) -> None:
+        pass
+
+    def record_free(self, slot: int) -> None:
+        pass
 
 
 def _tensors(block: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """Yields each parameter and buffer with the dictionary and the name under which its module holds it."""
     for module in block.modules():
         for table in (module._parameters, module._buffers):
             yield from ((table, name, tensor) for name, tensor in table.items() if tensor is not None)

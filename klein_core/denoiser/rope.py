@@ -1,7 +1,7 @@
-"""Where tokens are: four-axis position ids and the rotation that each id stands for.
+"""Rotary position embedding over four axes: image, row, column and text order.
 
-The axes are time (which image), row, column and text order. Text counts on the last axis only, the target
-image has time 0, and reference `i` has time `10 + 10·i`, as in diffusers' `Flux2KleinPipeline`.
+Text counts on the last axis only. On the image axis ("time" in diffusers) the target image is 0 and reference `i`
+is `10 + 10·i`. Source: diffusers' `Flux2KleinPipeline`.
 """
 
 from __future__ import annotations
@@ -17,37 +17,52 @@ REFERENCE_TIME_STEP = 10
 """Distance on the time axis between the target and the first reference, and between references."""
 
 
-def text_ids(text_length: int) -> Tensor:
-    """Returns (text_length, 4) ids that differ on the last axis only."""
-    ids = torch.zeros(text_length, 4, dtype=torch.float64)
-    ids[:, 3] = torch.arange(text_length)
-    return ids
+@lru_cache(maxsize=32)
+def span_rope_table(
+    text_length: int,
+    grids: tuple[tuple[int, int], ...],
+    axes_dims: tuple[int, ...],
+    theta: float,
+    device: torch.device,
+) -> Tensor:
+    """Returns the `rope_table` of a whole span on `device`; caches the last 32."""
+    # A cached table may be read outside inference mode later.
+    with torch.inference_mode(False):
+        return rope_table(span_ids(text_length, grids), axes_dims, theta).to(device)
 
 
-def image_ids(time: int, rows: int, columns: int) -> Tensor:
-    """Returns (rows · columns, 4) ids of one image in row-major order."""
-    ids = torch.zeros(rows, columns, 4, dtype=torch.float64)
-    ids[..., 0] = time
-    ids[..., 1] = torch.arange(rows)[:, None]
-    ids[..., 2] = torch.arange(columns)
-    return ids.flatten(0, 1)
+def reference_rope_table(
+    grids: tuple[tuple[int, int], ...], axes_dims: tuple[int, ...], theta: float, device: torch.device
+) -> Tensor:
+    """Returns the `rope_table` of references without a target, at the positions that they have in a span."""
+    with torch.inference_mode(False):
+        return rope_table(images_ids(grids, REFERENCE_TIME_STEP), axes_dims, theta).to(device)
 
 
-def span_ids(text_length: int, grids: tuple[tuple[int, int], ...]) -> Tensor:
-    """Returns (tokens, 4) ids of a span: text, target, references (`grids` lists target first)."""
-    return torch.cat([text_ids(text_length), images_ids(grids)])
+def apply_rope(heads: Tensor, table: Tensor, workspace: Workspace) -> Tensor:
+    """Rotates adjacent channel pairs of each head.
+
+    Args:
+        heads: (batch, tokens, …, head_dim), fp32; overwritten where the workspace allows it.
+        table: (1 or batch, tokens, head_dim / 2, 2), from `rope_table`.
+        workspace: of the step.
+    """
+    pairs = torch.unflatten(heads, -1, (-1, 2))
+    table = table.reshape(*table.shape[:2], *(1,) * (heads.ndim - 3), *table.shape[2:])
+    if not torch.compiler.is_compiling():
+        rotated = torch.view_as_complex(pairs)
+        rotated = torch.mul(rotated, torch.view_as_complex(table), out=workspace.inplace(rotated))
+        return torch.view_as_real(rotated).flatten(-2)
+    # The compiler fuses real arithmetic but not complex numbers.
+    cosine, sine = table.unbind(-1)
+    first, second = pairs.unbind(-1)
+    return torch.stack([first * cosine - second * sine, second * cosine + first * sine], dim=-1).flatten(-2)
 
 
-def images_ids(grids: tuple[tuple[int, int], ...], first_time: int = 0) -> Tensor:
-    """Returns (tokens, 4) ids of images one after another; the first one's time is `first_time`."""
-    times = range(first_time, first_time + REFERENCE_TIME_STEP * len(grids), REFERENCE_TIME_STEP)
-    return torch.cat([image_ids(time, *grid) for time, grid in zip(times, grids, strict=True)])
-
-
-def rotations(ids: Tensor, axes_dims: tuple[int, ...], theta: float) -> Tensor:
+def rope_table(ids: Tensor, axes_dims: tuple[int, ...], theta: float) -> Tensor:
     """Returns (tokens, head_dim / 2, 2) fp32: cosine and sine for each adjacent pair of head channels.
 
-    Axis `a` of `axes_dims[a]` channels turns pair `j` by `id · theta^(−2j / axes_dims[a])`. Frequencies and
+    Axis `a` of `axes_dims[a]` channels rotates pair `j` by `id · theta^(−2j / axes_dims[a])`. Frequencies and
     angles are float64, as in diffusers' `Flux2PosEmbed`.
     """
     angles = [
@@ -58,41 +73,20 @@ def rotations(ids: Tensor, axes_dims: tuple[int, ...], theta: float) -> Tensor:
     return torch.stack([angle.cos(), angle.sin()], dim=-1).float()
 
 
-@lru_cache(maxsize=32)
-def span_rotations(
-    text_length: int,
-    grids: tuple[tuple[int, int], ...],
-    axes_dims: tuple[int, ...],
-    theta: float,
-    device: torch.device,
-) -> Tensor:
-    """Returns `rotations` of a whole span on `device`; the last 32 different ones are kept."""
-    with torch.inference_mode(False):
-        return rotations(span_ids(text_length, grids), axes_dims, theta).to(device)
+def span_ids(text_length: int, grids: tuple[tuple[int, int], ...]) -> Tensor:
+    """Returns (tokens, 4) position ids of a span: text, target, references (`grids` lists the target first)."""
+    text = torch.zeros(text_length, 4, dtype=torch.float64)
+    text[:, 3] = torch.arange(text_length)
+    return torch.cat([text, images_ids(grids)])
 
 
-def reference_rotations(
-    grids: tuple[tuple[int, int], ...], axes_dims: tuple[int, ...], theta: float, device: torch.device
-) -> Tensor:
-    """Returns `rotations` of references alone, where they stand in a span."""
-    with torch.inference_mode(False):
-        return rotations(images_ids(grids, REFERENCE_TIME_STEP), axes_dims, theta).to(device)
-
-
-def rotate(heads: Tensor, table: Tensor, scratch: Workspace) -> Tensor:
-    """Turns adjacent channel pairs of each head.
-
-    Args:
-        heads: (batch, tokens, …, head_dim), fp32; overwritten if that may be.
-        table: (1 or batch, tokens, head_dim / 2, 2), from `rotations`.
-    """
-    pairs = torch.unflatten(heads, -1, (-1, 2))
-    table = table.reshape(*table.shape[:2], *(1,) * (heads.ndim - 3), *table.shape[2:])
-    if not torch.compiler.is_compiling():
-        turned = torch.view_as_complex(pairs)
-        turned = torch.mul(turned, torch.view_as_complex(table), out=scratch.over(turned))
-        return torch.view_as_real(turned).flatten(-2)
-    # The compiler fuses real arithmetic and leaves complex numbers alone.
-    cosine, sine = table.unbind(-1)
-    first, second = pairs.unbind(-1)
-    return torch.stack([first * cosine - second * sine, second * cosine + first * sine], dim=-1).flatten(-2)
+def images_ids(grids: tuple[tuple[int, int], ...], first_time: int = 0) -> Tensor:
+    """Returns (tokens, 4) position ids of images in row-major order; the first image is at time `first_time`."""
+    images = []
+    for index, (rows, columns) in enumerate(grids):
+        ids = torch.zeros(rows, columns, 4, dtype=torch.float64)
+        ids[..., 0] = first_time + REFERENCE_TIME_STEP * index
+        ids[..., 1] = torch.arange(rows)[:, None]
+        ids[..., 2] = torch.arange(columns)
+        images.append(ids.flatten(0, 1))
+    return torch.cat(images)

@@ -1,8 +1,8 @@
-"""Memory that the blocks of one step share.
+"""Reusable buffers for one step.
 
-Fresh pages cost a CPU about as much as the arithmetic between two matrix products, so inference overwrites
-values that nobody reads again. While gradients are recorded every value has to stay, and the compiler plans
-memory itself: then nothing is shared and every `out` is `None`, which torch takes as "allocate".
+On a CPU, fresh pages cost about as much as the arithmetic between two matrix products, so inference overwrites
+intermediate results that have no further reader. Autograd needs every intermediate result, and the compiler plans
+memory itself: in both cases nothing is reused and every `out` is `None`, which torch takes as "allocate".
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from torch import Tensor
 
 
 class Workspace:
-    """Named buffers, and leave to overwrite."""
+    """Reusable buffers for one step; decides whether in-place operations are allowed."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
     @property
-    def may_overwrite(self) -> bool:
-        """Whether values may be computed in place."""
+    def allows_inplace(self) -> bool:
+        """Whether operations may overwrite their inputs: outside autograd and compilation."""
         return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
-    def over(self, tensor: Tensor) -> Tensor | None:
-        """Returns `tensor` as a place for a result computed from it."""
-        return tensor if self.may_overwrite else None
+    def inplace(self, tensor: Tensor) -> Tensor | None:
+        """Returns `tensor` to be used as `out` of an operation on it, or `None` where that is not allowed."""
+        return tensor if self.allows_inplace else None
 
-    def take(self, name: str, like: Tensor, channels: int) -> Tensor | None:
-        """Returns a buffer shaped as `like` but for its last axis, holding whatever its last user left."""
-        if not self.may_overwrite:
+    def buffer(self, name: str, like: Tensor, channels: int) -> Tensor | None:
+        """Returns an uninitialized buffer shaped as `like` except for its last axis, or `None` as `inplace` does."""
+        if not self.allows_inplace:
             return None
         shape = torch.Size((*like.shape[:-1], channels))
         buffer = self._buffers.get(name)

@@ -68,7 +68,7 @@ class TextEncoder:
         tokenizer = PromptTokenizer.from_folder(files.tokenizer_folder, config.sequence_length)
         model = build_cut_qwen3(config, device)
         component = open_component(files, config)
-        quantized = QuantizedLoader.of(component, quantization, is_layer_product)
+        quantized = QuantizedLoader.of(component, quantization, is_layer_linear)
         load_weights(model, component, device=device, dtype=dtype, quantized=quantized)
         model.requires_grad_(False)
         model.train(False)
@@ -103,7 +103,7 @@ class TextEncoder:
         return tapped_embedding(self.model, token_ids, mask, self.config.tapped_layers)
 
 
-def is_layer_product(parameter: str) -> bool:
+def is_layer_linear(parameter: str) -> bool:
     """Whether a parameter is a matrix of a layer; the embedding table and the norms are not."""
     return parameter.startswith("layers.") and parameter.endswith("_proj.weight")
 

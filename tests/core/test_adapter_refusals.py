@@ -198,17 +198,17 @@ def test_a_missing_file(tmp_path: Path):
 
 
 def test_a_file_that_changes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from klein_core.denoiser.adapters import parse
+    from klein_core.denoiser.adapters import reader
 
     path = Written(pair()).save(tmp_path / "style.safetensors")
-    read_header = parse.read_header
+    read_header = reader.read_header
 
-    def read_and_write(path: Path) -> parse.Header:
+    def read_and_write(path: Path) -> reader.Header:
         header = read_header(path)
         path.write_bytes(path.read_bytes() + b" ")
         return header
 
-    monkeypatch.setattr(parse, "read_header", read_and_write)
+    monkeypatch.setattr(reader, "read_header", read_and_write)
     assert "changed while it was read" in refusal(path, by_header=False)
 
 
@@ -216,7 +216,7 @@ def test_a_whole_alpha_may_be_an_integer(tmp_path: Path):
     form = replace(FORMATS["kohya"], alpha=2)
     path = form.write(ORACLE).save(tmp_path / "style.safetensors")
     adapter = read_adapter(path, LAYERS, device="cpu", dtype=torch.float32)
-    factors = {segment.factor for segments in adapter.segments.values() for segment in segments}
+    factors = {one.factor for slices in adapter.slices.values() for one in slices}
     assert factors == {2 / form.rank}
     assert adapter.size_bytes == sum(
         t.nbytes for n, t in form.write(ORACLE).tensors.items() if "alpha" not in n

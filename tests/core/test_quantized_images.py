@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from klein_core.denoiser.transformer import FlowTransformer, is_block_product
+from klein_core.denoiser.transformer import FlowTransformer, is_block_linear
 from klein_core.pico import WEIGHTS
 from klein_core.pipeline import Pipeline
 from klein_core.quantization import quantized_weight
@@ -116,7 +116,7 @@ def test_compiled_blocks_give_the_same_bits():
 def test_which_layers_are_quantized_at_load(pico: Pipeline):
     quantized = FlowTransformer.from_folder(WEIGHTS, quantization="fp8")
     stored = {name for name, part in quantized.named_modules() if isinstance(part, QuantizedWeight)}
-    assert stored == {name for name in pico.transformer.state_dict() if is_block_product(name)}
+    assert stored == {name for name in pico.transformer.state_dict() if is_block_linear(name)}
     plain = {name for name, _ in quantized.named_parameters()}
     outside = {
         name for name in plain if not name.startswith(("transformer_blocks", "single_transformer_blocks"))
@@ -165,7 +165,7 @@ def test_memory_of_the_4b_denoiser(kind: str, published_bytes: int | None, share
     plain = byte_count(transformer)
     if kind != "bf16":
         for name, parameter in list(transformer.named_parameters()):
-            if is_block_product(name):
+            if is_block_linear(name):
                 set_weight(transformer, name, stored_on_meta(kind, *parameter.shape))
     assert byte_count(transformer) <= share * plain
     if published_bytes is not None:

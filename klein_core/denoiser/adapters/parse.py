@@ -1,128 +1,117 @@
-"""Everything that is wrong with an adapter's file, told at once."""
+"""Parses an adapter file's header: which layers it changes, by which kind of delta, and with which alpha."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from klein_core.checkpoint.header import FileState as FileState
-from klein_core.checkpoint.header import Header, open_regular, read_header
-from klein_core.denoiser.adapters.adapter import AdapterSummary
+from klein_core.checkpoint.header import Header
 from klein_core.denoiser.adapters.key_mapping import (
     Layers,
     LayerTarget,
-    is_of_dora,
-    is_of_text_encoder,
-    part_of,
+    is_dora,
+    is_text_encoder,
+    parse_tensor_name,
     without_prefix,
 )
-from klein_core.errors import CheckpointError, raise_if_problems
+from klein_core.errors import raise_if_problems
+
+FACTOR_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Element types of an adapter's factors."""
+ALPHA_DTYPES = {**FACTOR_DTYPES, "F64": torch.float64, "I32": torch.int32, "I64": torch.int64}
+"""Element types of alpha, which training tools also store as an integer."""
+PEFT_KEY = "lora_adapter_metadata"
+"""Header entry of diffusers: PEFT's configuration as JSON, with the component's name and a dot before each key."""
+_COMPONENT_PREFIX = "transformer."
+_PLAIN_NAME = re.compile(r"\^?[A-Za-z0-9_.]+\$?")
+_LORA = ("down", "up")
+_LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+_LOKR = ("lokr_w1", "lokr_w2")
+
+Shape = tuple[int, ...]
 
 
 class Problems:
-    """Names by what is wrong with them."""
+    """Collects tensor names by what is wrong with them."""
 
     def __init__(self) -> None:
         self._names: dict[str, list[str]] = {}
 
     def add(self, what: str, name: str) -> None:
-        """QuantMetadata that `name` is `what`."""
+        """Records one problem with one name."""
         self._names.setdefault(what, []).append(name)
 
     def raise_if_any(self, file: Path) -> None:
-        """Raises CheckpointError when something was noted; folders are nobody's business and not told."""
+        """Raises CheckpointError listing all problems. Shows only the file name: the text reaches remote clients."""
         raise_if_problems(Path(file.name), self._names.items())
 
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Element types that an adapter's factors may have."""
-_NUMBER_DTYPES = {**_DTYPES, "F64": torch.float64, "I32": torch.int32, "I64": torch.int64}
-"""Those that a single number may have: tools also store a whole alpha as such."""
+@dataclass(frozen=True)
+class ParsedHeader:
+    """Everything an adapter file's header determines."""
+
+    layers: list[AdaptedLayer]
+    alphas: Alphas
+
+    @classmethod
+    def of(cls, header: Header, layers: Layers) -> ParsedHeader:
+        """Parses a header for a model with these layers.
+
+        Raises:
+            CheckpointError: the adapter cannot be applied to the model; lists all reasons.
+        """
+        problems = Problems()
+        for name, stored in header.tensors.items():
+            is_number = stored.element_count == 1 and name.endswith(".alpha")
+            allowed = ALPHA_DTYPES if is_number else FACTOR_DTYPES
+            if stored.dtype not in allowed:
+                problems.add(f"not one of {', '.join(allowed)}:", f"{name} ({stored.dtype})")
+        shapes = {name: stored.shape for name, stored in header.tensors.items()}
+        adapted = _adapted_layers(shapes, layers, problems)
+        alphas = Alphas.of(header.metadata, problems)
+        problems.raise_if_any(header.path)
+        return cls(adapted, alphas)
 
 
 @dataclass(frozen=True)
-class AdapterFile:
-    """A safetensors file in memory: whoever replaces the one on disk changes nothing here."""
+class AdaptedLayer:
+    """One layer that an adapter file changes."""
 
-    header: Header
-    digest: str
-    """SHA-256 of the whole file, in hexadecimal."""
-    _data: bytes
-
-    @classmethod
-    def read(cls, path: Path) -> AdapterFile:
-        """Reads all of a file.
-
-        Raises:
-            CheckpointError: it is not a sound safetensors file, or somebody wrote to it meanwhile.
-        """
-        before = FileState.of(path)
-        header = adapter_header(path)
-        with open_regular(path) as file:
-            data = file.readall()
-        if FileState.of(path) != before or len(data) != before.size_bytes:
-            raise CheckpointError(f"{path.name} changed while it was read; try again")
-        return cls(header, hashlib.sha256(data).hexdigest(), data)
-
-    def tensor(self, name: str) -> Tensor:
-        """Returns a tensor of its own in float32 on the CPU."""
-        stored = self.header.tensors[name]
-        data = bytearray(self._data[stored.start : stored.start + stored.byte_count])
-        return torch.frombuffer(data, dtype=_NUMBER_DTYPES[stored.dtype]).view(stored.shape).float()
-
-
-def adapter_header(path: Path) -> Header:
-    """Reads a file's header.
-
-    Raises:
-        CheckpointError: it is not a sound safetensors file. The text is for callers from outside and has no folder.
-    """
-    try:
-        return read_header(path)
-    except CheckpointError as error:
-        raise CheckpointError(str(error).replace(str(path), path.name)) from None
-
-
-def check_dtypes(header: Header, problems: Problems) -> None:
-    """QuantMetadata tensors of types that are not read."""
-    for name, stored in header.tensors.items():
-        allowed = _NUMBER_DTYPES if stored.element_count == 1 and name.endswith(".alpha") else _DTYPES
-        if stored.dtype not in allowed:
-            problems.add(f"not one of {', '.join(allowed)}:", f"{name} ({stored.dtype})")
-
-
-PEFT_KEY = "lora_adapter_metadata"
-"""Header entry of diffusers: PEFT's configuration as JSON, its keys after the component's name and a dot."""
-_PLAIN_NAME = re.compile(r"\^?[A-Za-z0-9_.]+\$?")
-_COMPONENT = "transformer."
+    name: str
+    """As the file writes it, without prefixes."""
+    target: LayerTarget
+    kind: str
+    """LoRA, LoKr or LoHa."""
+    tensors: Mapping[str, str]
+    """Role → the tensor's name in the file."""
+    rank: int
+    """Divisor of alpha; 0 where no factor is of low rank, and alpha has no effect."""
 
 
 @dataclass(frozen=True)
 class Alphas:
-    """What the file's header says of alpha; a layer's own alpha tensor goes before it."""
+    """Alpha values from the file's header. A layer's alpha tensor takes precedence."""
 
     default: float | None = None
-    """Of every layer; `None` means the layer's rank."""
+    """Alpha of every other layer; `None` means the layer's rank."""
     by_layer: Mapping[str, float] = field(default_factory=dict)
-    """Ends of layer names → alpha."""
+    """Last parts of layer names → alpha."""
     is_stabilized: bool = False
     """Whether the divisor is the rank's square root (PEFT's `use_rslora`)."""
 
     @classmethod
     def of(cls, metadata: Mapping[str, str], problems: Problems) -> Alphas:
-        """Reads a header's metadata and notes what is wrong with it."""
-        config = _configuration(metadata, problems)
+        """Parses a header's metadata and adds what is wrong with it to `problems`."""
+        config = _peft_config(metadata, problems)
         if config.get("use_dora"):
             problems.add("DoRA cannot be applied unmerged:", f"{PEFT_KEY}.use_dora")
         patterns = config.get("alpha_pattern") or {}
@@ -140,15 +129,15 @@ class Alphas:
             bool(config.get("use_rslora")),
         )
 
-    def factor(self, layer: str, rank: int, own: float | None) -> float:
-        """Returns what a layer's product is multiplied with.
+    def factor(self, layer: str, rank: int, stored: float | None) -> float:
+        """Returns alpha / rank, the factor of a layer's delta.
 
         Args:
             layer: its name in the file, without prefixes.
-            rank: its rank.
-            own: its alpha tensor's value, if it has one.
+            rank: the delta's.
+            stored: the value of the layer's alpha tensor, if it has one.
         """
-        alpha = own
+        alpha = stored
         if alpha is None:
             named = (value for name, value in self.by_layer.items() if f".{layer}".endswith(f".{name}"))
             alpha = next(named, self.default)
@@ -157,7 +146,7 @@ class Alphas:
         return alpha / (math.sqrt(rank) if self.is_stabilized else rank)
 
 
-def _configuration(metadata: Mapping[str, str], problems: Problems) -> dict[str, Any]:
+def _peft_config(metadata: Mapping[str, str], problems: Problems) -> dict[str, Any]:
     if PEFT_KEY not in metadata:
         return {}
     try:
@@ -167,7 +156,7 @@ def _configuration(metadata: Mapping[str, str], problems: Problems) -> dict[str,
     if not isinstance(config, dict):
         problems.add("not a JSON object:", PEFT_KEY)
         return {}
-    return {key.removeprefix(_COMPONENT): value for key, value in config.items()}
+    return {key.removeprefix(_COMPONENT_PREFIX): value for key, value in config.items()}
 
 
 def _number(name: str, value: object, problems: Problems) -> float:
@@ -180,136 +169,99 @@ def _number(name: str, value: object, problems: Problems) -> float:
     return number
 
 
-Shape = tuple[int, ...]
-
-_PAIR = ("down", "up")
-_LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-_LOKR = ("lokr_w1", "lokr_w2")
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """One adapted layer."""
-
-    name: str
-    """As the file writes it, without prefixes."""
-    layer: LayerTarget
-    kind: str
-    """LoRA, LoKr or LoHa."""
-    tensors: Mapping[str, str]
-    """Part → the tensor's name in the file."""
-    rank: int
-    """What alpha is divided by; 0 where nothing is of low rank, and alpha does not count."""
-
-
-def plan_layers(shapes: Mapping[str, Shape], layers: Layers, problems: Problems) -> list[LayerPlan]:
-    """Sorts a file's tensors by layer and notes everything that does not fit the model."""
-    found: dict[str, dict[str, str]] = defaultdict(dict)
+def _adapted_layers(shapes: Mapping[str, Shape], layers: Layers, problems: Problems) -> list[AdaptedLayer]:
+    """Groups a file's tensors by layer and adds everything that does not fit the model to `problems`."""
+    by_layer: dict[str, dict[str, str]] = defaultdict(dict)
     for tensor in shapes:
-        part = part_of(tensor)
-        if is_of_text_encoder(tensor):
+        parsed = parse_tensor_name(tensor)
+        if is_text_encoder(tensor):
             problems.add("for a text encoder, and only the transformer takes adapters:", tensor)
-        elif is_of_dora(tensor):
+        elif is_dora(tensor):
             problems.add("DoRA cannot be applied unmerged:", tensor)
-        elif part is None:
+        elif parsed is None:
             problems.add("not part of a LoRA, LoKr or LoHa:", tensor)
-        elif part.layer not in layers:
+        elif parsed.layer not in layers:
             problems.add("for layers that this model does not have:", tensor)
-        elif part.role in found[part.layer]:
+        elif parsed.role in by_layer[parsed.layer]:
             problems.add("given twice:", tensor)
         else:
-            found[part.layer][part.role] = tensor
-    plans = [
-        plan
-        for name, tensors in found.items()
-        if tensors and (plan := _planned(name, tensors, shapes, layers[name], problems))
+            by_layer[parsed.layer][parsed.role] = tensor
+    adapted = [
+        layer
+        for name, tensors in by_layer.items()
+        if tensors and (layer := _adapted_layer(name, tensors, shapes, layers[name], problems))
     ]
-    _refuse_overlaps(plans, problems)
+    _check_overlaps(adapted, problems)
     if not shapes:
         problems.add("without tensors:", "the file")
-    return plans
+    return adapted
 
 
-def summarized(plans: list[LayerPlan], size_bytes: int) -> AdapterSummary:
-    """Describes a file by its plans."""
-    return AdapterSummary(
-        kind="+".join(sorted({plan.kind for plan in plans})),
-        rank=max((plan.rank for plan in plans), default=0),
-        layer_count=len(plans),
-        size_bytes=size_bytes,
-    )
-
-
-def _planned(
-    name: str, tensors: dict[str, str], shapes: Mapping[str, Shape], layer: LayerTarget, problems: Problems
-) -> LayerPlan | None:
-    """Finds out what a layer's tensors are; `None` when they are nothing, which is noted."""
-    parts = {role: shapes[tensor] for role, tensor in tensors.items() if role != "alpha"}
-    kind, rank, fits = _kind(parts, layer)
+def _adapted_layer(
+    name: str, tensors: dict[str, str], shapes: Mapping[str, Shape], target: LayerTarget, problems: Problems
+) -> AdaptedLayer | None:
+    """Determines the kind of one layer's tensors; returns `None` and adds a problem if they form no delta."""
+    factors = {role: shapes[tensor] for role, tensor in tensors.items() if role != "alpha"}
+    kind, rank, fits = _kind(factors, target)
     alpha = tensors.get("alpha")
     if alpha is not None and shapes[alpha] not in ((), (1,)):
         problems.add("not a single number:", f"{alpha} {shapes[alpha]}")
     if not kind:
         problems.add("incomplete:", f"{name} (has {', '.join(tensors)})")
     elif not fits:
-        told = ", ".join(f"{role} {shape}" for role, shape in parts.items())
+        found = ", ".join(f"{role} {shape}" for role, shape in factors.items())
         problems.add(
             "of shapes that do not fit each other or the model:",
-            f"{name} ({told}; the layer is {(layer.outputs, layer.inputs)})",
+            f"{name} ({found}; the layer is {(target.outputs, target.inputs)})",
         )
     else:
-        return LayerPlan(name, layer, kind, tensors, rank)
+        return AdaptedLayer(name, target, kind, tensors, rank)
     return None
 
 
-def _kind(parts: Mapping[str, Shape], layer: LayerTarget) -> tuple[str, int, bool]:
+def _kind(factors: Mapping[str, Shape], target: LayerTarget) -> tuple[str, int, bool]:
     """Returns the kind (empty: incomplete or mixed), the rank and whether the shapes fit."""
-    if any(len(shape) != 2 or 0 in shape for shape in parts.values()):
+    if any(len(shape) != 2 or 0 in shape for shape in factors.values()):
         return "LoRA", 0, False
-    roles = set(parts)
-    if roles == set(_PAIR):
-        return "LoRA", parts["down"][0], _is_pair(parts["up"], parts["down"], layer)
+    roles = set(factors)
+    if roles == set(_LORA):
+        return "LoRA", factors["down"][0], _is_low_rank(factors["up"], factors["down"], target)
     if roles == set(_LOHA):
-        fits = _is_pair(parts["hada_w1_a"], parts["hada_w1_b"], layer)
-        fits &= _is_pair(parts["hada_w2_a"], parts["hada_w2_b"], layer)
-        return "LoHa", parts["hada_w1_b"][0], fits
-    factors = [_factor(parts, name) for name in _LOKR]
-    named = {role for names, _, _ in filter(None, factors) for role in names}
-    if None in factors or named != roles:
+        fits = _is_low_rank(factors["hada_w1_a"], factors["hada_w1_b"], target)
+        fits &= _is_low_rank(factors["hada_w2_a"], factors["hada_w2_b"], target)
+        return "LoHa", factors["hada_w1_b"][0], fits
+    kronecker = [_kronecker_factor(factors, name) for name in _LOKR]
+    named = {role for names, _, _ in filter(None, kronecker) for role in names}
+    if None in kronecker or named != roles:
         return "", 0, False
-    (_, left, left_rank), (_, right, right_rank) = (factor for factor in factors if factor)
+    (_, left, left_rank), (_, right, right_rank) = (factor for factor in kronecker if factor)
     fits = 0 not in (*left, *right)
-    fits &= (left[0] * right[0], left[1] * right[1]) == (layer.outputs, layer.inputs)
+    fits &= (left[0] * right[0], left[1] * right[1]) == (target.outputs, target.inputs)
     return "LoKr", right_rank or left_rank, fits
 
 
-def _is_pair(up: Shape, down: Shape, layer: LayerTarget) -> bool:
-    return up[1] == down[0] and (up[0], down[1]) == (layer.outputs, layer.inputs)
+def _is_low_rank(up: Shape, down: Shape, target: LayerTarget) -> bool:
+    return up[1] == down[0] and (up[0], down[1]) == (target.outputs, target.inputs)
 
 
-def _factor(parts: Mapping[str, Shape], name: str) -> tuple[tuple[str, ...], Shape, int] | None:
-    """Returns a Kronecker factor's parts, shape and rank (0: whole); `None` when it is not there."""
-    if name in parts:
-        return (name,), parts[name], 0
-    up, down = parts.get(f"{name}_a"), parts.get(f"{name}_b")
+def _kronecker_factor(factors: Mapping[str, Shape], name: str) -> tuple[tuple[str, ...], Shape, int] | None:
+    """Returns a Kronecker factor's roles, shape and rank (0: not factorized); `None` if it is missing."""
+    if name in factors:
+        return (name,), factors[name], 0
+    up, down = factors.get(f"{name}_a"), factors.get(f"{name}_b")
     if up is None or down is None:
         return None
     shape = (up[0], down[1]) if up[1] == down[0] else (0, 0)
     return (f"{name}_a", f"{name}_b"), shape, down[0]
 
 
-def _refuse_overlaps(plans: list[LayerPlan], problems: Problems) -> None:
-    """QuantMetadata layers that the file names in two ways at once."""
+def _check_overlaps(layers: Iterable[AdaptedLayer], problems: Problems) -> None:
+    """Adds pairs of names that stand for the same rows of one of our layers to `problems`."""
     by_layer: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
-    for plan in plans:
-        for place in plan.layer.places:
-            by_layer[place.layer].append((place.start, place.stop, plan.name))
-    for first, second in _overlapping(by_layer):
-        problems.add("given twice:", f"{first} and {second}")
-
-
-def _overlapping(by_layer: Mapping[str, list[tuple[int, int, str]]]) -> Iterator[tuple[str, str]]:
+    for layer in layers:
+        for row_range in layer.target.row_ranges:
+            by_layer[row_range.layer].append((row_range.start, row_range.stop, layer.name))
     for ranges in by_layer.values():
         for (start, stop, name), (other_start, other_stop, other) in combinations(ranges, 2):
             if name != other and start < other_stop and other_start < stop:
-                yield name, other
+                problems.add("given twice:", f"{name} and {other}")

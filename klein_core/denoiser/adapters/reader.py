@@ -1,126 +1,149 @@
 """Reads adapter files: LoRA, LoKr and LoHa in the namings of diffusers, PEFT, ai-toolkit, kohya, musubi and LyCORIS.
 
-Everything that a file holds must be understood and fit the model; else it is refused with names, before it is used.
+A file is rejected, with the names of the tensors at fault, unless every tensor in it is recognized and fits the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from klein_core.checkpoint.header import Header
+from klein_core.checkpoint.header import FileState, Header, open_regular, read_header
 from klein_core.denoiser.adapters.adapter import (
     Adapter,
     AdapterSummary,
+    DeltaSlice,
     Kronecker,
+    LoraDelta,
     LowRank,
-    Segment,
-    Term,
     hadamard,
 )
 from klein_core.denoiser.adapters.key_mapping import Layers
 from klein_core.denoiser.adapters.parse import (
-    AdapterFile,
-    Alphas,
-    LayerPlan,
+    ALPHA_DTYPES,
+    AdaptedLayer,
+    ParsedHeader,
     Problems,
-    adapter_header,
-    check_dtypes,
-    plan_layers,
-    summarized,
 )
 from klein_core.errors import CheckpointError
 from klein_core.params import ADAPTER_NAME, ADAPTER_NAME_RULE
 
 
 def describe_adapter(path: Path, layers: Layers) -> AdapterSummary:
-    """Tells what a file is from its header alone.
+    """Describes a file from its header alone.
 
     Raises:
-        CheckpointError: it cannot be applied to a model with these layers; all reasons are named.
+        CheckpointError: it cannot be applied to a model with these layers; lists all reasons.
     """
-    header = adapter_header(path)
-    plans, _ = _planned(header, layers)
-    return summarized(plans, _size_bytes(header))
+    header = _read_header(path)
+    return _summary(header, ParsedHeader.of(header, layers).layers)
 
 
 def read_adapter(path: Path, layers: Layers, *, device: torch.device | str, dtype: torch.dtype) -> Adapter:
-    """Reads a file; the adapter has its name without the suffix, which requests must be able to say.
+    """Reads a file. The adapter's name is the file's, without the suffix.
 
     Args:
         path: a safetensors file.
-        layers: what the model has, from `layer_targets`.
+        layers: the model's, from `layer_targets`.
         device, dtype: the model's.
 
     Raises:
-        CheckpointError: it cannot be applied to a model with these layers; all reasons are named. Or its name
-            is none that an adapter may have.
+        CheckpointError: it cannot be applied to a model with these layers (lists all reasons), or its name is not a
+            valid adapter name.
     """
     if not ADAPTER_NAME.fullmatch(path.stem):
         raise CheckpointError(
             f"{path.stem!r} cannot be an adapter's name; rename the file: {ADAPTER_NAME_RULE}"
         )
     file = AdapterFile.read(path)
-    plans, alphas = _planned(file.header, layers)
+    parsed = ParsedHeader.of(file.header, layers)
     problems = Problems()
-    segments: dict[str, list[Segment]] = {}
-    for plan in plans:
-        tensors = {part: file.tensor(name) for part, name in plan.tensors.items()}
-        for part, tensor in tensors.items():
+    slices: dict[str, list[DeltaSlice]] = {}
+    for layer in parsed.layers:
+        tensors = {role: file.tensor(name) for role, name in layer.tensors.items()}
+        for role, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
-                problems.add("holding NaN or infinity:", plan.tensors[part])
-        term = _term(plan.kind, tensors, lambda tensor: tensor.to(device, dtype))
-        factor = _factor(plan, tensors, alphas)
-        for place in plan.layer.places:
-            segment = Segment(place.start, place.stop, term, factor, place.first_row)
-            segments.setdefault(place.layer, []).append(segment)
+                problems.add("holding NaN or infinity:", layer.tensors[role])
+        delta = _delta(layer.kind, tensors)
+        delta = type(delta)(*(tensor.to(device, dtype) for tensor in delta))
+        # A Kronecker product of two whole factors has no rank and ignores alpha, as in LyCORIS.
+        factor = 1.0
+        if layer.rank:
+            alpha = float(tensors["alpha"]) if "alpha" in tensors else None
+            factor = parsed.alphas.factor(layer.name, layer.rank, alpha)
+        for target, start, stop, first_row in layer.target.row_ranges:
+            slices.setdefault(target, []).append(DeltaSlice(start, stop, delta, factor, first_row))
     problems.raise_if_any(path)
     return Adapter(
         name=path.stem,
         digest=file.digest,
-        summary=summarized(plans, _size_bytes(file.header)),
-        segments={layer: tuple(found) for layer, found in segments.items()},
+        summary=_summary(file.header, parsed.layers),
+        slices={layer: tuple(found) for layer, found in slices.items()},
     )
 
 
-def _planned(header: Header, layers: Layers) -> tuple[list[LayerPlan], Alphas]:
-    problems = Problems()
-    check_dtypes(header, problems)
-    shapes = {name: stored.shape for name, stored in header.tensors.items()}
-    plans = plan_layers(shapes, layers, problems)
-    alphas = Alphas.of(header.metadata, problems)
-    problems.raise_if_any(header.path)
-    return plans, alphas
+@dataclass(frozen=True)
+class AdapterFile:
+    """A safetensors file in memory; independent of later changes on disk."""
+
+    header: Header
+    digest: str
+    """SHA-256 of the whole file, in hexadecimal."""
+    _data: bytes
+
+    @classmethod
+    def read(cls, path: Path) -> AdapterFile:
+        """Reads a whole file.
+
+        Raises:
+            CheckpointError: it is not a valid safetensors file, or it changed during reading.
+        """
+        before = FileState.of(path)
+        header = _read_header(path)
+        with open_regular(path) as file:
+            data = file.readall()
+        if FileState.of(path) != before or len(data) != before.size_bytes:
+            raise CheckpointError(f"{path.name} changed while it was read; try again")
+        return cls(header, hashlib.sha256(data).hexdigest(), data)
+
+    def tensor(self, name: str) -> Tensor:
+        """Returns a copy of a tensor, in float32 on the CPU."""
+        stored = self.header.tensors[name]
+        data = bytearray(self._data[stored.start : stored.start + stored.byte_count])
+        return torch.frombuffer(data, dtype=ALPHA_DTYPES[stored.dtype]).view(stored.shape).float()
 
 
-def _term(kind: str, tensors: Mapping[str, Tensor], stored: Callable[[Tensor], Tensor]) -> Term:
-    """Builds a layer's term; products of factors are computed in float32 before they are stored."""
-    term: Term
+def _read_header(path: Path) -> Header:
+    """Reads a file's header; errors show only the file name, because the text reaches remote clients."""
+    try:
+        return read_header(path)
+    except CheckpointError as error:
+        raise CheckpointError(str(error).replace(str(path), path.name)) from None
+
+
+def _summary(header: Header, layers: list[AdaptedLayer]) -> AdapterSummary:
+    return AdapterSummary(
+        kind="+".join(sorted({layer.kind for layer in layers})),
+        rank=max((layer.rank for layer in layers), default=0),
+        layer_count=len(layers),
+        size_bytes=sum(stored.byte_count for stored in header.tensors.values()),
+    )
+
+
+def _delta(kind: str, tensors: Mapping[str, Tensor]) -> LoraDelta:
+    """Builds a layer's delta; products of factors are computed in float32."""
     if kind == "LoRA":
-        term = LowRank(tensors["down"], tensors["up"])
-    elif kind == "LoKr":
-        term = Kronecker(_whole(tensors, "lokr_w1"), _whole(tensors, "lokr_w2"))
-    else:
-        first, second = (LowRank(tensors[f"hada_{w}_b"], tensors[f"hada_{w}_a"]) for w in ("w1", "w2"))
-        term = hadamard(first, second)
-    return type(term)(*map(stored, term))
-
-
-def _whole(tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    """Returns a Kronecker factor, multiplied out where it is a pair."""
-    return tensors[name] if name in tensors else tensors[f"{name}_a"] @ tensors[f"{name}_b"]
-
-
-def _factor(plan: LayerPlan, tensors: Mapping[str, Tensor], alphas: Alphas) -> float:
-    """Returns alpha / rank; a Kronecker product of whole factors has none."""
-    if plan.rank == 0:
-        return 1.0
-    own = float(tensors["alpha"]) if "alpha" in tensors else None
-    return alphas.factor(plan.name, plan.rank, own)
-
-
-def _size_bytes(header: Header) -> int:
-    return sum(stored.byte_count for stored in header.tensors.values())
+        return LowRank(tensors["down"], tensors["up"])
+    if kind == "LoKr":
+        left, right = (
+            tensors[name] if name in tensors else tensors[f"{name}_a"] @ tensors[f"{name}_b"]
+            for name in ("lokr_w1", "lokr_w2")
+        )
+        return Kronecker(left, right)
+    first, second = (LowRank(tensors[f"hada_{w}_b"], tensors[f"hada_{w}_a"]) for w in ("w1", "w2"))
+    return hadamard(first, second)

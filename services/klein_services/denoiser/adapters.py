@@ -14,9 +14,9 @@ import torch
 
 from klein_api.v1.stage_service_pb2 import AdapterDescription
 from klein_core.checkpoint.files import is_inside
+from klein_core.checkpoint.header import FileState
 from klein_core.denoiser.adapters.adapter import Adapter, ScaledAdapter
 from klein_core.denoiser.adapters.key_mapping import Layers, layer_targets
-from klein_core.denoiser.adapters.parse import FileState
 from klein_core.denoiser.adapters.reader import describe_adapter, read_adapter
 from klein_core.denoiser.transformer import FlowTransformer
 from klein_core.errors import CheckpointError

@@ -86,19 +86,21 @@ def test_what_float16_cannot_hold_is_clipped_as_diffusers_clips(loud: str):
         assert relative_error(velocity, expected) < 0.02
 
 
-def half_split(heads: Tensor, table: Tensor, scratch: object) -> Tensor:
+def half_split(heads: Tensor, table: Tensor, workspace: object) -> Tensor:
     table = table.reshape(*table.shape[:2], *(1,) * (heads.ndim - 3), *table.shape[2:])
     (cosine, sine), (first, second) = table.unbind(-1), heads.chunk(2, dim=-1)
     return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
 
 
-def value_first(gate_and_value: Tensor, scratch: object, out: Tensor | None = None) -> Tensor:
+def value_first(gate_and_value: Tensor, workspace: object, out: Tensor | None = None) -> Tensor:
     value, gate = gate_and_value.chunk(2, dim=-1)
     return torch.mul(torch.nn.functional.silu(gate), value, out=out)
 
 
-def scale_first(per_span: Tensor, sublayers: int, owners: Tensor | None) -> tuple[modulation.Modulation, ...]:
-    right = conditioning_modulations(per_span, sublayers, owners)
+def scale_first(
+    per_span: Tensor, sublayers: int, span_index: Tensor | None
+) -> tuple[modulation.Modulation, ...]:
+    right = original_modulations(per_span, sublayers, span_index)
     return tuple(m._replace(shift=m.scale - 1, scale=1 + m.shift) for m in right)
 
 
@@ -106,10 +108,10 @@ def references_first(span: Span) -> Tensor:
     return torch.cat([image.flatten(0, 1) for image in (*span.references, span.latents)])
 
 
-conditioning_modulations = modulation.modulations
+original_modulations = modulation.modulations
 
 WRONG = {
-    "3 rotary on halves": [(blocks, "rotate", half_split)],
+    "3 rotary on halves": [(blocks, "apply_rope", half_split)],
     "4 modulation in another order": [(transformer, "modulations", scale_first)],
     "5 SiLU on the second half": [(blocks, "swiglu", value_first)],
     "10 references before the target": [(transformer, "_image_tokens", references_first)],
@@ -122,11 +124,11 @@ def test_a_trap_would_be_noticed(trap: str, monkeypatch: pytest.MonkeyPatch):
     oracle, span = tiny_oracle(), span_for({}, [(4, 6)])
     ours, expected = twin(oracle), oracle_velocity(oracle, span)
     assert relative_error(ours([span])[0], expected) < TOLERANCE
-    rope.span_rotations.cache_clear()
+    rope.span_rope_table.cache_clear()
     for module, name, wrong in WRONG[trap]:
         monkeypatch.setattr(module, name, wrong)
     assert relative_error(ours([span])[0], expected) > 100 * TOLERANCE
-    rope.span_rotations.cache_clear()
+    rope.span_rope_table.cache_clear()
 
 
 def test_the_heads_halves_are_scale_then_shift():

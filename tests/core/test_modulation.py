@@ -1,4 +1,4 @@
-"""What a noise level becomes: rounding of timesteps, and the wave made of them."""
+"""Timestep rounding, sinusoids and the order of modulation chunks, against diffusers."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 from klein_core.denoiser.modulation import effective_timesteps, modulations, sinusoid
 from klein_core.denoiser.sampler import sigmas
 
-# Sizes of 512² and 1024²; 764, 956 and 720 would come of rounding sigma itself.
+# Sizes of 512² and 1024²; 764, 956 and 720 would result from rounding sigma itself.
 ROUNDED = [(4096, [1000, 968, 908, 768]), (1024, [1000, 960, 884, 716])]
 
 
 def timesteps_of_diffusers(token_count: int, step_count: int, dtype: torch.dtype) -> Tensor:
-    """The scheduler's timesteps, and what the pipeline and then the transformer do to them."""
+    """Returns the timesteps of the scheduler, rounded as the pipeline and then the transformer do."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     line = np.linspace(1.0, 1 / step_count, step_count)
     scheduler.set_timesteps(sigmas=line, mu=compute_empirical_mu(token_count, step_count))
@@ -58,7 +58,7 @@ def test_float32_timesteps_are_nearly_exact():
 
 
 @pytest.mark.parametrize("channels", [256, 32])
-def test_the_wave_equals_diffusers(channels: int):
+def test_the_sinusoid_equals_diffusers(channels: int):
     timesteps = torch.tensor([0.0, 1.0, 716.0, 958.085, 1000.0])
     theirs = Timesteps(num_channels=channels, flip_sin_to_cos=True, downscale_freq_shift=0)(timesteps)
     assert torch.equal(sinusoid(timesteps, channels), theirs)

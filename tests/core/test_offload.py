@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from klein_core.checkpoint.weights import weights_digest
-from klein_core.denoiser.offload import PLACES, SyncCopyStream, offload_blocks
+from klein_core.denoiser.offload import SLOTS, SyncCopyStream, offload_blocks
 from klein_core.linear import Linear
 from klein_core.quantization.fp8 import Float8Weight, Int8Weight
 from klein_core.quantization.nvfp4 import Float4Weight
@@ -16,23 +16,23 @@ from tests.tiny.transformer import random_span, tiny_oracle, twin
 BLOCKS = 5
 
 
-class RecordingLane(SyncCopyStream):
-    """QuantMetadata what happens in which order."""
+class RecordingStream(SyncCopyStream):
+    """Records the order of events, and the buffer of each slot."""
 
     def __init__(self) -> None:
         self.events: list[tuple[str, int]] = []
-        self.rooms: dict[int, int] = {}
+        self.buffers: dict[int, int] = {}
 
-    def fill(self, place, room, block) -> None:
-        self.events.append(("fill", place))
-        self.rooms[place] = room.data_ptr()
-        super().fill(place, room, block)
+    def fill(self, slot, buffer, block) -> None:
+        self.events.append(("fill", slot))
+        self.buffers[slot] = buffer.data_ptr()
+        super().fill(slot, buffer, block)
 
-    def await_filled(self, place) -> None:
-        self.events.append(("run", place))
+    def wait_ready(self, slot) -> None:
+        self.events.append(("run", slot))
 
-    def mark_used(self, place) -> None:
-        self.events.append(("done", place))
+    def record_free(self, slot) -> None:
+        self.events.append(("done", slot))
 
 
 def network(weight_kind=None):
@@ -72,26 +72,26 @@ def test_streamed_blocks_give_the_same_bits(weight_kind):
 
 
 def test_the_next_block_is_copied_before_a_block_is_done():
-    model, lane = network(), RecordingLane()
-    offload_blocks(model, "cpu", lane)
+    model, stream = network(), RecordingStream()
+    offload_blocks(model, "cpu", stream)
     step(model)
-    first, *rest = lane.events
+    first, *rest = stream.events
     assert first == ("fill", 0)
     expected = []
     for index in range(BLOCKS):
-        place, other = index % PLACES, (index + 1) % PLACES
-        expected += [("run", place), ("fill", other), ("done", place)]
+        slot, other = index % SLOTS, (index + 1) % SLOTS
+        expected += [("run", slot), ("fill", other), ("done", slot)]
     assert rest == expected
-    lane.events.clear()
+    stream.events.clear()
     step(model)
-    # The first block was brought during the last one of the step before.
-    assert lane.events[0] == ("run", BLOCKS % PLACES)
-    assert lane.events.count(("fill", 0)) + lane.events.count(("fill", 1)) == BLOCKS
+    # The first block was copied during the last one of the step before.
+    assert stream.events[0] == ("run", BLOCKS % SLOTS)
+    assert stream.events.count(("fill", 0)) + stream.events.count(("fill", 1)) == BLOCKS
 
 
 def test_a_block_computes_with_what_was_copied_and_no_more_than_two_are_there():
-    model, lane, seen = network(), RecordingLane(), []
-    offload_blocks(model, "cpu", lane)
+    model, stream, seen = network(), RecordingStream(), []
+    offload_blocks(model, "cpu", stream)
     blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
 
     def look(block, *_):
@@ -102,15 +102,15 @@ def test_a_block_computes_with_what_was_copied_and_no_more_than_two_are_there():
         block.register_forward_pre_hook(look)
     step(model)
     assert all(len(pointers) == 1 for pointers in seen)
-    rooms = set.union(*seen)
-    assert rooms == set(lane.rooms.values())
-    assert len(rooms) == PLACES
-    at_home = {parameter.untyped_storage().data_ptr() for block in blocks for parameter in block.parameters()}
-    assert len(at_home) == BLOCKS
-    assert not at_home & rooms
+    on_device = set.union(*seen)
+    assert on_device == set(stream.buffers.values())
+    assert len(on_device) == SLOTS
+    on_host = {parameter.untyped_storage().data_ptr() for block in blocks for parameter in block.parameters()}
+    assert len(on_host) == BLOCKS
+    assert not on_host & on_device
 
 
-def test_a_step_that_failed_does_not_spoil_the_next():
+def test_a_step_that_failed_leaves_the_next_one_correct():
     model = network()
     expected = step(model)
     offload_blocks(model, "cpu")

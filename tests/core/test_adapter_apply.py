@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from klein_core.denoiser.adapters.adapter import Adapter, ScaledAdapter
-from klein_core.denoiser.adapters.apply import Stream, adapted
+from klein_core.denoiser.adapters.apply import TokenStream, apply_adapters
 from klein_core.denoiser.adapters.key_mapping import layer_targets
 from klein_core.denoiser.adapters.reader import read_adapter
-from klein_core.denoiser.packing import Span, keep_from_compiler
+from klein_core.denoiser.packing import Span, exclude_from_compile
 from klein_core.denoiser.sampler import Trajectory, packed_step
 from klein_core.denoiser.transformer import FlowTransformer
 from klein_core.denoiser.workspace import Workspace
@@ -257,14 +257,14 @@ def test_quantized_weights_take_adapters(tmp_path: Path, quantization: str):
 
 @pytest.mark.timeout(600)
 def test_compiled_layers_leave_adapters_to_plain_code(adapters: list[Adapter]):
-    keep_from_compiler()
+    exclude_from_compile()
     plain = OURS.transformer_blocks[0].ff
     compiled = torch.compile(plain, backend="eager", dynamic=True)
     tokens = torch.randn(1, 12, OURS.config.hidden_size)
-    lengths = {Stream.IMAGE: [[5, 7]]}
+    row_counts = {TokenStream.IMAGE: [[5, 7]]}
     with torch.no_grad():
         for wanted in ((), (ScaledAdapter(adapters[0], 1.0),), ()):
-            with adapted(OURS.linears, lengths, [(), wanted]):
+            with apply_adapters(OURS.linears, row_counts, [(), wanted]):
                 assert relative_error(compiled(tokens, Workspace()), plain(tokens, Workspace())) < TOLERANCE
 
 
@@ -278,11 +278,11 @@ def test_adapters_of_other_layers_do_not_compile_anew(tmp_path: Path):
         return graph.forward
 
     compiled = twin(tiny_oracle(num_layers=1, num_single_layers=1))
-    keep_from_compiler()
+    exclude_from_compile()
     compiled.transformer_blocks[0].compile(dynamic=True, backend=counting)
     whole, span = load(tmp_path, "diffusers", transformer=compiled), random_span([(3, 4)])
     layers = ("transformer_blocks.0.ff.linear_in", "transformer_blocks.0.attn.to_qkv")
-    of_one = [replace(whole, segments={layer: whole.segments[layer]}) for layer in layers]
+    of_one = [replace(whole, slices={layer: whole.slices[layer]}) for layer in layers]
     with torch.no_grad():
         for wanted in ([], [of_one[0]]):
             compiled([with_adapters(span, *((adapter, 1.0) for adapter in wanted))])
@@ -303,9 +303,9 @@ def test_an_adapter_of_another_model_is_no_silent_nothing(adapters: list[Adapter
 def test_the_end_of_one_threads_step_leaves_anothers_adapters(adapters: list[Adapter]):
     span = with_adapters(random_span([(2, 3)]), (adapters[0], 1.0))
     (expected,) = velocities([span])
-    lengths = {stream: [[1]] for stream in Stream}
-    other = threading.Thread(target=lambda: _begin_and_end(lengths, adapters[0]))
-    with adapted(OURS.linears, lengths, [(ScaledAdapter(adapters[0], 1.0),)]):
+    row_counts = {stream: [[1]] for stream in TokenStream}
+    other = threading.Thread(target=lambda: _begin_and_end(row_counts, adapters[0]))
+    with apply_adapters(OURS.linears, row_counts, [(ScaledAdapter(adapters[0], 1.0),)]):
         other.start()
         other.join()
         assert all(linear.is_adapted for linear in OURS.linears.values())
@@ -313,6 +313,6 @@ def test_the_end_of_one_threads_step_leaves_anothers_adapters(adapters: list[Ada
     assert torch.equal(velocities([span])[0], expected)
 
 
-def _begin_and_end(lengths: dict[Stream, list[list[int]]], adapter: Adapter) -> None:
-    with adapted(OURS.linears, lengths, [(ScaledAdapter(adapter, 1.0),)]):
+def _begin_and_end(row_counts: dict[TokenStream, list[list[int]]], adapter: Adapter) -> None:
+    with apply_adapters(OURS.linears, row_counts, [(ScaledAdapter(adapter, 1.0),)]):
         pass
