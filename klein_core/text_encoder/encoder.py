@@ -1,4 +1,4 @@
-"""Prompts to embeddings: Qwen3 cut after its last tapped layer, the tapped layers side by side."""
+"""Text encoder: prompts to embeddings, with Qwen3 cut after its last tapped layer."""
 
 from __future__ import annotations
 
@@ -24,20 +24,8 @@ from klein_core.text_encoder.tokenizer import PromptTokenizer, TokenizedPrompt
 from klein_core.variants import TextEncoderConfig
 
 
-@dataclass(frozen=True)
-class EncodedPrompt:
-    """One prompt as the flow transformer reads it."""
-
-    embedding: Tensor
-    """(sequence_length, embedding_channels), pad rows included: the transformer attends to them."""
-    token_count: int
-    """Real tokens, the chat template's included."""
-    truncated: bool
-    """Whether the prompt lost its end."""
-
-
 class TextEncoder:
-    """Tokenizer and cut Qwen3 of one checkpoint on one device."""
+    """A checkpoint's tokenizer and cut Qwen3 on one device."""
 
     def __init__(self, config: TextEncoderConfig, tokenizer: PromptTokenizer, model: Qwen3Model) -> None:
         self.config = config
@@ -52,16 +40,16 @@ class TextEncoder:
         dtype: torch.dtype | None = None,
         quantization: str = NO_QUANTIZATION,
     ) -> TextEncoder:
-        """Loads the tokenizer and the needed part of the text encoder.
+        """Loads a model's tokenizer, and its text encoder up to the last tapped layer.
 
         Args:
-            files: a model's folder in diffusers' layout, or where each part lies.
-            device: where the weights go.
-            dtype: of activations and of weights that are not quantized; `None` is the checkpoint's own.
-            quantization: what the layers' plain weights are made into, one of `constants.QUANTIZATIONS`.
+            files: a model's folder in diffusers' layout, or the path of each part.
+            device: device of the weights.
+            dtype: of activations and of weights that are not quantized; `None` is the checkpoint's.
+            quantization: format to quantize the layers' plain weights to, one of `constants.QUANTIZATIONS`.
 
         Raises:
-            CheckpointError: files are missing, corrupt or of another shape than the configuration.
+            CheckpointError: files are missing, corrupt or do not fit the configuration.
         """
         files = ModelFiles.of(files)
         config = read_text_encoder_config(files)
@@ -75,10 +63,10 @@ class TextEncoder:
         return cls(config, tokenizer, model)
 
     def encode(self, prompts: Sequence[str], limits: Limits = DEFAULT_LIMITS) -> list[EncodedPrompt]:
-        """Encodes prompts in one batch, in the model's dtype and on its device.
+        """Encodes prompts in one batch; embeddings have the model's dtype and device.
 
         Raises:
-            InvalidInput: a prompt has more characters than `limits` allow or is not valid text.
+            InvalidInput: a prompt has more characters than `limits` allow, or is not valid text.
         """
         if not prompts:
             return []
@@ -90,21 +78,33 @@ class TextEncoder:
         ]
 
     def digest(self) -> str:
-        """Returns what tells this encoder's weights and tokenizer from others; see `weights_digest`."""
+        """Returns a digest of weights, tokenizer and taps, as a cache key for embeddings; see `weights_digest`."""
         taps = f"{self.config.tapped_layers} {self.config.sequence_length}"
         return weights_digest(self.model, self.tokenizer.digest, taps)
 
     @torch.no_grad()
     def embed(self, tokenized: Sequence[TokenizedPrompt]) -> Tensor:
-        """Runs the model on tokenized prompts: (B, sequence_length, embedding_channels)."""
+        """Runs the model on tokenized prompts; returns (B, sequence_length, embedding_channels)."""
         device = self.model.device
         token_ids = torch.tensor([tokens.token_ids for tokens in tokenized], device=device)
         mask = torch.tensor([tokens.attention_mask for tokens in tokenized], device=device)
         return tapped_embedding(self.model, token_ids, mask, self.config.tapped_layers)
 
 
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """One prompt as input of the flow transformer."""
+
+    embedding: Tensor
+    """(sequence_length, embedding_channels), padding rows included: the transformer attends to them."""
+    token_count: int
+    """Tokens without padding, the chat template's included."""
+    truncated: bool
+    """Whether the prompt was longer than the sequence and was cut."""
+
+
 def is_layer_linear(parameter: str) -> bool:
-    """Whether a parameter is a matrix of a layer; the embedding table and the norms are not."""
+    """Returns whether a parameter is the weight of a linear layer; the embedding table and the norms are not."""
     return parameter.startswith("layers.") and parameter.endswith("_proj.weight")
 
 
@@ -112,45 +112,45 @@ def build_cut_qwen3(config: TextEncoderConfig, device: torch.device | str = "cpu
     """Builds Qwen3 up to its last tapped layer, without its final norm.
 
     Parameters are on `meta`, the rotary frequencies on `device`.
+
+    Raises:
+        CheckpointError: the configuration does not describe a Qwen3.
     """
     try:
-        qwen3 = Qwen3Config.from_dict(_cut(config))
+        qwen3 = Qwen3Config.from_dict(_cut_config(config))
         qwen3._attn_implementation = "sdpa"
         with torch.device("meta"):
             model = Qwen3Model(qwen3)
-            _use_own_products(model)
-    # Qwen3Config's own checks raise several types of their own.
+            for name, layer in list(model.layers.named_modules()):
+                if isinstance(layer, torch.nn.Linear):
+                    # Ours takes quantized weights and is fast in bfloat16 on every CPU.
+                    model.layers.set_submodule(name, Linear(layer.in_features, layer.out_features))
+    # Qwen3Config's checks raise exceptions of several types.
     except Exception as error:
         raise CheckpointError(
             f"text_encoder/config.json is not a usable Qwen3 configuration: {error}"
         ) from error
     model.set_submodule("norm", torch.nn.Identity())
-    # Computed, not stored: a rotary built on meta would have frequencies without values.
+    # The frequencies are computed, not stored in the checkpoint: on meta they would have no values.
     model.rotary_emb = Qwen3RotaryEmbedding(qwen3).to(device)
     return model
-
-
-def _use_own_products(model: Qwen3Model) -> None:
-    """Replaces the layers' products by those that take quantized weights and are fast in bfloat16 everywhere."""
-    for name, layer in list(model.layers.named_modules()):
-        if isinstance(layer, torch.nn.Linear):
-            model.layers.set_submodule(name, Linear(layer.in_features, layer.out_features))
 
 
 def tapped_embedding(model: Qwen3Model, token_ids: Tensor, mask: Tensor, taps: Sequence[int]) -> Tensor:
     """Concatenates the tapped hidden states of tokens (B, S) on the channel axis: (B, S, taps · hidden).
 
-    Pads are masked as keys but their rows are computed, as the flow transformer reads them.
+    Padding is masked as keys, but its rows are computed, because the flow transformer attends to them.
+    Source: diffusers' `Flux2KleinPipeline`.
     """
     output = model(input_ids=token_ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
     return torch.cat([output.hidden_states[tap] for tap in taps], dim=-1)
 
 
-def _cut(config: TextEncoderConfig) -> dict[str, object]:
-    """Returns the Qwen3 configuration of the needed layers only."""
+def _cut_config(config: TextEncoderConfig) -> dict[str, object]:
+    """Returns the Qwen3 configuration of the layers up to the last tapped one."""
     layer_count = max(config.tapped_layers)
     cut = {**config.qwen3, "num_hidden_layers": layer_count, "use_cache": False}
-    # Said of the file, which the loader reads; the network is built plain.
+    # Describes the stored weights, which the loader handles; the network is built unquantized.
     cut.pop("quantization_config", None)
     if isinstance(cut.get("layer_types"), list):
         cut["layer_types"] = cut["layer_types"][:layer_count]

@@ -1,7 +1,7 @@
-"""A prompt to token ids: the checkpoint's own tokenizer and chat template, thinking off, padded on the right.
+"""Tokenizer: prompts to token ids, with the checkpoint's tokenizer and chat template, padded on the right.
 
-A prompt becomes one user message, unmodified, so special-token text in it (`<|im_end|>`) is parsed as special
-tokens, as in diffusers.
+A prompt becomes one user message, unmodified and with thinking disabled. Special-token text in it (`<|im_end|>`) is
+parsed as special tokens, as in diffusers.
 """
 
 from __future__ import annotations
@@ -18,41 +18,29 @@ from klein_core.errors import CheckpointError, InvalidInput
 from klein_core.params import DEFAULT_LIMITS, Limits, prompt_violations
 
 
-@dataclass(frozen=True)
-class TokenizedPrompt:
-    """One prompt as the text encoder reads it."""
-
-    token_ids: tuple[int, ...]
-    """Exactly the sequence length; padding fills the end."""
-    attention_mask: tuple[int, ...]
-    """1 for each real token, 0 for each pad."""
-    token_count: int
-    """Real tokens, the template's included."""
-    truncated: bool
-    """Whether the prompt was longer than the sequence and lost its end."""
-
-
 class PromptTokenizer:
-    """Renders, tokenizes, cuts and pads. Safe to call from several threads."""
+    """Renders the chat template, tokenizes, truncates and pads. Thread-safe."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> None:
         self.sequence_length = sequence_length
         self._tokenizer = tokenizer
-        self._pad_token_id = _pad_token_id(tokenizer)
-        # The wrapper sets truncation and padding on its backend for every call, and threads would meet there:
-        # "Already borrowed", or another call's length. A backend of its own that never changes has no such state.
+        if tokenizer.pad_token_id is None:
+            raise CheckpointError("the tokenizer has no pad token")
+        self._pad_token_id = int(tokenizer.pad_token_id)
+        # The wrapper sets truncation and padding on its backend in every call, so concurrent calls fail with "Already
+        # borrowed" or use another call's length. A separate backend that is never changed has no such state.
         serialized = tokenizer.backend_tokenizer.to_str()
         self.digest = hashlib.blake2b(
             f"{serialized}{tokenizer.chat_template}".encode(), digest_size=16
         ).hexdigest()
-        """Tells this vocabulary and chat template from others."""
+        """Identifies the vocabulary and the chat template."""
         self._backend = tokenizers.Tokenizer.from_str(serialized)
         self._backend.no_truncation()
         self._backend.no_padding()
 
     @classmethod
     def from_folder(cls, folder: Path | str, sequence_length: int) -> PromptTokenizer:
-        """Loads a `tokenizer/` folder; code in it is never run.
+        """Loads a `tokenizer/` folder; never runs code from it.
 
         Raises:
             CheckpointError: files are missing or malformed, or there is no chat template or pad token.
@@ -64,25 +52,25 @@ class PromptTokenizer:
             tokenizer = AutoTokenizer.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=False
             )
-            made = cls(tokenizer, sequence_length)
-            made._render("")
+            loaded = cls(tokenizer, sequence_length)
+            loaded._render("")
         # transformers and tokenizers raise plain Exception for some malformed files.
         except Exception as error:
             raise CheckpointError(f"{folder} is not a usable tokenizer: {error}") from error
-        return made
+        return loaded
 
     def tokenize(
         self, prompt: str, limits: Limits = DEFAULT_LIMITS, *, field: str = "prompt"
     ) -> TokenizedPrompt:
-        """Returns the prompt's tokens inside the chat template.
+        """Returns the tokens of the prompt in the chat template.
 
         Args:
-            prompt: the caller's text.
-            limits: of its characters.
-            field: the caller's name for it in errors.
+            prompt: the client's text.
+            limits: bound its number of characters.
+            field: the prompt's name in errors.
 
         Raises:
-            InvalidInput: the prompt is longer than the limit or is not text that can be encoded.
+            InvalidInput: the prompt is longer than the limit, or cannot be encoded as UTF-8.
         """
         violations = list(prompt_violations(field, prompt, limits))
         if violations:
@@ -107,7 +95,15 @@ class PromptTokenizer:
         return str(text)
 
 
-def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    if tokenizer.pad_token_id is None:
-        raise CheckpointError("the tokenizer has no pad token")
-    return int(tokenizer.pad_token_id)
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """One prompt as input of the text encoder."""
+
+    token_ids: tuple[int, ...]
+    """As many as the sequence length, padding at the end."""
+    attention_mask: tuple[int, ...]
+    """1 for each token, 0 for padding."""
+    token_count: int
+    """Tokens without padding, the template's included."""
+    truncated: bool
+    """Whether the prompt was longer than the sequence and was cut."""

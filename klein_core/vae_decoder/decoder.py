@@ -1,4 +1,4 @@
-"""How much memory a device has left. Imports torch."""
+"""VAE decoder: decodes latents to pixels, and encodes reference images to latents."""
 
 from __future__ import annotations
 
@@ -32,61 +32,17 @@ from klein_core.vae_decoder.tiling import AUTOMATIC_TILING, TilingPolicy
 from klein_core.variants import VaeConfig
 
 _MEMINFO = Path("/proc/meminfo")
-_GROUP = Path("/sys/fs/cgroup")
-
-
-def free_bytes(device: torch.device) -> int:
-    """Returns what could still be allocated on `device`, memory that torch keeps for reuse included."""
-    if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + kept
-    if device.type == "mps":
-        return int(torch.mps.recommended_max_memory()) - int(torch.mps.current_allocated_memory())
-    return free_host_bytes()
-
-
-def free_host_bytes(meminfo: Path = _MEMINFO, group: Path = _GROUP) -> int:
-    """Returns what this machine can still give to programs, or this container if that is less.
-
-    A system that does not tell is taken to have no limit.
-    """
-    left = [available for available in (_available(meminfo), _left_in_group(group)) if available is not None]
-    return min(left, default=2**63 - 1)
-
-
-def _available(meminfo: Path) -> int | None:
-    try:
-        lines = meminfo.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-
-
-def _left_in_group(group: Path) -> int | None:
-    try:
-        limit = (group / "memory.max").read_text(encoding="ascii").strip()
-        used = int((group / "memory.current").read_text(encoding="ascii"))
-        pages = (group / "memory.stat").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    # Cached files count as used but are given up when memory is asked for.
-    cached = next((int(line.split()[1]) for line in pages if line.startswith("inactive_file ")), 0)
-    return None if limit == "max" else int(limit) - used + cached
-
-
-@dataclass(frozen=True)
-class EncodedReference:
-    """One reference as the flow transformer reads it."""
-
-    latents: Tensor
-    """(rows, columns, packed_channels), normalized."""
-    width_px: int
-    """Of the prepared image: 16 times the columns."""
-    height_px: int
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 class VaeDecoder:
-    """The autoencoder of one checkpoint on one device."""
+    """A checkpoint's autoencoder on one device.
+
+    Args:
+        autoencoder: on its device, without gradients.
+        reference_limits: bounds of the files that `encode_reference` accepts.
+        tiling: when to decode and encode in tiles.
+    """
 
     def __init__(
         self,
@@ -107,7 +63,13 @@ class VaeDecoder:
         reference_limits: ReferenceLimits = DEFAULT_REFERENCE_LIMITS,
         tiling: TilingPolicy = AUTOMATIC_TILING,
     ) -> VaeDecoder:
-        """Loads a model's autoencoder; `dtype` `None` is the checkpoint's own.
+        """Loads a model's autoencoder.
+
+        Args:
+            files: a model's folder in diffusers' layout, or the path of each part.
+            device: device of the weights.
+            dtype: of weights and activations; `None` is the checkpoint's.
+            reference_limits, tiling: as for the constructor.
 
         Raises:
             CheckpointError: files are missing, corrupt or of another shape than the configuration.
@@ -128,16 +90,20 @@ class VaeDecoder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of weights and of encoded references."""
+        """Dtype of weights and of encoded references."""
         return self.autoencoder.encoder.conv_in.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are; inputs are moved there."""
+        """Device of the weights; inputs are moved to it."""
         return self.autoencoder.encoder.conv_in.weight.device
 
     def encode_reference(self, data: bytes, field: str = "reference") -> EncodedReference:
-        """Prepares and encodes one image file; `field` is the caller's name for it in errors.
+        """Prepares and encodes one image file.
+
+        Args:
+            data: the file's bytes.
+            field: the file's name in errors, for example `references[1]`.
 
         Raises:
             InvalidInput: the file is not an acceptable image.
@@ -150,7 +116,7 @@ class VaeDecoder:
     def encode(self, image: Tensor) -> Tensor:
         """Encodes one image (H, W, 3) in −1…1 to latents (rows, columns, packed_channels)."""
         height_px, width_px, _ = image.shape
-        tiled = self._tiles(self._needs(encode_bytes, width_px, height_px))
+        tiled = self._needs_tiles(encode_bytes, width_px, height_px)
         pixels = image.to(self.device, self.dtype).unsqueeze(0).permute(0, 3, 1, 2)
         latents = self.autoencoder.encode(pixels, tiled=tiled)
         return latents[0].permute(1, 2, 0).contiguous()
@@ -162,10 +128,9 @@ class VaeDecoder:
         Raises:
             InvalidInput: the latents have another shape, or values that do not decode to finite pixels.
         """
-        self._check(latents)
+        height_px, width_px = self._image_size(latents)
         packed = latents.to(self.device, self.dtype).permute(2, 0, 1).unsqueeze(0).contiguous()
-        height_px, width_px = (extent * SIZE_MULTIPLE_PX for extent in latents.shape[:2])
-        tiled = self._tiles(self._needs(decode_bytes, width_px, height_px))
+        tiled = self._needs_tiles(decode_bytes, width_px, height_px)
         image = self.autoencoder.decode(packed, tiled=tiled)[0]
         if not bool(image.isfinite().all()):
             raise InvalidInput.of(
@@ -180,24 +145,22 @@ class VaeDecoder:
         quality: int | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> bytes:
-        """Decodes latents (rows, columns, packed_channels) to a file; see `encode_image`.
+        """Decodes latents (rows, columns, packed_channels) to an image file; arguments as for `encode_image`.
 
         Raises:
             InvalidInput: as `decode` and `encode_image`.
         """
-        self._check(latents)
-        height_px, width_px = (extent * SIZE_MULTIPLE_PX for extent in latents.shape[:2])
+        height_px, width_px = self._image_size(latents)
         check_encoding(width_px, height_px, image_format, quality, metadata)
         return encode_image(self.decode(latents), image_format, quality, metadata)
 
-    def _needs(self, count: Callable[..., int], width_px: int, height_px: int) -> int:
+    def _needs_tiles(self, count_bytes: Callable[..., int], width_px: int, height_px: int) -> bool:
         emulated = needs_fp32_fallback(self.device, self.dtype)
-        return count(self.config, width_px, height_px, self.dtype.itemsize, emulated=emulated)
+        needed = count_bytes(self.config, width_px, height_px, self.dtype.itemsize, emulated=emulated)
+        return self.tiling.applies(needed, lambda: free_bytes(self.device))
 
-    def _tiles(self, needed_bytes: int) -> bool:
-        return self.tiling.applies(needed_bytes, lambda: free_bytes(self.device))
-
-    def _check(self, latents: Tensor) -> None:
+    def _image_size(self, latents: Tensor) -> tuple[int, int]:
+        """Validates latents and returns the height and width in pixels that they decode to."""
         channels = self.config.packed_channels
         if latents.ndim != 3 or latents.shape[2] != channels or latents.numel() == 0:
             raise InvalidInput.of(
@@ -205,12 +168,24 @@ class VaeDecoder:
             )
         if not latents.is_floating_point():
             raise InvalidInput.of("latents", f"are {latents.dtype}; must be floating point")
+        return latents.shape[0] * SIZE_MULTIPLE_PX, latents.shape[1] * SIZE_MULTIPLE_PX
+
+
+@dataclass(frozen=True)
+class EncodedReference:
+    """One reference image as input of the flow transformer."""
+
+    latents: Tensor
+    """(rows, columns, packed_channels), normalized."""
+    width_px: int
+    """Width of the prepared image: 16 times the columns."""
+    height_px: int
 
 
 def lay_channels_last(autoencoder: Autoencoder) -> None:
-    """Lets convolutions take channels last without reordering them: a tenth to a fifth faster on a CPU.
+    """Stores convolution weights channels-last, which makes convolutions 10–20 % faster on a CPU.
 
-    Not on CUDA: its group norm puts channels first again, so that each layer would copy its features twice.
+    Not for CUDA: its group norm returns channels-first features, so each layer would copy them twice.
     """
     for parameter in autoencoder.parameters():
         if parameter.ndim == 4:
@@ -218,5 +193,44 @@ def lay_channels_last(autoencoder: Autoencoder) -> None:
 
 
 def image_tensor(image: Image.Image) -> Tensor:
-    """Turns an RGB image into a tensor (H, W, 3) in −1…1, fp32."""
+    """Converts an RGB image to a tensor (H, W, 3) in −1…1, fp32."""
     return 2 * torch.from_numpy(np.array(image, dtype=np.float32) / 255) - 1
+
+
+def free_bytes(device: torch.device) -> int:
+    """Returns the memory that can still be allocated on `device`, torch's cached blocks included."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory()) - int(torch.mps.current_allocated_memory())
+    return free_host_bytes()
+
+
+def free_host_bytes(meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP) -> int:
+    """Returns the available memory of this machine, or of this container if that is less.
+
+    Returns 2⁶³ − 1 on systems that report neither.
+    """
+    available = (_available_bytes(meminfo), _cgroup_bytes(cgroup))
+    return min((each for each in available if each is not None), default=2**63 - 1)
+
+
+def _available_bytes(meminfo: Path) -> int | None:
+    try:
+        lines = meminfo.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _cgroup_bytes(cgroup: Path) -> int | None:
+    try:
+        limit = (cgroup / "memory.max").read_text(encoding="ascii").strip()
+        used = int((cgroup / "memory.current").read_text(encoding="ascii"))
+        statistics = (cgroup / "memory.stat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    # The page cache counts as used, but the kernel reclaims it on demand.
+    cached = next((int(line.split()[1]) for line in statistics if line.startswith("inactive_file ")), 0)
+    return None if limit == "max" else int(limit) - used + cached

@@ -1,4 +1,4 @@
-"""Decoded pixels to bytes, and bytes to files: PNG, JPEG, WebP or raw RGB."""
+"""Image input and output: encodes pixels to PNG, JPEG, WebP or raw RGB; decodes and fits reference images."""
 
 from __future__ import annotations
 
@@ -21,20 +21,26 @@ from klein_core.image_format import (
     format_violations,
     metadata_violations,
 )
+from klein_core.params import SIZE_MULTIPLE_PX
 
+MODEL_PIXEL_COUNT = 1024 * 1024
+"""Larger references are scaled down to this area, klein's rule; smaller ones are never scaled up."""
 DEFAULT_QUALITY = 95
-
-# Measured: 5 times (PNG) and 3 times (WebP) as fast as the defaults, for somewhat larger files.
+"""Of JPEG and WebP."""
+# Measured: 5 times (PNG) and 3 times (WebP) as fast as the defaults, for slightly larger files.
 _PNG_LEVEL = 1
 _WEBP_METHOD = 0
 _USER_COMMENT_IS_ASCII = b"ASCII\0\0\0"
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+_SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
+_RGB_CONVERTIBLE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
 
 
 def to_rgb_bytes(image: Tensor) -> Tensor:
-    """Turns a decoded image (3, H, W) in −1…1 into uint8 (H, W, 3), on the CPU.
+    """Converts a decoded image (3, H, W) in −1…1 to uint8 (H, W, 3), on the CPU.
 
-    Halves and shifts in the image's own precision, then rounds in fp32, as diffusers does; truncating instead
-    would be a level lower on half of all pixels.
+    Scales in the image's dtype, then rounds in fp32, as in diffusers' `VaeImageProcessor`; truncating instead would
+    make half of all pixels one level darker.
     """
     unit = (image * 0.5 + 0.5).clamp(0, 1)
     return (unit.permute(1, 2, 0).float() * 255).round().to(torch.uint8).cpu().contiguous()
@@ -50,11 +56,11 @@ def encode_image(
         image_format: one of `klein_core.image_format.IMAGE_FORMATS`; `raw` is the pixels themselves, row-major.
         quality: of JPEG and WebP, 1 to 100, 95 if `None`; must be `None` for the others.
         metadata: texts to store in the file: as PNG text chunks, or in EXIF as JSON (`UserComment`), where
-            `Software` is also a tag of its own. Raw pixels have no place for it.
+            `Software` is a separate tag as well. Raw pixels cannot store metadata, which is then ignored.
 
     Raises:
-        InvalidInput: unknown format, quality out of range or for a lossless format, a side that the format
-            cannot have, or metadata too large.
+        InvalidInput: the format is unknown, the quality is out of range or given for a lossless format, a side is
+            above the format's limit, or the metadata is too large.
     """
     height_px, width_px, _ = rgb.shape
     check_encoding(width_px, height_px, image_format, quality, metadata)
@@ -62,7 +68,7 @@ def encode_image(
     if image_format == "raw":
         return pixels.tobytes()
     file = BytesIO()
-    # In order of keys, because a map that came over the wire has none and equal requests give equal bytes.
+    # Sorted by key: protobuf maps are unordered, and equal requests must give equal bytes.
     ordered = dict(sorted((metadata or {}).items()))
     Image.fromarray(pixels).save(file, **_save_options(image_format, quality, ordered))
     return file.getvalue()
@@ -71,7 +77,7 @@ def encode_image(
 def check_encoding(
     width_px: int, height_px: int, image_format: str, quality: int | None, metadata: Mapping[str, str] | None
 ) -> None:
-    """Raises what `encode_image` would raise for an image of that size, before there is one."""
+    """Raises what `encode_image` would raise for an image of this size, before the image is computed."""
     violations = list(format_violations(image_format, quality))
     violations += format_size_violations(image_format, width_px, height_px)
     violations += metadata_violations(metadata or {})
@@ -86,7 +92,7 @@ def _save_options(image_format: str, quality: int | None, metadata: Mapping[str,
     if metadata:
         options["exif"] = _exif(metadata)
     if image_format == "jpeg":
-        # Full-resolution color, as the model's authors publish their samples.
+        # No chroma subsampling, as in the samples that the model's authors publish.
         return {"format": "JPEG", "subsampling": 0, **options}
     return {"format": "WEBP", "method": _WEBP_METHOD, **options}
 
@@ -107,28 +113,18 @@ def _exif(metadata: Mapping[str, str]) -> Image.Exif:
     return exif
 
 
-MODEL_PIXEL_COUNT = 1024 * 1024
-"""Larger references are scaled down to this area, klein's own rule; smaller ones are never scaled up."""
-SIZE_MULTIPLE_PX = 16
-"""Sides are floored to multiples of this, by cropping around the center."""
-
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-_SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
-_RGB_CONVERTIBLE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
-
-
 @dataclass(frozen=True)
 class ReferenceLimits:
-    """What a reference file may be."""
+    """Limits of a reference file."""
 
     byte_count: int = 20 * 1024 * 1024
-    """Bytes of the file."""
+    """Largest file, in bytes."""
     pixel_count: int = 64 * 1024 * 1024
-    """Pixels of the image in the file, which bounds the memory that decoding takes."""
+    """Most pixels of the image, which bounds the memory that decoding takes."""
     side_px: int = 64
     """Smallest width and height."""
     aspect_ratio: int = 8
-    """Longest side over the shortest."""
+    """Largest ratio of the longest side to the shortest."""
 
 
 DEFAULT_REFERENCE_LIMITS = ReferenceLimits()
@@ -137,15 +133,15 @@ DEFAULT_REFERENCE_LIMITS = ReferenceLimits()
 def prepare_reference(
     data: bytes, *, field: str = "reference", limits: ReferenceLimits = DEFAULT_REFERENCE_LIMITS
 ) -> Image.Image:
-    """Decodes and fits one reference: an RGB image whose sides are multiples of 16, about 1 MP at most.
+    """Decodes one reference and fits it to klein: an RGB image, at most 1 megapixel, sides multiples of 16.
 
     Args:
-        data: the file as it came.
-        field: the caller's name for it in errors, for example `references[1]`.
+        data: the file's bytes.
+        field: the file's name in errors, for example `references[1]`.
         limits: checked on the file's header, before any pixel is decoded.
 
     Raises:
-        InvalidInput: it is not an image, is damaged, or is outside the limits.
+        InvalidInput: the file is not an image, is damaged, or exceeds the limits.
     """
     if len(data) > limits.byte_count:
         raise InvalidInput.of(field, f"is {len(data)} bytes; at most {limits.byte_count} are allowed")
@@ -157,7 +153,7 @@ def prepare_reference(
 
 
 def fit_reference(image: Image.Image) -> Image.Image:
-    """Scales an image down to klein's area where it is larger, then crops its sides to multiples of 16."""
+    """Scales an image down to klein's area if it is larger, then crops its sides to multiples of 16."""
     if image.width * image.height > MODEL_PIXEL_COUNT:
         scale = math.sqrt(MODEL_PIXEL_COUNT / (image.width * image.height))
         size = int(image.width * scale), int(image.height * scale)
@@ -169,14 +165,14 @@ def fit_reference(image: Image.Image) -> Image.Image:
 
 
 def _open(data: bytes, field: str) -> Image.Image:
-    """Reads the header only."""
+    """Opens an image file; reads its header only."""
     try:
         return Image.open(BytesIO(data), formats=_FORMATS)
     except MemoryError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InvalidInput.of(field, f"has too many pixels: {error}") from None
-    # Decoders raise nearly anything on malformed bytes.
+    # Decoders raise almost any exception on malformed bytes.
     except Exception:
         raise InvalidInput.of(field, f"is not an image; it must be one of {', '.join(_FORMATS)}") from None
 
@@ -193,22 +189,19 @@ def _size_violations(image: Image.Image, field: str, limits: ReferenceLimits) ->
 
 
 def _decode(image: Image.Image, field: str) -> Image.Image:
-    """Decodes the pixels, turns them upright and makes them RGB."""
+    """Decodes the pixels, applies the EXIF orientation and converts to RGB."""
     try:
         image.load()
         upright = ImageOps.exif_transpose(image)
         if upright.mode in _SIXTEEN_BIT_MODES:
-            return _eight_bit(upright).convert("RGB")
+            # Scaled to 8 bits here: Pillow's own conversion clips at 255, which leaves white.
+            gray = ((np.asarray(upright).astype(np.uint32) + 128) // 257).astype(np.uint8)
+            return Image.fromarray(gray).convert("RGB")
         if upright.mode in _RGB_CONVERTIBLE_MODES:
             return upright.convert("RGB")
     except MemoryError:
         raise
-    # Decoders raise nearly anything on malformed bytes.
+    # Decoders raise almost any exception on malformed bytes.
     except Exception as error:
         raise InvalidInput.of(field, f"is a damaged or truncated {image.format} image: {error}") from None
-    raise InvalidInput.of(field, f"has pixels of mode {upright.mode}, which cannot be made RGB")
-
-
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """Scales 16-bit gray to 8 bits; Pillow's own conversion clips at 255, which leaves white."""
-    return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+    raise InvalidInput.of(field, f"has pixels of mode {upright.mode}, which cannot be converted to RGB")

@@ -1,7 +1,7 @@
-"""Large images in overlapping tiles, one at a time: memory of one tile whatever the image's size.
+"""Tiling: processes large images in overlapping tiles, with the memory of one tile at any image size.
 
-The same tiles and the same blend as diffusers' `enable_tiling`. Normalization and attention see one tile at a
-time, so a tiled image is not quite the image in one piece; hence the choice, `TilingPolicy`.
+Tiles and blending are those of diffusers' `enable_tiling`. Normalization and attention see one tile at a time, so the
+result differs slightly from the image in one piece; `TilingPolicy` makes the choice.
 """
 
 from __future__ import annotations
@@ -15,25 +15,44 @@ from torch import Tensor
 from klein_core.variants import VaeConfig
 
 OVERLAP = 0.25
-"""Share of a tile's side that it has in common with the next."""
+"""Share of a tile's side that overlaps the next tile."""
+
+
+@dataclass(frozen=True)
+class TilingPolicy:
+    """Decides when to process images larger than one tile in tiles."""
+
+    mode: str = "auto"
+    """`auto`, `on` or `off`; `auto` uses tiles if the image in one piece needs more memory than the limit."""
+    limit_bytes: int | None = None
+    """Memory for activations; `None` is the device's free memory at that moment."""
+
+    def applies(self, needed_bytes: int, free_bytes: Callable[[], int]) -> bool:
+        """Returns whether to use tiles for an image that needs `needed_bytes` in one piece."""
+        if self.mode != "auto":
+            return self.mode == "on"
+        return needed_bytes > (free_bytes() if self.limit_bytes is None else self.limit_bytes)
+
+
+AUTOMATIC_TILING = TilingPolicy()
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Sides of square tiles, in pixels or latents of what goes in and of what comes out."""
+    """Geometry of square tiles: input sizes in the network's input pixels or latents, output sizes in its output's."""
 
     side: int
-    """Of a tile that goes in; those at the right and the bottom are smaller."""
+    """Side of an input tile; the last row and column of tiles may be smaller."""
     stride: int
-    """Between the beginnings of two tiles that go in."""
+    """Distance between the starts of neighboring input tiles."""
     blend: int
-    """Width of the strip of what comes out that fades from one tile to the next."""
+    """Width of the output strip that is blended between neighboring tiles."""
     kept: int
-    """Rows and columns of a tile that comes out before the next one begins."""
+    """Rows and columns of an output tile before the next one starts."""
 
     @classmethod
     def between(cls, side: int, out_side: int) -> Tiles:
-        """Returns the tiles of a network that turns `side` into `out_side`."""
+        """Returns the tiles of a network that maps `side` to `out_side`."""
         blend = int(out_side * OVERLAP)
         return cls(side, int(side * (1 - OVERLAP)), blend, out_side - blend)
 
@@ -42,10 +61,10 @@ class Tiles:
         return max(whole.shape[-2:]) > self.side
 
     def run(self, whole: Tensor, network: Callable[[Tensor], Tensor]) -> Tensor:
-        """Returns what `network` makes of (B, C, h, w), tile by tile."""
+        """Applies `network` to (B, C, h, w), one tile at a time, and blends the results."""
         above: list[Tensor] = []
         rows: list[Tensor] = []
-        # A tile begins at every stride, also where the one before has reached the edge already.
+        # A tile starts at every stride, even if the one before has reached the edge: as in diffusers.
         for top in range(0, whole.shape[2], self.stride):
             tiles: list[Tensor] = []
             for column, left in enumerate(range(0, whole.shape[3], self.stride)):
@@ -60,12 +79,12 @@ class Tiles:
         return torch.cat(rows, dim=2)
 
     def _fade_in(self, before: Tensor, tile: Tensor, axis: int) -> None:
-        """Overwrites the beginning of `tile` with a linear passage from the end of the tile before it."""
+        """Blends the start of `tile` linearly with the end of the tile before it, in place."""
         extent = min(before.shape[axis], tile.shape[axis], self.blend)
         share = torch.arange(extent, dtype=torch.float64) / extent
         share = share.view(-1, 1) if axis == 2 else share
         begin = tile.narrow(axis, 0, extent)
-        # Products are rounded to the tile's own precision before they are added, as the source does.
+        # Products are rounded to the tile's dtype before they are added, as in diffusers.
         old, new = before.narrow(axis, before.shape[axis] - extent, extent), begin
         old = (old.float() * (1 - share).float().to(tile.device)).to(tile.dtype)
         new = (new.float() * share.float().to(tile.device)).to(tile.dtype)
@@ -73,34 +92,15 @@ class Tiles:
 
 
 def decoder_tiles(config: VaeConfig) -> Tiles:
-    """Returns the tiles in which latents are decoded: 128 latents to 1024 pixels in klein."""
+    """Returns the decoder's tiles: 128 latents to 1024 pixels in klein."""
     return Tiles.between(_latent_side(config), config.sample_size)
 
 
 def encoder_tiles(config: VaeConfig) -> Tiles:
-    """Returns the tiles in which images are encoded: 1024 pixels to 128 latents in klein."""
+    """Returns the encoder's tiles: 1024 pixels to 128 latents in klein."""
     return Tiles.between(config.sample_size, _latent_side(config))
 
 
 def _latent_side(config: VaeConfig) -> int:
     scale: int = 2 ** (len(config.block_out_channels) - 1)
     return config.sample_size // scale
-
-
-@dataclass(frozen=True)
-class TilingPolicy:
-    """When images larger than a tile are made in tiles."""
-
-    mode: str = "auto"
-    """`auto`, `on` or `off`; `auto` is where the whole image needs more than the limit."""
-    limit_bytes: int | None = None
-    """Of activations; `None` is what the device has free at that moment."""
-
-    def applies(self, needed_bytes: int, free_bytes: Callable[[], int]) -> bool:
-        """Returns whether to use tiles for an image that in one piece needs `needed_bytes`."""
-        if self.mode != "auto":
-            return self.mode == "on"
-        return needed_bytes > (free_bytes() if self.limit_bytes is None else self.limit_bytes)
-
-
-AUTOMATIC_TILING = TilingPolicy()

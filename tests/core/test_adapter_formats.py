@@ -50,11 +50,14 @@ def test_a_format_means_what_its_writer_says(name: str, tmp_path: Path):
 
 
 def test_any_single_layer(tmp_path: Path):
-    """Each layer of either naming is where it should be, on its own."""
+    """Each layer name stands for the right rows, in both namings."""
     plain = velocity()
     for name, targets in (("diffusers", diffusers_targets), ("ai-toolkit", authors_targets)):
         whole = FORMATS[name].write(ORACLE, seed=2)
-        for target in targets(ORACLE):
+        for index, target in enumerate(targets(ORACLE)):
+            # Names that our network has too need no mapping; one in five of them stands for all.
+            if target.name in OURS.linears and index % 5:
+                continue
             marked = f".{target.name}.lora_"
             tensors = {key: value for key, value in whole.tensors.items() if marked in key}
             parameters = target.deltas(torch.zeros(target.shape)).keys()
@@ -116,7 +119,7 @@ def test_rank_stabilized(tmp_path: Path):
     ids="+".join,
 )
 def test_as_diffusers(names: tuple[str, ...], tmp_path: Path):
-    """Of the layers that diffusers reads rightly, which are not all."""
+    """Compares those layers that diffusers reads correctly; see `diffusers_reads`."""
     pipeline = tiny_pipeline()
     pipeline.register_modules(transformer=merged(ORACLE))
     scales = [0.7, -1.3][: len(names)]

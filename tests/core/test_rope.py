@@ -15,7 +15,7 @@ from klein_core.denoiser.workspace import Workspace
 grids = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4).map(tuple)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(text_length=st.integers(1, 40), grids=grids)
 def test_ids_equal_diffusers(text_length: int, grids: tuple[tuple[int, int], ...]):
     target, *references = [torch.zeros(1, 1, *grid) for grid in grids]

@@ -12,9 +12,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from klein_core.checkpoint.header import Header
+from klein_core.checkpoint.header import PLAIN_DTYPES, Header
 from klein_core.denoiser.adapters.key_mapping import (
     Layers,
     LayerTarget,
@@ -25,9 +23,7 @@ from klein_core.denoiser.adapters.key_mapping import (
 )
 from klein_core.errors import raise_if_problems
 
-FACTOR_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Element types of an adapter's factors."""
-ALPHA_DTYPES = {**FACTOR_DTYPES, "F64": torch.float64, "I32": torch.int32, "I64": torch.int64}
+_ALPHA_DTYPES = (*PLAIN_DTYPES, "F64", "I32", "I64")
 """Element types of alpha, which training tools also store as an integer."""
 PEFT_KEY = "lora_adapter_metadata"
 """Header entry of diffusers: PEFT's configuration as JSON, with the component's name and a dot before each key."""
@@ -72,7 +68,7 @@ class ParsedHeader:
         problems = Problems()
         for name, stored in header.tensors.items():
             is_number = stored.element_count == 1 and name.endswith(".alpha")
-            allowed = ALPHA_DTYPES if is_number else FACTOR_DTYPES
+            allowed = _ALPHA_DTYPES if is_number else PLAIN_DTYPES
             if stored.dtype not in allowed:
                 problems.add(f"not one of {', '.join(allowed)}:", f"{name} ({stored.dtype})")
         shapes = {name: stored.shape for name, stored in header.tensors.items()}

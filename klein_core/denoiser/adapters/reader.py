@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from klein_core.checkpoint.header import FileState, Header, open_regular, read_header
+from klein_core.checkpoint.header import DTYPES, FileState, Header, open_regular, read_header
 from klein_core.denoiser.adapters.adapter import (
     Adapter,
     AdapterSummary,
@@ -25,7 +25,6 @@ from klein_core.denoiser.adapters.adapter import (
 )
 from klein_core.denoiser.adapters.key_mapping import Layers
 from klein_core.denoiser.adapters.parse import (
-    ALPHA_DTYPES,
     AdaptedLayer,
     ParsedHeader,
     Problems,
@@ -115,7 +114,8 @@ class AdapterFile:
         """Returns a copy of a tensor, in float32 on the CPU."""
         stored = self.header.tensors[name]
         data = bytearray(self._data[stored.start : stored.start + stored.byte_count])
-        return torch.frombuffer(data, dtype=ALPHA_DTYPES[stored.dtype]).view(stored.shape).float()
+        dtype = getattr(torch, DTYPES[stored.dtype].torch_name)
+        return torch.frombuffer(data, dtype=dtype).view(stored.shape).float()
 
 
 def _read_header(path: Path) -> Header:
