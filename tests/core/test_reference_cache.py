@@ -254,7 +254,7 @@ def test_refuses_references_and_caches_that_do_not_fit(ours):
         ours.reference_cache([])
     with pytest.raises(InvalidInput, match=r"references\[1\]"):
         ours.reference_cache([*span.references, span.references[0][0]])
-    with pytest.raises(InvalidInput, match="beside a reference_cache"):
+    with pytest.raises(InvalidInput, match="when a reference_cache is given"):
         ours([replace(span, reference_cache=ours.reference_cache(span.references))])
     foreign = ReferenceCache(torch.zeros(4, 2, 12, 2, 16))
     with pytest.raises(InvalidInput, match="reference_cache: has shape"):
