@@ -76,7 +76,7 @@ class Autoencoder(nn.Module):
         return self.normalize(self.pack(self.posterior(image, tiled=tiled)[0]))
 
     def decode_unpacked(self, latents: Tensor, *, tiled: bool = False) -> Tensor:
-        """Decodes the autoencoder's own latents (B, latent, h, w) to images (B, 3, H, W), about -1…1."""
+        """Decodes unpacked latents (B, latent, h, w) to images (B, 3, H, W), about -1…1."""
         tiles = decoder_tiles(self.config)
         in_tiles = tiled and tiles.needed_for(latents)
         return tiles.run(latents, self._image) if in_tiles else self._image(latents)

@@ -72,7 +72,7 @@ class VaeDecoder:
             reference_limits, tiling: as for the constructor.
 
         Raises:
-            CheckpointError: files are missing, corrupt or of another shape than the configuration.
+            CheckpointError: files are missing, corrupt or do not fit the configuration.
         """
         files = ModelFiles.of(files)
         config = read_vae_config(files)

@@ -87,30 +87,22 @@ def check_encoding(
 
 def _save_options(image_format: str, quality: int | None, metadata: Mapping[str, str]) -> dict[str, Any]:
     if image_format == "png":
-        return {"format": "PNG", "compress_level": _PNG_LEVEL, "pnginfo": _png_text(metadata)}
+        text = PngImagePlugin.PngInfo()
+        for key, value in metadata.items():
+            text.add_itxt(key, value)
+        return {"format": "PNG", "compress_level": _PNG_LEVEL, "pnginfo": text}
     options: dict[str, Any] = {"quality": DEFAULT_QUALITY if quality is None else quality}
     if metadata:
-        options["exif"] = _exif(metadata)
+        exif = Image.Exif()
+        if SOFTWARE in metadata:
+            exif[ExifTags.Base.Software] = metadata[SOFTWARE]
+        comment = _USER_COMMENT_IS_ASCII + json.dumps(dict(metadata)).encode("ascii")
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
+        options["exif"] = exif
     if image_format == "jpeg":
         # No chroma subsampling, as in the samples that the model's authors publish.
         return {"format": "JPEG", "subsampling": 0, **options}
     return {"format": "WEBP", "method": _WEBP_METHOD, **options}
-
-
-def _png_text(metadata: Mapping[str, str]) -> PngImagePlugin.PngInfo:
-    info = PngImagePlugin.PngInfo()
-    for key, text in metadata.items():
-        info.add_itxt(key, text)
-    return info
-
-
-def _exif(metadata: Mapping[str, str]) -> Image.Exif:
-    exif = Image.Exif()
-    if SOFTWARE in metadata:
-        exif[ExifTags.Base.Software] = metadata[SOFTWARE]
-    comment = _USER_COMMENT_IS_ASCII + json.dumps(dict(metadata)).encode("ascii")
-    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
-    return exif
 
 
 @dataclass(frozen=True)
