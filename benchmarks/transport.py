@@ -30,7 +30,7 @@ import grpc
 
 from klein_api.v1 import tensor_pb2, text_encoder_service_pb2_grpc
 from klein_api.v1 import text_encoder_service_pb2 as pb
-from klein_services.orchestrator.relay import FrameQueue
+from klein_services.orchestrator.decoding import FrameQueue
 from klein_services.runtime.channels import open_channel
 from klein_services.runtime.entry import keep_large_blocks
 from klein_services.runtime.frames import FrameEnvelope, FrameReader, TensorSpec, serialized_frames

@@ -50,7 +50,7 @@ class Pipeline:
     uses_reference_cache: bool = False
     """Whether references enter as cached keys and values, which are computed once a call."""
     description: ModelDescription | None = None
-    """What the model's author says; its sizes are the default size and a limit of `generate`."""
+    """The model's own description, if it has one; its sizes are the default size and a limit of `generate`."""
 
     @classmethod
     def from_folder(

@@ -192,8 +192,10 @@ def test_previews_are_pictures_of_the_images_size_and_change_nothing(running: Ru
     assert previews
     for preview in previews:
         assert (preview.index, preview.seed, preview.format) == (0, 5, image_pb2.IMAGE_FORMAT_JPEG)
+        assert 1 <= preview.step <= 20
         with Image.open(BytesIO(preview.data)) as opened:
             assert (opened.format, opened.size) == ("JPEG", (144, 64))
+    assert [preview.step for preview in previews] == sorted({preview.step for preview in previews})
     images = [event.image.data for event in heard if event.HasField("image")]
     assert images == case.expected(running.pipeline, running.default_size)
     steps = [event.step.step for event in heard if event.HasField("step")]

@@ -23,7 +23,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class DenoiseLatentsRequest(_message.Message):
-    """A piece of what is to be denoised."""
+    """One message of the request."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -50,7 +50,7 @@ class DenoiseLatentsRequest(_message.Message):
 
     @_builtins.property
     def resume_latents(self) -> Global___IndexedTensorFrame:
-        """Latents of image `index` to go on from, shape [rows, columns, latent channels], as a checkpoint gave them."""
+        """Latents of image `index` to resume from, shape [rows, columns, latent channels], as sent in a checkpoint."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ Global___IndexedTensorFrame: _TypeAlias = IndexedTensorFrame  # noqa: Y015
 
 @_typing.final
 class DenoiseSpec(_message.Message):
-    """How to denoise."""
+    """Parameters of the denoising."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -118,7 +118,7 @@ class DenoiseSpec(_message.Message):
     RESUME_STEP_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """The denoiser's model name; empty means whichever the stage serves. Another name is NOT_FOUND."""
+    """The denoiser's model name; empty means the one that the stage serves. Another name is NOT_FOUND."""
     width_px: _builtins.int
     """Width of the images, a multiple of 16 [64, 65536]; at most 4194304 pixels in all."""
     height_px: _builtins.int
@@ -132,7 +132,7 @@ class DenoiseSpec(_message.Message):
     reference_count: _builtins.int
     """References that follow, in order."""
     priority: _image_pb2.Priority.ValueType
-    """How urgent it is."""
+    """Priority in the queue."""
     preview_interval_steps: _builtins.int
     """A preview after every so many steps; 0 means none."""
     checkpoint_interval_steps: _builtins.int
@@ -182,7 +182,7 @@ Global___DenoiseSpec: _TypeAlias = DenoiseSpec  # noqa: Y015
 
 @_typing.final
 class DenoiseLatentsResponse(_message.Message):
-    """A piece of the answer."""
+    """One message of the response."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -221,7 +221,7 @@ class DenoiseLatentsResponse(_message.Message):
 
     @_builtins.property
     def summary(self) -> Global___DenoiseSummary:
-        """Last: what it cost."""
+        """Last, once."""
 
     def __init__(
         self,
@@ -330,7 +330,7 @@ Global___DenoiseStep: _TypeAlias = DenoiseStep  # noqa: Y015
 
 @_typing.final
 class DenoiseSummary(_message.Message):
-    """What a request cost."""
+    """Durations and steps of a request."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -345,7 +345,7 @@ class DenoiseSummary(_message.Message):
 
     @_builtins.property
     def compute_duration(self) -> _duration_pb2.Duration:
-        """Time from the first step's begin to the last step's end, pauses included."""
+        """Time from the start of the first step to the end of the last, pauses included."""
 
     def __init__(
         self,

@@ -58,7 +58,7 @@ class _PriorityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Priority.Val
     PRIORITY_UNSPECIFIED: _Priority.ValueType  # 0
     """Standard."""
     PRIORITY_INTERACTIVE: _Priority.ValueType  # 1
-    """Somebody is waiting for it."""
+    """A user is waiting for it."""
     PRIORITY_STANDARD: _Priority.ValueType  # 2
     """The default."""
     PRIORITY_BATCH: _Priority.ValueType  # 3
@@ -70,7 +70,7 @@ class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper):
 PRIORITY_UNSPECIFIED: Priority.ValueType  # 0
 """Standard."""
 PRIORITY_INTERACTIVE: Priority.ValueType  # 1
-"""Somebody is waiting for it."""
+"""A user is waiting for it."""
 PRIORITY_STANDARD: Priority.ValueType  # 2
 """The default."""
 PRIORITY_BATCH: Priority.ValueType  # 3
@@ -88,7 +88,7 @@ class Adapter(_message.Message):
     name: _builtins.str
     """Its name: letters, digits, dots, hyphens and underscores, at most 128, of which the first is a letter or digit."""
     scale: _builtins.float
-    """What its effect is multiplied with [-10, 10]; unset means 1."""
+    """Factor of its effect [-10, 10]; unset means 1."""
     def __init__(
         self,
         *,

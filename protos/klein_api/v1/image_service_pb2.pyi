@@ -23,7 +23,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class ImageSpec(_message.Message):
-    """What is to be made. Zero references make a text-to-image flow, one an edit, more a multi-reference flow."""
+    """Parameters of the images. Zero references make a text-to-image flow, one an edit, more a multi-reference flow."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -47,7 +47,7 @@ class ImageSpec(_message.Message):
     prompt: _builtins.str
     """The prompt or the instruction, UTF-8, at most 32768 characters; may be empty."""
     negative_prompt: _builtins.str
-    """What the image should not be. Base models only; unset means empty."""
+    """Description of what the image should not show. Base models only; unset means empty."""
     width_px: _builtins.int
     """Width, a multiple of 16, at least 64. Width × height is at most `ModelLimits.pixel_count`. Unset means the first
     reference's, scaled to fit where its size is over that limit, or `ModelLimits.default_size_px` without references.
@@ -63,11 +63,11 @@ class ImageSpec(_message.Message):
     image_count: _builtins.int
     """Images to make, at most `ModelLimits.image_count`; unset means 1."""
     format: _image_pb2.ImageFormat.ValueType
-    """How the images are encoded; unspecified means PNG."""
+    """File format of the images; unspecified means PNG."""
     quality: _builtins.int
     """Quality of JPEG and WebP [1, 100]; unset means 95. Refused for lossless formats."""
     priority: _image_pb2.Priority.ValueType
-    """How urgent it is."""
+    """Priority in the denoiser's queue."""
     embed_prompt: _builtins.bool
     """Whether the prompts are stored in the image files: as text chunks `prompt` and `negative_prompt` of a PNG, in the
     EXIF comment of other formats. Raw images hold none.
@@ -142,14 +142,14 @@ Global___ImageSpec: _TypeAlias = ImageSpec  # noqa: Y015
 
 @_typing.final
 class GenerateImageRequest(_message.Message):
-    """Asks for images."""
+    """A request for images."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SPEC_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def spec(self) -> Global___ImageSpec:
-        """What is to be made."""
+        """Parameters of the images."""
 
     def __init__(
         self,
@@ -166,7 +166,7 @@ Global___GenerateImageRequest: _TypeAlias = GenerateImageRequest  # noqa: Y015
 
 @_typing.final
 class GenerateImageResponse(_message.Message):
-    """The images and what they took."""
+    """The images and a summary."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -178,7 +178,7 @@ class GenerateImageResponse(_message.Message):
 
     @_builtins.property
     def summary(self) -> Global___GenerationSummary:
-        """What they took."""
+        """Summary of the request."""
 
     def __init__(
         self,
@@ -196,7 +196,7 @@ Global___GenerateImageResponse: _TypeAlias = GenerateImageResponse  # noqa: Y015
 
 @_typing.final
 class StreamGenerateImageRequest(_message.Message):
-    """Asks for images and progress."""
+    """A request for images and progress."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -206,7 +206,7 @@ class StreamGenerateImageRequest(_message.Message):
     """A preview of the first image after every so many steps; 0 means none."""
     @_builtins.property
     def spec(self) -> Global___ImageSpec:
-        """What is to be made."""
+        """Parameters of the images."""
 
     def __init__(
         self,
@@ -224,7 +224,7 @@ Global___StreamGenerateImageRequest: _TypeAlias = StreamGenerateImageRequest  # 
 
 @_typing.final
 class StreamGenerateImageResponse(_message.Message):
-    """A piece of the answer."""
+    """One message of the response."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -243,7 +243,7 @@ class StreamGenerateImageResponse(_message.Message):
 
     @_builtins.property
     def preview(self) -> Global___GeneratedImage:
-        """How the first image looks so far."""
+        """The first image as estimated so far."""
 
     @_builtins.property
     def image(self) -> Global___GeneratedImage:
@@ -251,7 +251,7 @@ class StreamGenerateImageResponse(_message.Message):
 
     @_builtins.property
     def summary(self) -> Global___GenerationSummary:
-        """Last: what it took."""
+        """Last, once."""
 
     def __init__(
         self,
@@ -342,17 +342,17 @@ class GeneratedImage(_message.Message):
     DATA_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     index: _builtins.int
-    """Which image of the request it is, from 0."""
+    """Index of the image in the request, from 0."""
     seed: _builtins.int
-    """The seed that makes it again."""
+    """Seed that makes the same image again."""
     width_px: _builtins.int
     """Width."""
     height_px: _builtins.int
     """Height."""
     format: _image_pb2.ImageFormat.ValueType
-    """How `data` is encoded."""
+    """File format of `data`."""
     data: _builtins.bytes
-    """The encoded image."""
+    """The image file."""
     step: _builtins.int
     """Steps that were done when a preview was taken; 0 for a finished image."""
     def __init__(
@@ -376,7 +376,7 @@ Global___GeneratedImage: _TypeAlias = GeneratedImage  # noqa: Y015
 
 @_typing.final
 class GenerationSummary(_message.Message):
-    """What a request took."""
+    """Summary of a request."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -412,7 +412,7 @@ class GenerationSummary(_message.Message):
     """Guidance that was used; 1 is none."""
     @_builtins.property
     def stage_timings(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageTiming]:
-        """How long each stage took, in order of a request's life: encode-prompt, encode-reference, denoise, decode."""
+        """Durations of each stage, in order of a request's life: encode-prompt, encode-reference, denoise, decode."""
 
     @_builtins.property
     def total_duration(self) -> _duration_pb2.Duration:
@@ -420,8 +420,8 @@ class GenerationSummary(_message.Message):
 
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """What the client should know although the request succeeded, one sentence each: for example that the prompt names
-        nothing that the model knows.
+        """Reasons why the images may not be what the client wants, one sentence each: for example that the prompt names
+        nothing that the model can draw.
         """
 
     def __init__(
@@ -450,7 +450,7 @@ Global___GenerationSummary: _TypeAlias = GenerationSummary  # noqa: Y015
 
 @_typing.final
 class StageTiming(_message.Message):
-    """How long a stage took for a request, all of its calls together."""
+    """Durations of one operation of a stage for a request, all of its calls together."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -463,7 +463,7 @@ class StageTiming(_message.Message):
     stage: _builtins.str
     """text-encoder, denoiser or vae-decoder."""
     operation: _builtins.str
-    """What it did: encode-prompt, encode-reference, denoise or decode."""
+    """The operation: encode-prompt, encode-reference, denoise or decode."""
     call_count: _builtins.int
     """Calls."""
     @_builtins.property
@@ -498,7 +498,7 @@ Global___StageTiming: _TypeAlias = StageTiming  # noqa: Y015
 
 @_typing.final
 class ListModelsRequest(_message.Message):
-    """Asks for the models."""
+    """A request for the models."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -572,15 +572,15 @@ class RoutedModel(_message.Message):
     """What the model is and what it can do, in one paragraph; may be empty. Meaningful when its denoiser serves."""
     @_builtins.property
     def limits(self) -> Global___ModelLimits:
-        """What a request may ask for."""
+        """Limits and default size of requests."""
 
     @_builtins.property
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___RoutedStage]:
-        """Its stages, in a request's order."""
+        """Its stages, in the order of a request's life."""
 
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[_stage_service_pb2.AdapterDescription]:
-        """Adapters that requests may name, by name. Meaningful when its denoiser serves."""
+        """Adapters that requests may name, sorted by name. Meaningful when its denoiser serves."""
 
     def __init__(
         self,
@@ -605,7 +605,7 @@ Global___RoutedModel: _TypeAlias = RoutedModel  # noqa: Y015
 
 @_typing.final
 class ModelLimits(_message.Message):
-    """What a request may ask for."""
+    """Limits of requests for a model."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -659,12 +659,12 @@ class RoutedStage(_message.Message):
     DESCRIPTION_FIELD_NUMBER: _builtins.int
     PROBLEM_FIELD_NUMBER: _builtins.int
     target: _builtins.str
-    """Where it is, a gRPC target."""
+    """Its gRPC target."""
     problem: _builtins.str
     """Why it cannot be used, in one sentence; empty when it can."""
     @_builtins.property
     def description(self) -> _stage_service_pb2.DescribeStageResponse:
-        """What it says of itself; unset when it does not answer."""
+        """Its description; unset when it does not answer."""
 
     def __init__(
         self,

@@ -57,14 +57,14 @@ class ImageServiceServicer:
     """
 
     def GenerateImage(self, request, context):
-        """Makes images and answers once all are done. The same request with the same seed gives the same image.
+        """Makes images and responds once all are done. The same request with the same seed gives the same image.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def StreamGenerateImage(self, request, context):
-        """Makes images and tells how it goes: queued, steps, previews, each image, then one summary.
+        """Makes images and streams its progress: queued, steps, previews, each image, then one summary.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,9 +34,9 @@ class ImageServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ImageServiceAsyncStub: ...
     GenerateImage: _grpc.UnaryUnaryMultiCallable[_image_service_pb2.GenerateImageRequest, _image_service_pb2.GenerateImageResponse]
-    """Makes images and answers once all are done. The same request with the same seed gives the same image."""
+    """Makes images and responds once all are done. The same request with the same seed gives the same image."""
     StreamGenerateImage: _grpc.UnaryStreamMultiCallable[_image_service_pb2.StreamGenerateImageRequest, _image_service_pb2.StreamGenerateImageResponse]
-    """Makes images and tells how it goes: queued, steps, previews, each image, then one summary."""
+    """Makes images and streams its progress: queued, steps, previews, each image, then one summary."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_image_service_pb2.ListModelsRequest, _image_service_pb2.ListModelsResponse]
     """Lists the routed models with their limits, defaults and the state of their stages. Safe to retry."""
 
@@ -46,9 +46,9 @@ class ImageServiceAsyncStub(ImageServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GenerateImage: _aio.UnaryUnaryMultiCallable[_image_service_pb2.GenerateImageRequest, _image_service_pb2.GenerateImageResponse]  # type: ignore[assignment]
-    """Makes images and answers once all are done. The same request with the same seed gives the same image."""
+    """Makes images and responds once all are done. The same request with the same seed gives the same image."""
     StreamGenerateImage: _aio.UnaryStreamMultiCallable[_image_service_pb2.StreamGenerateImageRequest, _image_service_pb2.StreamGenerateImageResponse]  # type: ignore[assignment]
-    """Makes images and tells how it goes: queued, steps, previews, each image, then one summary."""
+    """Makes images and streams its progress: queued, steps, previews, each image, then one summary."""
     ListModels: _aio.UnaryUnaryMultiCallable[_image_service_pb2.ListModelsRequest, _image_service_pb2.ListModelsResponse]  # type: ignore[assignment]
     """Lists the routed models with their limits, defaults and the state of their stages. Safe to retry."""
 
@@ -61,7 +61,7 @@ class ImageServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _image_service_pb2.GenerateImageRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_image_service_pb2.GenerateImageResponse, _abc.Awaitable[_image_service_pb2.GenerateImageResponse]]:
-        """Makes images and answers once all are done. The same request with the same seed gives the same image."""
+        """Makes images and responds once all are done. The same request with the same seed gives the same image."""
 
     @_abc_1.abstractmethod
     def StreamGenerateImage(
@@ -69,7 +69,7 @@ class ImageServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _image_service_pb2.StreamGenerateImageRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_image_service_pb2.StreamGenerateImageResponse], _abc.AsyncIterator[_image_service_pb2.StreamGenerateImageResponse]]:
-        """Makes images and tells how it goes: queued, steps, previews, each image, then one summary."""
+        """Makes images and streams its progress: queued, steps, previews, each image, then one summary."""
 
     @_abc_1.abstractmethod
     def ListModels(

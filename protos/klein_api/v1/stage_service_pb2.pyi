@@ -21,7 +21,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class DescribeStageRequest(_message.Message):
-    """Asks a stage what it is."""
+    """A request for the description of a stage."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -38,7 +38,7 @@ Global___DescribeStageRequest: _TypeAlias = DescribeStageRequest  # noqa: Y015
 
 @_typing.final
 class DescribeStageResponse(_message.Message):
-    """What a stage is and how busy it is."""
+    """Description of a stage."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -60,18 +60,18 @@ class DescribeStageResponse(_message.Message):
     serving: _builtins.bool
     """True once the model is loaded and warmed up and until the stage drains."""
     device: _builtins.str
-    """Where it computes, for example `cuda:0` or `cpu`."""
+    """Device on which it computes, for example `cuda:0` or `cpu`."""
     dtype: _builtins.str
     """Element type of its weights and of the tensors that it sends."""
     version: _builtins.str
     """Version of the software."""
     weights_digest: _builtins.str
-    """Tells its weights from others, in whatever precision they are held; equal on all replicas of a checkpoint. What
-    a caller keeps of a stage's answers is good for one digest. Empty until the model is loaded.
+    """Identifies the weights, whatever precision they are held in; equal on all replicas of a checkpoint. A client that
+    caches a stage's responses must drop them when the digest changes. Empty until the model is loaded.
     """
     @_builtins.property
     def load(self) -> Global___StageLoad:
-        """How busy it is."""
+        """Load of the stage."""
 
     @_builtins.property
     def text_encoder(self) -> Global___TextEncoderFacts:
@@ -112,7 +112,7 @@ Global___DescribeStageResponse: _TypeAlias = DescribeStageResponse  # noqa: Y015
 
 @_typing.final
 class StageLoad(_message.Message):
-    """How busy a stage is."""
+    """Load of a stage."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -150,7 +150,7 @@ Global___StageLoad: _TypeAlias = StageLoad  # noqa: Y015
 
 @_typing.final
 class TextEncoderFacts(_message.Message):
-    """What callers of a text-encoder need to know."""
+    """Facts for clients of a text-encoder."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -176,7 +176,7 @@ Global___TextEncoderFacts: _TypeAlias = TextEncoderFacts  # noqa: Y015
 
 @_typing.final
 class DenoiserFacts(_message.Message):
-    """What callers of a denoiser need to know."""
+    """Facts for clients of a denoiser."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -204,14 +204,14 @@ class DenoiserFacts(_message.Message):
     adapter_count: _builtins.int
     """Adapters of one request."""
     default_size_px: _builtins.int
-    """Width and height that the model was trained for, in pixels; 0 when its files do not say."""
+    """Width and height that the model was trained for, in pixels; 0 when its files do not give it."""
     pixel_count: _builtins.int
-    """Most pixels of one image that the model was trained for; 0 when its files do not say."""
+    """Most pixels of one image that the model was trained for; 0 when its files do not give it."""
     description: _builtins.str
-    """What the model is and what it can do, in one paragraph; empty when its files do not say."""
+    """What the model is and what it can do, in one paragraph; empty when its files do not give it."""
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterDescription]:
-        """Adapters that requests may name, by name; what its folder holds at this moment."""
+        """Adapters that requests may name, sorted by name: the present content of the adapters' folder."""
 
     @_builtins.property
     def subject_words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -242,7 +242,7 @@ Global___DenoiserFacts: _TypeAlias = DenoiserFacts  # noqa: Y015
 
 @_typing.final
 class AdapterDescription(_message.Message):
-    """An adapter that a denoiser offers, as far as the header of its file tells."""
+    """An adapter that a denoiser offers, from the header of its file."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -284,7 +284,7 @@ Global___AdapterDescription: _TypeAlias = AdapterDescription  # noqa: Y015
 
 @_typing.final
 class VaeDecoderFacts(_message.Message):
-    """What callers of a vae-decoder need to know."""
+    """Facts for clients of a vae-decoder."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class StageServiceStub:
-    """Tells what a stage process is and how busy it is. Every stage serves it beside its own service, so that the
-    orchestrator can check the routing table against what is really there.
+    """Describes a stage process: its model and its load. Every stage serves it next to its own service, so that the
+    orchestrator can check the routing table against the processes that run.
     """
 
     def __init__(self, channel):
@@ -44,12 +44,12 @@ class StageServiceStub:
 
 
 class StageServiceServicer:
-    """Tells what a stage process is and how busy it is. Every stage serves it beside its own service, so that the
-    orchestrator can check the routing table against what is really there.
+    """Describes a stage process: its model and its load. Every stage serves it next to its own service, so that the
+    orchestrator can check the routing table against the processes that run.
     """
 
     def DescribeStage(self, request, context):
-        """Describes the stage. Answers while the model loads, too. Safe to retry.
+        """Describes the stage, also while the model loads. Safe to retry.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -72,8 +72,8 @@ def add_StageServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class StageService:
-    """Tells what a stage process is and how busy it is. Every stage serves it beside its own service, so that the
-    orchestrator can check the routing table against what is really there.
+    """Describes a stage process: its model and its load. Every stage serves it next to its own service, so that the
+    orchestrator can check the routing table against the processes that run.
     """
 
     @staticmethod

@@ -27,8 +27,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class StageServiceStub:
-    """Tells what a stage process is and how busy it is. Every stage serves it beside its own service, so that the
-    orchestrator can check the routing table against what is really there.
+    """Describes a stage process: its model and its load. Every stage serves it next to its own service, so that the
+    orchestrator can check the routing table against the processes that run.
     """
 
     @_typing.overload
@@ -36,21 +36,21 @@ class StageServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> StageServiceAsyncStub: ...
     DescribeStage: _grpc.UnaryUnaryMultiCallable[_stage_service_pb2.DescribeStageRequest, _stage_service_pb2.DescribeStageResponse]
-    """Describes the stage. Answers while the model loads, too. Safe to retry."""
+    """Describes the stage, also while the model loads. Safe to retry."""
 
 @_typing.type_check_only
 class StageServiceAsyncStub(StageServiceStub):
-    """Tells what a stage process is and how busy it is. Every stage serves it beside its own service, so that the
-    orchestrator can check the routing table against what is really there.
+    """Describes a stage process: its model and its load. Every stage serves it next to its own service, so that the
+    orchestrator can check the routing table against the processes that run.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     DescribeStage: _aio.UnaryUnaryMultiCallable[_stage_service_pb2.DescribeStageRequest, _stage_service_pb2.DescribeStageResponse]  # type: ignore[assignment]
-    """Describes the stage. Answers while the model loads, too. Safe to retry."""
+    """Describes the stage, also while the model loads. Safe to retry."""
 
 class StageServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Tells what a stage process is and how busy it is. Every stage serves it beside its own service, so that the
-    orchestrator can check the routing table against what is really there.
+    """Describes a stage process: its model and its load. Every stage serves it next to its own service, so that the
+    orchestrator can check the routing table against the processes that run.
     """
 
     @_abc_1.abstractmethod
@@ -59,6 +59,6 @@ class StageServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _stage_service_pb2.DescribeStageRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_stage_service_pb2.DescribeStageResponse, _abc.Awaitable[_stage_service_pb2.DescribeStageResponse]]:
-        """Describes the stage. Answers while the model loads, too. Safe to retry."""
+        """Describes the stage, also while the model loads. Safe to retry."""
 
 def add_StageServiceServicer_to_server(servicer: StageServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -49,7 +49,7 @@ Global___DataType: _TypeAlias = DataType  # noqa: Y015
 
 @_typing.final
 class TensorSpec(_message.Message):
-    """What a tensor's bytes mean."""
+    """Element type and shape of a tensor."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -20,16 +20,16 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class EncodePromptRequest(_message.Message):
-    """Asks for the embedding of one prompt."""
+    """A request for the embedding of one prompt."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
     PROMPT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """The text-encoder's model name; empty means whichever the stage serves. Another name is NOT_FOUND."""
+    """The text-encoder's model name; empty means the one that the stage serves. Another name is NOT_FOUND."""
     prompt: _builtins.str
-    """The prompt, UTF-8, at most 32768 characters; may be empty. What does not fit the model's sequence is cut off."""
+    """The prompt, UTF-8, at most 32768 characters; may be empty. Tokens beyond the model's sequence are cut off."""
     def __init__(
         self,
         *,
@@ -46,7 +46,7 @@ Global___EncodePromptRequest: _TypeAlias = EncodePromptRequest  # noqa: Y015
 
 @_typing.final
 class EncodePromptResponse(_message.Message):
-    """A piece of the answer."""
+    """One message of the response."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -54,11 +54,11 @@ class EncodePromptResponse(_message.Message):
     PROMPT_EMBEDDING_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def summary(self) -> Global___PromptSummary:
-        """First: what became of the prompt."""
+        """First, once."""
 
     @_builtins.property
     def prompt_embedding(self) -> _tensor_pb2.TensorFrame:
-        """Then: the embedding, shape [sequence length, embedding channels]."""
+        """Then the frames of the embedding, shape [sequence length, embedding channels]."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ Global___EncodePromptResponse: _TypeAlias = EncodePromptResponse  # noqa: Y015
 
 @_typing.final
 class PromptSummary(_message.Message):
-    """What became of a prompt."""
+    """Result of tokenizing and encoding a prompt."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

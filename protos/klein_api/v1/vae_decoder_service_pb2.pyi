@@ -23,7 +23,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class EncodeReferenceRequest(_message.Message):
-    """A piece of a reference."""
+    """One message of the request."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -53,14 +53,14 @@ Global___EncodeReferenceRequest: _TypeAlias = EncodeReferenceRequest  # noqa: Y0
 
 @_typing.final
 class ReferenceSpec(_message.Message):
-    """What to do with a reference."""
+    """Parameters of the encoding."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
     FIELD_NAME_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """The vae-decoder's model name; empty means whichever the stage serves. Another name is NOT_FOUND."""
+    """The vae-decoder's model name; empty means the one that the stage serves. Another name is NOT_FOUND."""
     field_name: _builtins.str
     """Name for the reference in errors, for example `references[1]`; empty means `reference`."""
     def __init__(
@@ -79,7 +79,7 @@ Global___ReferenceSpec: _TypeAlias = ReferenceSpec  # noqa: Y015
 
 @_typing.final
 class EncodeReferenceResponse(_message.Message):
-    """A piece of the answer."""
+    """One message of the response."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -87,11 +87,11 @@ class EncodeReferenceResponse(_message.Message):
     REFERENCE_LATENTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def summary(self) -> Global___ReferenceSummary:
-        """First: what became of the image."""
+        """First, once."""
 
     @_builtins.property
     def reference_latents(self) -> _tensor_pb2.TensorFrame:
-        """Then: the latents, shape [height / 16, width / 16, latent channels]."""
+        """Then the frames of the latents, shape [height / 16, width / 16, latent channels]."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ Global___EncodeReferenceResponse: _TypeAlias = EncodeReferenceResponse  # noqa: 
 
 @_typing.final
 class ReferenceSummary(_message.Message):
-    """What became of a reference image."""
+    """Size of an encoded reference and its durations."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -149,7 +149,7 @@ Global___ReferenceSummary: _TypeAlias = ReferenceSummary  # noqa: Y015
 
 @_typing.final
 class DecodeLatentsRequest(_message.Message):
-    """A piece of what is to be decoded."""
+    """One message of the request."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -161,7 +161,7 @@ class DecodeLatentsRequest(_message.Message):
 
     @_builtins.property
     def latents(self) -> _tensor_pb2.TensorFrame:
-        """Then: the latents, shape [height / 16, width / 16, latent channels]."""
+        """Then the frames of the latents, shape [height / 16, width / 16, latent channels]."""
 
     def __init__(
         self,
@@ -181,7 +181,7 @@ Global___DecodeLatentsRequest: _TypeAlias = DecodeLatentsRequest  # noqa: Y015
 
 @_typing.final
 class DecodeSpec(_message.Message):
-    """How to decode and encode an image."""
+    """Parameters of the decoding and of the image file."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -210,9 +210,9 @@ class DecodeSpec(_message.Message):
     QUALITY_FIELD_NUMBER: _builtins.int
     METADATA_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """The vae-decoder's model name; empty means whichever the stage serves. Another name is NOT_FOUND."""
+    """The vae-decoder's model name; empty means the one that the stage serves. Another name is NOT_FOUND."""
     format: _image_pb2.ImageFormat.ValueType
-    """How the image is encoded; unspecified means PNG."""
+    """File format; unspecified means PNG."""
     quality: _builtins.int
     """Quality of JPEG and WebP [1, 100]; unset means 95. Refused for lossless formats."""
     @_builtins.property
@@ -239,7 +239,7 @@ Global___DecodeSpec: _TypeAlias = DecodeSpec  # noqa: Y015
 
 @_typing.final
 class DecodeLatentsResponse(_message.Message):
-    """A piece of the answer."""
+    """One message of the response."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -249,7 +249,7 @@ class DecodeLatentsResponse(_message.Message):
     """Then the encoded image, at most 1 MiB a chunk."""
     @_builtins.property
     def summary(self) -> Global___DecodeSummary:
-        """First: what the image is."""
+        """First, once."""
 
     def __init__(
         self,
@@ -269,7 +269,7 @@ Global___DecodeLatentsResponse: _TypeAlias = DecodeLatentsResponse  # noqa: Y015
 
 @_typing.final
 class DecodeSummary(_message.Message):
-    """What a decoded image is."""
+    """Size and format of a decoded image and its durations."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -284,7 +284,7 @@ class DecodeSummary(_message.Message):
     height_px: _builtins.int
     """Height of the image."""
     format: _image_pb2.ImageFormat.ValueType
-    """How the image is encoded."""
+    """File format."""
     size_bytes: _builtins.int
     """Bytes of the encoded image, all chunks together."""
     @_builtins.property

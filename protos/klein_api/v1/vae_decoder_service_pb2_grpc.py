@@ -52,7 +52,7 @@ class VaeDecoderServiceServicer:
     """
 
     def EncodeReference(self, request_iterator, context):
-        """Encodes one reference image. The request is one `spec`, then the image file in chunks. The answer is one
+        """Encodes one reference image. The request is one `spec`, then the image file in chunks. The response is one
         `summary`, then the frames of the latents. Deterministic; safe to retry.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -60,7 +60,7 @@ class VaeDecoderServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DecodeLatents(self, request_iterator, context):
-        """Decodes latents into one image. The request is one `spec`, then the frames of the latents. The answer is one
+        """Decodes latents into one image. The request is one `spec`, then the frames of the latents. The response is one
         `summary`, then the image in chunks. Deterministic; safe to retry.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -34,11 +34,11 @@ class VaeDecoderServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> VaeDecoderServiceAsyncStub: ...
     EncodeReference: _grpc.StreamStreamMultiCallable[_vae_decoder_service_pb2.EncodeReferenceRequest, _vae_decoder_service_pb2.EncodeReferenceResponse]
-    """Encodes one reference image. The request is one `spec`, then the image file in chunks. The answer is one
+    """Encodes one reference image. The request is one `spec`, then the image file in chunks. The response is one
     `summary`, then the frames of the latents. Deterministic; safe to retry.
     """
     DecodeLatents: _grpc.StreamStreamMultiCallable[_vae_decoder_service_pb2.DecodeLatentsRequest, _vae_decoder_service_pb2.DecodeLatentsResponse]
-    """Decodes latents into one image. The request is one `spec`, then the frames of the latents. The answer is one
+    """Decodes latents into one image. The request is one `spec`, then the frames of the latents. The response is one
     `summary`, then the image in chunks. Deterministic; safe to retry.
     """
 
@@ -48,11 +48,11 @@ class VaeDecoderServiceAsyncStub(VaeDecoderServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     EncodeReference: _aio.StreamStreamMultiCallable[_vae_decoder_service_pb2.EncodeReferenceRequest, _vae_decoder_service_pb2.EncodeReferenceResponse]  # type: ignore[assignment]
-    """Encodes one reference image. The request is one `spec`, then the image file in chunks. The answer is one
+    """Encodes one reference image. The request is one `spec`, then the image file in chunks. The response is one
     `summary`, then the frames of the latents. Deterministic; safe to retry.
     """
     DecodeLatents: _aio.StreamStreamMultiCallable[_vae_decoder_service_pb2.DecodeLatentsRequest, _vae_decoder_service_pb2.DecodeLatentsResponse]  # type: ignore[assignment]
-    """Decodes latents into one image. The request is one `spec`, then the frames of the latents. The answer is one
+    """Decodes latents into one image. The request is one `spec`, then the frames of the latents. The response is one
     `summary`, then the image in chunks. Deterministic; safe to retry.
     """
 
@@ -65,7 +65,7 @@ class VaeDecoderServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_vae_decoder_service_pb2.EncodeReferenceRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_vae_decoder_service_pb2.EncodeReferenceResponse], _abc.AsyncIterator[_vae_decoder_service_pb2.EncodeReferenceResponse]]:
-        """Encodes one reference image. The request is one `spec`, then the image file in chunks. The answer is one
+        """Encodes one reference image. The request is one `spec`, then the image file in chunks. The response is one
         `summary`, then the frames of the latents. Deterministic; safe to retry.
         """
 
@@ -75,7 +75,7 @@ class VaeDecoderServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_vae_decoder_service_pb2.DecodeLatentsRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_vae_decoder_service_pb2.DecodeLatentsResponse], _abc.AsyncIterator[_vae_decoder_service_pb2.DecodeLatentsResponse]]:
-        """Decodes latents into one image. The request is one `spec`, then the frames of the latents. The answer is one
+        """Decodes latents into one image. The request is one `spec`, then the frames of the latents. The response is one
         `summary`, then the image in chunks. Deterministic; safe to retry.
         """
 

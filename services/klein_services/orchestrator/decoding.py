@@ -1,7 +1,8 @@
-"""One call to the vae-decoder: latents in, an encoded image out."""
+"""Decoding of one image: the queue of its latents and the call that returns the image file."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
@@ -11,7 +12,6 @@ from klein_api.v1.vae_decoder_service_pb2 import (
     DecodeSpec,
     DecodeSummary,
 )
-from klein_services.orchestrator.relay import TransferMetrics
 from klein_services.orchestrator.routing import DENOISER, StageAddress
 from klein_services.orchestrator.stage_client import (
     DECODE_LATENTS,
@@ -19,11 +19,44 @@ from klein_services.orchestrator.stage_client import (
     StageClient,
     StageDisagreement,
 )
-from klein_services.orchestrator.timings import OperationTiming
+from klein_services.orchestrator.timings import OperationTiming, TransferMetrics
 from klein_services.runtime.protowire import chunk_of
 
+_FRAMES_AT_ONCE = 2
+"""Frames that wait between a reader and a writer; a full queue stops the reading, which slows the sender down."""
 _IMAGE_BYTES_LIMIT = 64 << 20
 """Most bytes of one encoded image; unencoded, 4 megapixels are 12 MiB."""
+
+
+class FrameQueue:
+    """One tensor between a task that reads its frames and a task that writes them; never holds all of it."""
+
+    def __init__(self) -> None:
+        self._frames: asyncio.Queue[bytes | None] = asyncio.Queue(_FRAMES_AT_ONCE)
+        self._abandoned = False
+        self.finished = False
+        """Whether the last frame has been put."""
+
+    async def put(self, frame: bytes) -> None:
+        """Adds a frame, once there is room for it."""
+        if not self._abandoned:
+            await self._frames.put(frame)
+
+    async def finish(self) -> None:
+        """Ends the tensor."""
+        self.finished = True
+        await self._frames.put(None)
+
+    def abandon(self) -> None:
+        """Drops what waits and what still comes, so that the reader never waits for a writer that has failed."""
+        self._abandoned = True
+        while not self._frames.empty():
+            self._frames.get_nowait()
+
+    async def frames(self) -> AsyncIterator[bytes]:
+        """Yields the frames in order until the tensor ends."""
+        while (frame := await self._frames.get()) is not None:
+            yield frame
 
 
 @dataclass(frozen=True)

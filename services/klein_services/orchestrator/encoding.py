@@ -14,7 +14,6 @@ from klein_api.v1.vae_decoder_service_pb2 import (
 )
 from klein_core.errors import InvalidInput, Violation
 from klein_services.orchestrator.cache import PROMPT_EMBEDDING, REFERENCE_LATENTS, CacheKey, TensorCache
-from klein_services.orchestrator.relay import TransferMetrics
 from klein_services.orchestrator.request import ImageRequest
 from klein_services.orchestrator.routing import DENOISER, StageAddress
 from klein_services.orchestrator.stage_client import (
@@ -26,7 +25,7 @@ from klein_services.orchestrator.stage_client import (
     StageClient,
     StageDisagreement,
 )
-from klein_services.orchestrator.timings import Timings
+from klein_services.orchestrator.timings import Timings, TransferMetrics
 from klein_services.runtime.metrics import CACHE_REQUESTS
 from klein_services.runtime.protowire import (
     as_negative_prompt_embedding,

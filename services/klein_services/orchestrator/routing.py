@@ -1,4 +1,4 @@
-"""The routing table: which stage processes serve which model."""
+"""Routing table: the models that requests can name and the stage processes that serve them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Route:
 
     @property
     def stages(self) -> tuple[StageAddress, StageAddress, StageAddress]:
-        """The stages in a request's order."""
+        """The stages in the order of a request's life."""
         return self.text_encoder, self.denoiser, self.vae_decoder
 
     def narrowed(self, trained_size_px: int, trained_pixel_count: int) -> Route:
@@ -193,10 +193,6 @@ def _row_problems(prefix: str, row: Mapping[str, Any]) -> Iterator[str]:
         value = row.get(key)
         if value is not None and (not isinstance(value, str) or not value):
             yield f"{prefix}{key} is {value!r}; must be the name that the stage gives its model"
-    yield from _size_problems(prefix, row)
-
-
-def _size_problems(prefix: str, row: Mapping[str, Any]) -> Iterator[str]:
     limits = Limits()
     size = row.get("default_size_px", Route.default_size_px)
     pixels = row.get("maximum_pixel_count", Route.maximum_pixel_count)

@@ -29,7 +29,7 @@ SERVICES: Final[Mapping[str, str]] = {
     DENOISER: "klein_api.v1.DenoiserService",
     VAE_DECODER: "klein_api.v1.VaeDecoderService",
 }
-"""The gRPC service of each stage, whose health says whether a replica takes calls."""
+"""The gRPC service of each stage. Its health status decides whether a replica gets calls."""
 
 PUBLIC_FIELDS: Mapping[str, str] = {
     "prompt": "prompt",

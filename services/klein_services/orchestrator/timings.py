@@ -1,4 +1,4 @@
-"""Timings of one request: how long each stage took."""
+"""Timings of one request: durations of its stages' operations and of the transfers between processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Protocol
 from google.protobuf.duration_pb2 import Duration
 
 from klein_api.v1.image_service_pb2 import StageTiming
-from klein_services.runtime.metrics import STAGE_CALL_SECONDS
+from klein_services.runtime.metrics import HOP_BYTES, HOP_SECONDS, STAGE_CALL_SECONDS
 from klein_services.runtime.stage import duration
 
 _ORDER = ("encode-prompt", "encode-reference", "denoise", "decode")
@@ -80,6 +80,27 @@ class Timings:
 
     def messages(self) -> list[StageTiming]:
         return [timing.message() for timing in self]
+
+
+class TransferMetrics:
+    """Bytes and duration of one tensor or image between two processes."""
+
+    def __init__(self, source: str, destination: str) -> None:
+        self._labels = (source, destination)
+        self._byte_count = 0
+        self._begin_seconds = 0.0
+
+    def add(self, message: bytes) -> None:
+        """Counts a message that has been passed on."""
+        if not self._byte_count:
+            self._begin_seconds = time.perf_counter()
+        self._byte_count += len(message)
+
+    def finish(self) -> None:
+        """Reports the transfer, once, when all of it has been passed on."""
+        if self._byte_count:
+            HOP_BYTES.labels(*self._labels).inc(self._byte_count)
+            HOP_SECONDS.labels(*self._labels).observe(time.perf_counter() - self._begin_seconds)
 
 
 def _seconds(duration: Duration) -> float:

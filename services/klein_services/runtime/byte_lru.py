@@ -11,7 +11,7 @@ from klein_services.runtime.metrics import CACHE_BYTES, CACHE_EVICTIONS
 
 
 class Sized(Protocol):
-    """A value that knows its size."""
+    """A value with a size in bytes."""
 
     @property
     def size_bytes(self) -> int: ...
