@@ -63,7 +63,7 @@ class Up:
         # Between its fork and its exec a child has its parent's command line; one that ended has none.
         return {(child.cmdline() or [""])[-1]: child for child in psutil.Process(self.process.pid).children()}
 
-    def denoiser_besides(self, pids: set[int]) -> psutil.Process | None:
+    def denoiser_other_than(self, pids: set[int]) -> psutil.Process | None:
         """The running denoiser, unless its process is one of `pids`."""
         try:
             found = self._children().get("denoiser")
@@ -175,8 +175,8 @@ def test_up_serves_until_control_c(checkpoint: Path, tmp_path: Path) -> None:
         assert "Traceback" not in up.text + "".join(log.read_text() for log in up.logs.glob("*.log"))
 
 
-def test_three_bare_files_make_the_folder_s_picture(tmp_path: Path) -> None:
-    """In other layouts and behind a prefix; klein's prompt length, which no tensor tells."""
+def test_three_bare_files_make_the_folder_s_image(tmp_path: Path) -> None:
+    """In other layouts and behind a prefix; with klein's prompt length, which no tensor shows."""
     folder = tmp_path / "whole"
     save_tiny_checkpoint(folder, text_encoder={"max_sequence_length": 512})
     weights = "diffusion_pytorch_model.safetensors"
@@ -222,8 +222,10 @@ def test_a_stage_that_dies_is_started_again_on_its_port_until_the_third_death(
         # Before it serves, so that the deaths are in a row however long a start takes.
         killed = {stages["denoiser"].pid}
         while up.process.poll() is None:
-            assert soon(lambda: up.denoiser_besides(killed) or up.process.poll() is not None, READY_SECONDS)
-            denoiser = up.denoiser_besides(killed)
+            assert soon(
+                lambda: up.denoiser_other_than(killed) or up.process.poll() is not None, READY_SECONDS
+            )
+            denoiser = up.denoiser_other_than(killed)
             if denoiser is not None:
                 killed.add(denoiser.pid)
                 denoiser.kill()
@@ -252,7 +254,7 @@ def test_no_stage_outlives_a_parent_that_is_killed(checkpoint: Path, tmp_path: P
         assert soon(lambda: all_gone(stages), STOP_SECONDS)
 
 
-def test_a_broken_checkpoint_is_told_in_the_stage_s_words(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_broken_checkpoint_ends_the_suite_with_the_stage_s_words(checkpoint: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(checkpoint, broken)
     weights = broken / "vae" / "diffusion_pytorch_model.safetensors"

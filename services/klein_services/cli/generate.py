@@ -109,7 +109,7 @@ def run_generate(options: GenerateOptions, target: str, timeout_seconds: float, 
     written, failures = _write_all(files, generation)
     # Also after a failure: its seeds make the same images again.
     if options.as_json:
-        sys.stdout.write(json.dumps(as_json(generation, written), ensure_ascii=False) + "\n")
+        sys.stdout.write(json.dumps(as_json(generation, written)) + "\n")
     else:
         out = console if files.is_standard_output else Console()
         out.print(summary_line(generation, written), highlight=False, soft_wrap=True, markup=False)

@@ -83,9 +83,13 @@ class ImageFiles:
             if self.is_standard_output:
                 sys.stdout.buffer.write(data)
                 sys.stdout.buffer.flush()
-            else:
-                with path.open("wb" if self._force else "xb") as file:
-                    file.write(data)
+                return str(path)
+            while self._output is None and path.exists():
+                # Another command has taken the number meanwhile.
+                self._first_number += 1
+                path = self.path_of(index)
+            with path.open("wb" if self._force else "xb") as file:
+                file.write(data)
         except OSError as error:
             raise CliError(f"{path} cannot be written: {error.strerror}.") from error
         return str(path)

@@ -62,24 +62,10 @@ def test_every_flag_reaches_the_request(
     first, second = tmp_path / "first.png", tmp_path / "second.png"
     first.write_bytes(b"one")
     second.write_bytes(b"two")
-    exit_code, _, err = klein(
-        *("generate", "a star", "--reference", first, "--reference", second, "--negative-prompt", "a heart"),
-        *("--size", "64x96", "--steps", 7, "--guidance", 2.5, "--seed", 41, "--count", 2, "--format", "webp"),
-        *(
-            "--quality",
-            80,
-            "--model",
-            "fake",
-            "--adapter",
-            "ink",
-            "-a",
-            "oil.v2:-0.5",
-            "--target",
-            target,
-            "-o",
-            tmp_path / "star.webp",
-        ),
-    )
+    flags = f"""--reference {first} --reference {second} --size 64x96 --steps 7 --guidance 2.5 --seed 41 --count 2
+        --format webp --quality 80 --model fake --adapter ink -a oil.v2:-0.5 --target {target}
+        -o {tmp_path / "star.webp"}"""
+    exit_code, _, err = klein("generate", "a star", "--negative-prompt", "a heart", *flags.split())
     assert (exit_code, err) == (0, "")
     assert orchestrator.specs == [
         api.ImageSpec(
@@ -103,7 +89,7 @@ def test_every_flag_reaches_the_request(
     assert (tmp_path / "star-2.webp").read_bytes() == b"picture 1"
 
 
-def test_what_is_not_said_is_left_to_the_server(
+def test_an_option_that_is_not_given_is_left_to_the_server(
     klein: Klein, target: str, orchestrator: Orchestrator, tmp_path: Path
 ) -> None:
     exit_code, out, _ = klein("generate", "", "--target", target, "-o", tmp_path / "any.JPG")
@@ -116,7 +102,7 @@ def test_what_is_not_said_is_left_to_the_server(
         assert fact in out
 
 
-def test_a_dash_writes_the_picture_alone_to_standard_output(klein: Klein, target: str) -> None:
+def test_a_dash_writes_only_the_image_to_standard_output(klein: Klein, target: str) -> None:
     exit_code, out, err = klein("generate", "long", "--target", target, "-o", "-")
     assert (exit_code, out) == (0, "picture 0")
     assert "seed 41" in err
@@ -146,7 +132,7 @@ def test_a_dash_writes_the_picture_alone_to_standard_output(klein: Klein, target
         (["-o", "p.png", "--steps", str(2**31)], ["far outside", str(2**31)]),
     ],
 )
-def test_misuse_is_told_before_anything_is_asked(
+def test_misuse_is_refused_before_a_call(
     klein: Klein, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: list[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -159,10 +145,10 @@ def test_misuse_is_told_before_anything_is_asked(
     assert (tmp_path / "there.png").read_bytes() == b"mine"
 
 
-def test_a_picture_that_is_not_written_leaves_its_seed_and_the_others(
+def test_an_image_that_is_not_written_leaves_its_seed_and_the_others(
     klein: Klein, target: str, orchestrator: Orchestrator, tmp_path: Path
 ) -> None:
-    # Between the check and the end of the work somebody makes a folder of the first picture's name.
+    # A folder with the first image's name appears between the check and the end of the request.
     orchestrator.before_answer = lambda: (tmp_path / "ring-1.png").mkdir()
     exit_code, out, err = klein(
         "generate", "a ring", "--count", 2, "--target", target, "-o", tmp_path / "ring.png"
@@ -174,7 +160,11 @@ def test_a_picture_that_is_not_written_leaves_its_seed_and_the_others(
 
 
 def test_without_a_name_files_are_numbered_after_those_that_exist(
-    klein: Klein, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    klein: Klein,
+    target: str,
+    orchestrator: Orchestrator,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("klein-2.png").write_bytes(b"mine")
@@ -183,6 +173,9 @@ def test_without_a_name_files_are_numbered_after_those_that_exist(
     assert out.startswith("klein-3.png, klein-4.png: ")
     assert Path("klein-1.png").read_bytes() == Path("klein-3.png").read_bytes() == b"picture 0"
     assert Path("klein-2.png").read_bytes() == b"mine"
+    orchestrator.before_answer = lambda: Path("klein-5.png").write_bytes(b"another command's")
+    _, out, _ = klein("generate", "a star", "--target", target)
+    assert out.startswith("klein-6.png: ")
 
 
 def test_force_replaces_a_file(klein: Klein, target: str, tmp_path: Path) -> None:
@@ -270,7 +263,7 @@ def test_a_refused_reference_is_named_by_its_file(
     assert f"--reference {files[1]} (references[1]) is not an image" in err
 
 
-def test_output_that_takes_nothing_is_told(target: str, orchestrator: Orchestrator) -> None:
+def test_a_full_output_is_one_sentence(target: str, orchestrator: Orchestrator) -> None:
     orchestrator.models = api.ListModelsResponse(models=[api.RoutedModel(name="fake")])
     for command in (["status", "--target", target], ["generate", "a", "--target", target, "-o", "-"]):
         with Path("/dev/full").open("w") as full:

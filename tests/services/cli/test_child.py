@@ -1,4 +1,4 @@
-"""A stage as a child process: what it imports."""
+"""Imports of a stage that runs as a child process."""
 
 import sys
 from pathlib import Path
@@ -11,9 +11,9 @@ from klein_services.cli.process import Child, ChildSpec, inherited_environment
 def test_a_child_imports_what_its_parent_does_in_any_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for package in ("services", "klein_core", "klein_api"):
+    for package in ("klein_services", "klein_core", "klein_api"):
         (tmp_path / package).mkdir()
-        (tmp_path / package / "__init__.py").write_text("raise SystemExit('a package of somebody else')")
+        (tmp_path / package / "__init__.py").write_text("raise SystemExit('another package')")
     monkeypatch.chdir(tmp_path)
     # The stage reads its settings and refuses this one: everything that it needs until then was imported.
     environment = inherited_environment() | {"KLEIN_PORT": "many"}

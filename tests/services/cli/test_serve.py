@@ -95,18 +95,18 @@ def test_a_pulled_model_is_meant_by_its_name(
 
 
 @pytest.mark.parametrize(
-    ("model", "told"), [("klein-4b", "klein pull klein-4b"), ("./nowhere", "no folder or file ./nowhere")]
+    ("model", "words"), [("klein-4b", "klein pull klein-4b"), ("./nowhere", "no folder or file ./nowhere")]
 )
-def test_a_model_that_is_not_here_is_told_before_a_start(
+def test_a_missing_model_is_refused_before_a_start(
     model: str,
-    told: str,
+    words: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("KLEIN_MODELS_FOLDER", str(tmp_path))
     assert klein("serve", "text-encoder", "--model", model, "--check-config") == 2
-    assert told in " ".join(capsys.readouterr().err.split())
+    assert words in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_check_config_takes_every_device_s_name(device: str) -> None:
 
 
 def pulled(models: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that looks as `klein pull` leaves it, to whoever does not read the model."""
+    """A folder with the receipt that `klein pull` writes, and no model."""
     monkeypatch.setenv("KLEIN_MODELS_FOLDER", str(models))
     folder = models / name
     folder.mkdir(parents=True)
