@@ -1,4 +1,4 @@
-"""Adapters through a real denoiser: the bits of one process, hot files, bounded memory, names for what is wrong."""
+"""Adapters through a real denoiser: bit-identical results, files that change, bounded memory, named errors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 import grpc
 import pytest
 import torch
-from prometheus_client import REGISTRY
 
 from klein_api.v1 import denoiser_service_pb2 as api
 from klein_api.v1 import stage_service_pb2
@@ -33,6 +32,7 @@ from tests.services.fakes.denoiser_server import (
     save_checkpoint,
     spec,
 )
+from tests.services.fakes.simulated_device import metric
 from tests.tiny.adapters import FORMATS, Written
 from tests.tiny.transformer import relative_error, tiny_oracle
 
@@ -60,7 +60,7 @@ def folder(written: Path, tmp_path: Path) -> Path:
 
 
 def write(folder: Path, name: str, form: str = "diffusers", seed: int = 0) -> Path:
-    """Puts a file where it belongs in one go, as tools that download do."""
+    """Moves a complete file into place, as download tools do."""
     made = FORMATS[form].write(ORACLE, seed=seed).save(folder / f"{name}.part")
     return made.rename(folder / f"{name}.safetensors")
 
@@ -69,12 +69,8 @@ def wish(*adapters: tuple[str, float], **fields) -> api.DenoiseSpec:
     return spec(adapters=[Adapter(name=name, scale=scale) for name, scale in adapters], **fields)
 
 
-def count(metric: str, **labels: str) -> float:
-    return REGISTRY.get_sample_value(metric, labels) or 0.0
-
-
 def loads() -> float:
-    return count("klein_adapter_loads_total", outcome="loaded")
+    return metric("klein_adapter_loads_total", outcome="loaded")
 
 
 async def refusal(channel: grpc.aio.Channel, *adapters: tuple[str, float]):
@@ -134,7 +130,7 @@ async def test_requests_with_different_adapters_share_a_step(checkpoint, written
 
 
 async def test_references_of_a_model_that_caches_them(tmp_path, written):
-    """What is kept of references is kept for the adapters that it was computed with."""
+    """A reference cache is reused only with the adapters that it was computed with."""
     folder = save_checkpoint(tmp_path, distilled=True, reference_cache=True)
     tensors = Tensors(prompt(1), references=(image(3, 5, seed=7),))
     wishes = [wish(*adapters, reference_count=1) for adapters in ([], [("plain", 1.0)], [("plain", 0.5)])]
@@ -161,7 +157,9 @@ async def test_a_file_that_comes_is_replaced_and_goes(checkpoint, folder, monkey
             late = asyncio.create_task(denoise(channel, request(wish(("plain", 1.0)), tensors)))
             await eventually(lambda: loads() == before + 2)
             gate.release()
-            assert torch.equal((await running).latents[0], old), "a request keeps what it began with"
+            assert torch.equal((await running).latents[0], old), (
+                "a request keeps the adapters it started with"
+            )
             [new] = alone(checkpoint, wish(("plain", 1.0)), tensors, steps=4, adapters_folder=folder)
             assert torch.equal((await late).latents[0], new)
             assert not torch.equal(old, new)
@@ -187,20 +185,20 @@ async def test_memory_is_bounded_by_use(checkpoint, tmp_path):
         Written(tensors).save(folder / f"{name}.safetensors")
     evictions = {"kind": "adapter"}
     async with running_denoiser(checkpoint, adapters_folder=str(folder), adapter_memory_mib=1) as channel:
-        before, evicted = loads(), count("klein_cache_evictions_total", **evictions)
+        before, evicted = loads(), metric("klein_cache_evictions_total", **evictions)
         for name in (*names, "second", "first"):
             await denoise(channel, request(wish((name, 1.0))))
         assert loads() == before + 3
-        assert count("klein_cache_evictions_total", **evictions) == evicted + 2
-        assert count("klein_cache_bytes", kind="adapter") == 2 * 2600 * 32 * 4
-        told = await refusal(channel, ("first", 1.0), ("second", 1.0))
-        assert told.code is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert told.reason == "ADAPTER_MEMORY_FULL"
-        assert told.retry_after_seconds
+        assert metric("klein_cache_evictions_total", **evictions) == evicted + 2
+        assert metric("klein_cache_bytes", kind="adapter") == 2 * 2600 * 32 * 4
+        full = await refusal(channel, ("first", 1.0), ("second", 1.0))
+        assert full.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert full.reason == "ADAPTER_MEMORY_FULL"
+        assert full.retry_after_seconds
         assert (await denoise(channel, request(wish(("second", 1.0))))).latents
 
 
-async def test_unknown_unusable_and_hostile(checkpoint, folder, tmp_path):
+async def test_unknown_unusable_and_hostile_files_are_refused_by_name(checkpoint, folder, tmp_path):
     outside = write(tmp_path, "outside")
     (folder / "link.safetensors").symlink_to(outside)
     (folder / "inner.safetensors").symlink_to(folder / "plain.safetensors")
@@ -217,14 +215,14 @@ async def test_unknown_unusable_and_hostile(checkpoint, folder, tmp_path):
     os.mkfifo(folder / "pipe.safetensors")
     async with running_denoiser(checkpoint, adapters_folder=str(folder), adapter_memory_mib=1) as channel:
         facts = await described(channel)
-        told = {adapter.name: adapter for adapter in facts.adapters}
-        assert sorted(told) == sorted([*NAMES, "inner", "broken", "of-text", "large"])
+        described_by_name = {adapter.name: adapter for adapter in facts.adapters}
+        assert sorted(described_by_name) == sorted([*NAMES, "inner", "broken", "of-text", "large"])
         assert facts.adapter_count == 8
-        assert "truncated" in told["broken"].problem
-        assert "text encoder" in told["of-text"].problem
-        assert not told["plain"].problem
-        assert (told["kron.3"].kind, told["kron.3"].rank) == ("LoKr", 3)
-        assert told["plain"].layer_count == len(FORMATS["diffusers"].targets(ORACLE))
+        assert "truncated" in described_by_name["broken"].problem
+        assert "text encoder" in described_by_name["of-text"].problem
+        assert not described_by_name["plain"].problem
+        assert (described_by_name["kron.3"].kind, described_by_name["kron.3"].rank) == ("LoKr", 3)
+        assert described_by_name["plain"].layer_count == len(FORMATS["diffusers"].targets(ORACLE))
 
         for name in ("nothing", "link", "pipe"):
             unknown = await refusal(channel, ("plain", 1.0), (name, 1.0))

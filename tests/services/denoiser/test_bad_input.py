@@ -1,4 +1,4 @@
-"""Everything that a caller can get wrong: the status, the field, the limit, and nothing left running."""
+"""Invalid requests: the status, the field, the limit, and nothing left running."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ async def trickling() -> AsyncIterator[api.DenoiseLatentsRequest]:
 @pytest.mark.parametrize("never_ending", [stalled, trickling])
 async def test_a_stream_that_never_ends_is_cut_off_and_frees_its_place(folders, never_ending):
     async with running_denoiser(folders[True], **LIMITS, queue_limit=1) as channel:
-        # The caller would wait for much longer, and its own deadline has no reason.
+        # The client would wait much longer, and its own deadline gives no reason.
         call = DenoiserServiceStub(channel).DenoiseLatents(never_ending(), timeout=10)
         with pytest.raises(grpc.aio.AioRpcError) as failure:
             async for _ in call:

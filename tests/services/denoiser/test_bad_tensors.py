@@ -1,4 +1,4 @@
-"""Tensors that a spec does not ask for, or that are not what it asks for: the field is named."""
+"""Tensors that do not match the spec: the error names the field."""
 
 from __future__ import annotations
 

@@ -19,9 +19,9 @@ from klein_services.denoiser.events import Event, EventChannel, Finished, Previe
 from klein_services.denoiser.request_state import RequestState
 from klein_services.denoiser.scheduled_request import OPERATION, STAGE, ScheduledRequest
 from klein_services.denoiser.scheduler import Scheduler, SchedulerConfig
-from klein_services.runtime import metrics
 from klein_services.runtime.errors import DeadlinePassed, DeviceOutOfMemory
 from tests.services.fakes.denoiser_server import eventually
+from tests.services.fakes.simulated_device import metric
 
 IMAGE_TOKENS = 20
 
@@ -183,9 +183,9 @@ async def test_a_device_lost_during_a_preview_fails_all_requests():
 
 def booked() -> dict[str, float]:
     return {
-        "abandoned seconds": metrics.ABANDONED_SECONDS.labels(STAGE)._value.get(),
-        "missed": metrics.DEADLINE_MISSED.labels(STAGE)._value.get(),
-        "served seconds": metrics.STAGE_SECONDS.labels(STAGE, OPERATION)._sum.get(),
+        "abandoned seconds": metric("klein_abandoned_work_seconds_total", stage=STAGE),
+        "missed": metric("klein_deadline_missed_total", stage=STAGE),
+        "served seconds": metric("klein_stage_duration_seconds_sum", stage=STAGE, operation=OPERATION),
     }
 
 
@@ -232,7 +232,7 @@ async def test_out_of_memory_cuts_the_budget_which_full_steps_bring_back(monkeyp
     budgets: list[float] = []
 
     def step(trajectories) -> None:
-        budgets.append(metrics.STEP_TOKEN_BUDGET._value.get())
+        budgets.append(metric("klein_denoise_step_token_budget"))
         steps.append(len(trajectories))
         if len(steps) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")

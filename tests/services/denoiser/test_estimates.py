@@ -62,7 +62,7 @@ def test_a_deadline_that_cannot_be_met_is_refused_before_any_work(load, slack):
 
 @pytest.mark.parametrize("urgency", [Urgency.INTERACTIVE, Urgency.BATCH])
 def test_requests_that_share_its_steps_lengthen_a_request(urgency):
-    """On a device that one image fills, eight in a step take eight times as long, whoever goes first."""
+    """On a device that one image fills, eight in a step take eight times as long, whatever their order."""
     for deadline, is_hopeless in ((6.0, True), (31.99, True), (32.0, False)):
         device = Device(SchedulerConfig(token_budget=100_000))
         device.scheduler.step_times.observe([1000], 1.0)
@@ -116,7 +116,7 @@ def test_companions_count_only_while_they_share_a_step():
 
     assert estimate() == pytest.approx(0.24)
     assert estimate(ScheduledRequest(image_tokens=60, step_count=9)) == pytest.approx(0.24), (
-        "no room beside it"
+        "no room next to it"
     )
     assert estimate(ScheduledRequest(image_tokens=20, step_count=9)) == pytest.approx(0.32)
     assert estimate(ScheduledRequest(image_tokens=20, step_count=1)) == pytest.approx(0.26), (
@@ -127,7 +127,7 @@ def test_companions_count_only_while_they_share_a_step():
         0.24
     )
     both = [ScheduledRequest(image_tokens=30, step_count=9), ScheduledRequest(image_tokens=20, step_count=9)]
-    assert estimate(*both) == pytest.approx(0.36), "one of them fits beside it, the first"
+    assert estimate(*both) == pytest.approx(0.36), "only the first of them fits next to it"
 
 
 @settings(deadline=None)

@@ -1,4 +1,4 @@
-"""What happens to requests that are cancelled, late, too many or caught by a fault."""
+"""Requests that are cancelled, late, too many or hit by a fault."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from klein_api.v1.denoiser_service_pb2_grpc import DenoiserServiceStub
 from klein_api.v1.stage_service_pb2_grpc import StageServiceStub
 from klein_services.denoiser.events import EventChannel, Finished, Preview, StepDone
 from klein_services.denoiser.servicer import SERVICE_NAME
-from klein_services.runtime import metrics
 from klein_services.runtime.status import explain
 from tests.services.fakes.denoiser_server import (
     Heard,
@@ -32,6 +31,7 @@ from tests.services.fakes.denoiser_server import (
     save_checkpoint,
     spec,
 )
+from tests.services.fakes.simulated_device import metric
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def gate(monkeypatch):
 
 
 def abandoned_seconds() -> float:
-    return metrics.ABANDONED_SECONDS.labels("denoiser")._value.get()
+    return metric("klein_abandoned_work_seconds_total", stage="denoiser")
 
 
 async def load_of(channel):
@@ -85,7 +85,7 @@ async def test_a_cancelled_request_stops_at_the_next_step_and_its_time_counts_as
 
 async def test_a_deadline_ends_a_running_request_at_the_next_step(folder, gate):
     before = abandoned_seconds()
-    missed = metrics.DEADLINE_MISSED.labels("denoiser")._value.get()
+    missed = metric("klein_deadline_missed_total", stage="denoiser")
     async with running_denoiser(folder) as channel:
         gate.hold()
         gate.allow(1)
@@ -98,10 +98,10 @@ async def test_a_deadline_ends_a_running_request_at_the_next_step(folder, gate):
         await until(channel, queued=0, running=0)
         assert len(gate.steps) <= 2
         assert abandoned_seconds() > before
-        assert metrics.DEADLINE_MISSED.labels("denoiser")._value.get() == missed + 1
+        assert metric("klein_deadline_missed_total", stage="denoiser") == missed + 1
 
 
-async def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(folder, gate):
+async def test_a_full_queue_refuses_at_once_with_a_retry_hint(folder, gate):
     async with running_denoiser(folder, queue_limit=2) as channel:
         gate.hold()
         calls = [asyncio.create_task(denoise(channel, request(spec())))]
@@ -154,7 +154,7 @@ async def test_an_urgent_request_pauses_a_long_one_which_then_ends_with_its_own_
     assert torch.equal(slow_heard.latents[0], alone(folder, long, Tensors(), 30)[0])
 
 
-async def test_waiting_requests_hear_how_they_move_up(folder, gate):
+async def test_waiting_requests_get_their_positions(folder, gate):
     async with running_denoiser(folder) as channel:
         gate.hold()
         calls, last = [], Heard()
@@ -188,7 +188,7 @@ async def test_a_reader_that_stalls_does_not_stop_the_steps(folder, gate):
     assert len(heard.latents) == 1
 
 
-async def test_events_that_nobody_takes_do_not_pile_up():
+async def test_unread_events_do_not_pile_up():
     channel = EventChannel(asyncio.get_running_loop())
     previews = [image(16, 16) for _ in range(50)]
     alive = [weakref.ref(preview) for preview in previews]
@@ -274,7 +274,7 @@ async def test_a_bug_in_a_step_is_internal_and_the_next_request_is_served(folder
         assert len((await denoise(channel, request(spec()))).latents) == 1
 
 
-async def test_a_lost_device_fails_everybody_and_takes_nobody_new(folder, gate):
+async def test_a_lost_device_fails_all_requests_and_refuses_new_ones(folder, gate):
     def fail(trajectories):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 

@@ -1,4 +1,4 @@
-"""References that are computed once, through a real server: the bits of one process, whoever shares them."""
+"""Reference caches through a real server: shared by requests, with bit-identical results."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 
 
 class Builds:
-    """Counts the caches that are computed and can stand in their way."""
+    """Counts the caches that are computed, and can delay or fail them."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -129,7 +129,7 @@ async def test_packed_steps_mix_cached_references_with_none(folder, builds):
 
 
 @pytest.mark.parametrize(("mebibytes", "built"), [(1, [400, 400, 400, 400]), (0, [400] * 6), (2, [400] * 3)])
-async def test_the_bound_decides_what_is_kept_and_never_what_is_answered(folder, builds, mebibytes, built):
+async def test_the_limit_changes_what_is_kept_and_not_the_results(folder, builds, mebibytes, built):
     """A cache of 400 tokens takes half a mebibyte: two fit into one, three are asked for in turns."""
     references = [image(20, 20, seed=i) for i in range(3)]
     before = counted()
@@ -148,7 +148,7 @@ async def test_the_bound_decides_what_is_kept_and_never_what_is_answered(folder,
     }
 
 
-async def test_one_that_is_larger_than_the_bound_works_beside_others(folder, builds):
+async def test_caches_above_the_limit_work_one_after_the_other(folder, builds):
     given = [Tensors(references=(image(40, 40, seed=i),)) for i in range(2)]
     async with running_denoiser(
         folder, reference_cache_mib=1, packing="packed", token_budget=10000
@@ -191,7 +191,7 @@ async def test_a_deadline_that_passes_while_references_are_computed_ends_only_it
         held.set()
         heard = await denoise(channel, request(edit(), tensors))
     assert same(heard.latents, alone(folder, edit(), tensors, 4))
-    assert builds.tokens == [16], "what was computed for nobody is there for the next"
+    assert builds.tokens == [16], "the abandoned cache is reused by the next request"
 
 
 async def test_references_that_cannot_be_computed_fail_their_request_alone(folder, builds):
@@ -209,7 +209,7 @@ async def test_references_that_cannot_be_computed_fail_their_request_alone(folde
     assert same(heard.latents, alone(folder, edit(), tensors, 4))
 
 
-async def test_out_of_memory_gives_up_what_is_kept_and_tries_again(folder, builds):
+async def test_out_of_memory_drops_unused_caches_and_retries(folder, builds):
     kept, wanted = Tensors(references=(image(4, 4),)), Tensors(references=(image(5, 5),))
 
     def fail_large() -> None:

@@ -11,18 +11,17 @@ from klein_services.denoiser.reference_kv_cache import HIT, MISS, REFERENCE_CACH
 from klein_services.denoiser.request_planner import references_key
 from klein_services.denoiser.scheduled_request import Batch, Urgency
 from klein_services.denoiser.scheduler import SchedulerConfig
-from klein_services.runtime import metrics
 from tests.services.fakes.caching_device import LIMIT, Block, Device, cache
+from tests.services.fakes.simulated_device import metric
 
 
 def counted() -> dict[str, float]:
     """Reads the metrics of the caches."""
-    requests = metrics.CACHE_REQUESTS
     return {
-        HIT: requests.labels(REFERENCE_CACHE, HIT)._value.get(),
-        MISS: requests.labels(REFERENCE_CACHE, MISS)._value.get(),
-        "evicted": metrics.CACHE_EVICTIONS.labels(REFERENCE_CACHE)._value.get(),
-        "bytes": metrics.CACHE_BYTES.labels(REFERENCE_CACHE)._value.get(),
+        HIT: metric("klein_cache_requests_total", kind=REFERENCE_CACHE, outcome=HIT),
+        MISS: metric("klein_cache_requests_total", kind=REFERENCE_CACHE, outcome=MISS),
+        "evicted": metric("klein_cache_evictions_total", kind=REFERENCE_CACHE),
+        "bytes": metric("klein_cache_bytes", kind=REFERENCE_CACHE),
     }
 
 

@@ -41,7 +41,7 @@ async def test_frames_are_released_before_the_first_step(tmp_path, monkeypatch):
 async def test_references_that_take_more_memory_than_others_leave_are_refused_as_overload(
     tmp_path, monkeypatch
 ):
-    """A reference of 160 x 128 tokens of 64 bytes takes 1.25 MiB, which the spec alone does not tell."""
+    """A reference of 160 x 128 tokens of 64 bytes takes 1.25 MiB, which the spec does not show."""
     large = Tensors(references=(image(160, 128),))
     folder = save_checkpoint(tmp_path, distilled=True)
     with gated_steps(monkeypatch) as gate:

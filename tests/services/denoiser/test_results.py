@@ -1,4 +1,4 @@
-"""What the denoiser answers through a real server: the bits of one process, whoever else is there."""
+"""Results through a real server: bit-identical to one process, whatever else is running."""
 
 from __future__ import annotations
 

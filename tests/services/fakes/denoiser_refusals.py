@@ -32,7 +32,7 @@ def save_both_variants(factory: pytest.TempPathFactory) -> dict[bool, Path]:
 
 
 async def refusal(folder: Path, parts: Iterable[api.DenoiseLatentsRequest]) -> StatusDetails:
-    """Makes a call that must fail; checks that nothing of it is left."""
+    """Makes a call that must fail, and checks that the server has dropped it."""
     async with running_denoiser(folder, **LIMITS) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as failure:
             await denoise(channel, parts)

@@ -1,4 +1,4 @@
-"""A real denoiser server with a tiny random transformer, and a client that notes everything it hears."""
+"""Real denoiser server with a tiny random transformer, and a client that records every response."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ TEXT_TOKENS = 7
 
 
 def tiny_transformer(config: TransformerConfig = CONFIG, seed: int = 0) -> FlowTransformer:
-    """Makes a random network whose weights are spread widely enough that any slip shows."""
+    """Returns a random network whose weights are spread widely enough for errors to show."""
     transformer = FlowTransformer(config).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for parameter in transformer.parameters():
@@ -131,7 +131,7 @@ async def running_denoiser(folder: Path, **changes: Any) -> AsyncIterator[grpc.a
 
 
 async def eventually(is_so: Callable[[], bool]) -> None:
-    """Waits until something is so, as long as a busy machine may need."""
+    """Waits until a condition holds, for as long as a busy machine may need."""
     async with asyncio.timeout(60):
         while True:
             if is_so():
@@ -140,7 +140,7 @@ async def eventually(is_so: Callable[[], bool]) -> None:
 
 
 class Gate:
-    """Stands between the engine and the transformer: counts steps and can hold them back."""
+    """Gate between the engine and the transformer: counts steps and can hold them back."""
 
     def __init__(self) -> None:
         self.steps: list[list[Trajectory]] = []
@@ -151,7 +151,7 @@ class Gate:
         self.before: Callable[[Sequence[Trajectory]], None] = lambda trajectories: None
 
     def hold(self) -> None:
-        """Lets no step pass but those of `allow`."""
+        """Holds back all steps except those that `allow` lets pass."""
         self._open.clear()
 
     def allow(self, count: int = 1) -> None:
@@ -183,7 +183,7 @@ class Gate:
 
 @contextmanager
 def gated_steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    """Puts a gate into every denoiser that is loaded from here on, and opens it in the end."""
+    """Puts a gate into every denoiser that is loaded from here on, and opens it at the end."""
     gate, step_of = Gate(), application.step_of
     monkeypatch.setattr(application, "step_of", lambda transformer: gate.wrap(step_of(transformer)))
     yield gate
@@ -208,7 +208,7 @@ def image(rows: int, columns: int, seed: int = 0) -> Tensor:
 
 @dataclass
 class Tensors:
-    """What goes with a spec."""
+    """Tensors of a request."""
 
     prompt_embedding: Tensor = field(default_factory=prompt)
     negative_prompt_embedding: Tensor | None = None
@@ -234,7 +234,7 @@ def request(wish: api.DenoiseSpec, tensors: Tensors | None = None) -> list[api.D
 
 @dataclass
 class Heard:
-    """Everything that a call answered, in the order of kinds."""
+    """All responses of a call, by kind."""
 
     kinds: list[str] = field(default_factory=list)
     queued: list[api.DenoiseQueued] = field(default_factory=list)
@@ -283,7 +283,7 @@ async def denoise(
     seconds: float | None = 30,
     heard: Heard | None = None,
 ) -> Heard:
-    """Makes one call and hears it to its end."""
+    """Makes one call and returns all of its responses."""
     heard = heard or Heard()
     call = DenoiserServiceStub(channel).DenoiseLatents(iter(list(parts)), timeout=seconds)
     async for response in call:
@@ -299,7 +299,7 @@ def alone(
     scale: float = 1.0,
     adapters_folder: Path | None = None,
 ) -> list[Tensor]:
-    """Denoises in this process, each image in steps of its own."""
+    """Denoises in this process, each image in separate steps."""
     return [states[-1] for states, _ in histories(folder, wish, tensors, steps, scale, adapters_folder)]
 
 

@@ -1,10 +1,11 @@
-"""Simulated device whose steps take time in proportion to their tokens, driven by a real scheduler."""
+"""Simulated device, driven by a real scheduler, whose steps take time in proportion to their tokens; metrics."""
 
 from __future__ import annotations
 
 from collections import Counter
 
 from hypothesis import strategies as st
+from prometheus_client import REGISTRY
 
 from klein_services.denoiser.scheduled_request import Batch, ScheduledRequest, Urgency
 from klein_services.denoiser.scheduler import Scheduler, SchedulerConfig
@@ -19,6 +20,11 @@ requests = st.builds(
     urgency=st.sampled_from(Urgency),
     deadline=st.none() | st.floats(0.1, 20),
 )
+
+
+def metric(name: str, **labels: str) -> float:
+    """Returns a metric's exported value; 0 before it is first counted."""
+    return REGISTRY.get_sample_value(name, labels) or 0.0
 
 
 def activate(scheduler: Scheduler, request: ScheduledRequest, now: float) -> None:
