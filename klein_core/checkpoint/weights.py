@@ -18,7 +18,7 @@ from klein_core.checkpoint.component import Component
 from klein_core.checkpoint.files import Checkpoint
 from klein_core.checkpoint.header import PLAIN_DTYPES
 from klein_core.checkpoint.key_mapping import KeyMap, TensorSlice
-from klein_core.checkpoint.reader import TORCH_DTYPES, Reader
+from klein_core.checkpoint.tensor_reader import TORCH_DTYPES, TensorReader
 from klein_core.errors import listed, raise_if_problems
 from klein_core.quantization.loading import QuantizedLoader
 from klein_core.quantization.quantized_weight import QuantizedWeight, set_weight, share_buffer
@@ -64,7 +64,7 @@ def load_weights(
     dtype = dtype or _commonest_dtype(checkpoint, names)
     loaded: dict[str, Tensor] = {}
     weights: dict[str, QuantizedWeight] = {}
-    with Reader(checkpoint, names.union(*map(quantized.companions, names)), device) as reader:
+    with TensorReader(checkpoint, names.union(*map(quantized.companions, names)), device) as reader:
         for target, slices in plan.items():
             value = quantized.load(target, slices, targets[target].shape, reader, dtype)
             if isinstance(value, Tensor):

@@ -11,7 +11,7 @@ from torch import Tensor
 from klein_core.checkpoint.component import Component
 from klein_core.checkpoint.files import Checkpoint
 from klein_core.checkpoint.key_mapping import TensorSlice
-from klein_core.checkpoint.reader import Reader
+from klein_core.checkpoint.tensor_reader import TensorReader
 from klein_core.errors import raise_if_problems
 from klein_core.quantization.constants import (
     FLOAT8,
@@ -102,7 +102,7 @@ class QuantizedLoader:
         parameter: str,
         slices: tuple[TensorSlice, ...],
         shape: torch.Size,
-        reader: Reader,
+        reader: TensorReader,
         dtype: torch.dtype,
     ) -> QuantizedWeight | Tensor:
         """Reads one parameter; slices of different formats are dequantized, as no weight can hold both.
@@ -124,7 +124,7 @@ class QuantizedLoader:
         return self._quantize(dense) if self._quantize and self._quantizable(parameter) else dense
 
     def _read_dense(
-        self, slices: tuple[TensorSlice, ...], shape: torch.Size, reader: Reader, dtype: torch.dtype
+        self, slices: tuple[TensorSlice, ...], shape: torch.Size, reader: TensorReader, dtype: torch.dtype
     ) -> Tensor:
         """Reads slices, one below the other, into one new tensor."""
         dense = torch.empty(shape, dtype=dtype, device=reader.device)
@@ -142,7 +142,9 @@ class QuantizedLoader:
             row += count
         return dense
 
-    def _read_slice(self, tensor_slice: TensorSlice, reader: Reader, dtype: torch.dtype) -> QuantizedWeight:
+    def _read_slice(
+        self, tensor_slice: TensorSlice, reader: TensorReader, dtype: torch.dtype
+    ) -> QuantizedWeight:
         stored = self._formats[tensor_slice.name]
         weight = _read_whole(tensor_slice.name, stored, reader)
         weight.dtype, weight.full_precision = dtype, stored.full_precision
@@ -150,7 +152,7 @@ class QuantizedLoader:
         return weight if len(rows) == stored.shape[0] else weight.cut(rows.start, rows.stop)
 
 
-def _read_whole(name: str, stored: QuantFormat, reader: Reader) -> QuantizedWeight:
+def _read_whole(name: str, stored: QuantFormat, reader: TensorReader) -> QuantizedWeight:
     """Reads one stored tensor and its scales."""
     values = reader.read(name)
     scales = {suffix: reader.read(other) for suffix, other in stored.companions.items() if suffix != MARKER}

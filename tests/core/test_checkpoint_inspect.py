@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from klein_core.checkpoint.inspect import inspect_path
-from klein_core.checkpoint.reader import Reader
+from klein_core.checkpoint.tensor_reader import TensorReader
 from klein_core.errors import CheckpointError
 from klein_core.model_registry import PUBLISHED_MODELS, SMALL_DECODER
 from klein_core.pico import WEIGHTS
@@ -31,7 +31,7 @@ def shares(component):
 
 
 def test_the_embedded_model_is_whole_and_nothing_of_it_is_read(monkeypatch):
-    monkeypatch.setattr(Reader, "_fill", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(TensorReader, "_fill", lambda *_: pytest.fail("weights were read"))
     report = inspect_path(WEIGHTS)
     assert report.is_usable
     assert [component.component for component in report.components] == ["transformer", "text_encoder", "vae"]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from klein_core.checkpoint.files import open_checkpoint
 from klein_core.checkpoint.key_mapping import find_layout
-from klein_core.checkpoint.reader import Reader
+from klein_core.checkpoint.tensor_reader import TensorReader
 from klein_core.denoiser.transformer import FlowTransformer
 from klein_core.errors import CheckpointError
 from klein_core.text_encoder.encoder import TextEncoder
@@ -65,14 +65,14 @@ def assert_equal(one: nn.Module, other: nn.Module) -> None:
 def read_names(monkeypatch) -> Iterator[list[str]]:
     """Lists the tensors whose bytes are read inside the block, one entry a reading."""
     names: list[str] = []
-    fill = Reader._fill
+    fill = TensorReader._fill
 
     def counted(self, name, first, values):
         names.append(name)
         fill(self, name, first, values)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Reader, "_fill", counted)
+        patch.setattr(TensorReader, "_fill", counted)
         yield names
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from klein_api.v1 import stage_service_pb2, stage_service_pb2_grpc
 from klein_core.checkpoint.files import ModelFiles
-from klein_core.checkpoint.reader import Reader
+from klein_core.checkpoint.tensor_reader import TensorReader
 from klein_core.errors import CheckpointError
 from klein_core.model_registry import PUBLISHED_MODELS
 from klein_services.cli.errors import CliError
@@ -205,14 +205,14 @@ async def test_a_bare_transformer_that_could_be_several_models(tmp_path):
 async def test_a_file_that_is_truncated_while_it_is_read(copy, monkeypatch):
     """A mapped file would end the process here."""
     path = copy / "vae" / WEIGHTS["vae"]
-    open_files = Reader.__enter__
+    open_files = TensorReader.__enter__
 
     def cutting(reader):
         opened = open_files(reader)
         os.truncate(path, path.stat().st_size // 2)
         return opened
 
-    monkeypatch.setattr(Reader, "__enter__", cutting)
+    monkeypatch.setattr(TensorReader, "__enter__", cutting)
     assert "truncated since" in await refusal("vae", model_path=str(copy))
 
 

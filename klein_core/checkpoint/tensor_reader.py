@@ -28,7 +28,7 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
 _STAGING_BYTES = 32 * 1024**2
 
 
-class Reader:
+class TensorReader:
     """The needed files of a checkpoint, open during the `with` block.
 
     Args:
@@ -50,7 +50,7 @@ class Reader:
         self._stack = ExitStack()
         self._staging: Tensor | None = None
 
-    def __enter__(self) -> Reader:
+    def __enter__(self) -> TensorReader:
         with ExitStack() as stack:
             for path in self._paths:
                 self._files[path] = stack.enter_context(self._opened(path))
