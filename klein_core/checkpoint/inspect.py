@@ -249,6 +249,7 @@ def _variants(files: ModelFiles, config: ComponentConfig) -> tuple[str, ...]:
         case TransformerConfig():
             fitting = variants_of_shape(config)
             if files.index_path is not None:
+                # An unreadable index is one of the model's problems; it excludes no variant.
                 with suppress(CheckpointError):
                     index = read_sampling(files)
                     sampling = (index.is_distilled, index.uses_reference_cache)
