@@ -1,10 +1,13 @@
-"""Encoder of a request's inputs: prompts and references, whose tensors are relayed into the denoiser."""
+"""Encoder of a request's inputs, whose tensors are relayed into the denoiser, and the cache of those tensors."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Final
 
 from klein_api.v1.text_encoder_service_pb2 import EncodePromptRequest, EncodePromptResponse, PromptSummary
 from klein_api.v1.vae_decoder_service_pb2 import (
@@ -13,7 +16,6 @@ from klein_api.v1.vae_decoder_service_pb2 import (
     ReferenceSpec,
 )
 from klein_core.errors import InvalidInput, Violation
-from klein_services.orchestrator.cache import PROMPT_EMBEDDING, REFERENCE_LATENTS, CacheKey, TensorCache
 from klein_services.orchestrator.request import ImageRequest
 from klein_services.orchestrator.routing import DENOISER, StageAddress
 from klein_services.orchestrator.stage_client import (
@@ -26,6 +28,7 @@ from klein_services.orchestrator.stage_client import (
     StageDisagreement,
 )
 from klein_services.orchestrator.timings import Timings, TransferMetrics
+from klein_services.runtime.byte_lru import ByteLru
 from klein_services.runtime.metrics import CACHE_REQUESTS
 from klein_services.runtime.protowire import (
     as_negative_prompt_embedding,
@@ -34,6 +37,8 @@ from klein_services.runtime.protowire import (
     frame_field,
 )
 
+PROMPT_EMBEDDING: Final = "prompt_embedding"
+REFERENCE_LATENTS: Final = "reference_latents"
 _CHUNK_BYTES = 1 << 20
 _SUMMARY_FIELD = 1
 _NEGATIVE_FIELDS = {"prompt": "negative_prompt"}
@@ -209,3 +214,65 @@ class InputEncoder:
 
 def _no_tensor(address: StageAddress) -> StageDisagreement:
     return StageDisagreement(f"{address.stage} at {address.target} did not answer with a summary and frames")
+
+
+@dataclass(frozen=True)
+class CacheKey:
+    """Everything that determines a tensor's bytes."""
+
+    kind: str
+    model: str
+    """The model that made it, with the version and element type that its stage reported."""
+    digest: bytes
+    """SHA-256 of the content. Clients share the cache, so no client may be able to make two contents collide."""
+
+    @classmethod
+    def of(cls, kind: str, model: str, content: bytes) -> CacheKey:
+        return cls(kind, model, hashlib.sha256(content).digest())
+
+
+@dataclass(frozen=True)
+class CachedTensor:
+    """A stage's response, message by message."""
+
+    summary: bytes
+    """The serialized summary message."""
+    frames: tuple[bytes, ...]
+    """The serialized frames, as `protowire` moves them."""
+
+    @property
+    def size_bytes(self) -> int:
+        return len(self.summary) + sum(map(len, self.frames))
+
+
+class TensorCache(ByteLru[CacheKey, CachedTensor]):
+    """The most recently used tensors, at most `limit_bytes` of them; 0 keeps none."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(limit_bytes, lambda key: key.kind)
+
+    def writer(self, key: CacheKey) -> CacheWriter:
+        """Returns a writer that adds a response to the cache while it is relayed."""
+        return CacheWriter(self, key)
+
+
+@dataclass
+class CacheWriter:
+    """Copy of a response that is being relayed; holds nothing once the response is larger than the cache."""
+
+    cache: TensorCache
+    key: CacheKey
+    _frames: list[bytes] = field(default_factory=list)
+    _size_bytes: int = 0
+
+    def add(self, frame: bytes) -> None:
+        self._size_bytes += len(frame)
+        if self._size_bytes <= self.cache.limit_bytes:
+            self._frames.append(frame)
+        else:
+            self._frames.clear()
+
+    def commit(self, summary: bytes) -> None:
+        """Adds the whole response to the cache, if it is not too large."""
+        if self._size_bytes <= self.cache.limit_bytes:
+            self.cache.put(self.key, CachedTensor(summary, tuple(self._frames)))

@@ -17,9 +17,8 @@ from klein_api.v1.image_service_pb2 import (
     StreamGenerateImageResponse,
 )
 from klein_api.v1.vae_decoder_service_pb2 import DecodeSpec
-from klein_services.orchestrator.cache import TensorCache
 from klein_services.orchestrator.decoding import DecodedImage, FrameQueue, decode_latents
-from klein_services.orchestrator.encoding import InputEncoder
+from klein_services.orchestrator.encoding import InputEncoder, TensorCache
 from klein_services.orchestrator.events import EventQueue, ImageEvent
 from klein_services.orchestrator.request import ImageRequest
 from klein_services.orchestrator.routing import DENOISER, VAE_DECODER

@@ -12,7 +12,7 @@ import grpc
 
 from klein_api.v1.image_service_pb2 import ImageSpec
 from klein_core.errors import InvalidInput
-from klein_services.orchestrator.cache import TensorCache
+from klein_services.orchestrator.encoding import TensorCache
 from klein_services.orchestrator.events import Event, EventQueue, ImageEvent
 from klein_services.orchestrator.generation import Generation, GenerationOptions
 from klein_services.orchestrator.request import AdmissionLimits, flow_of, image_count, validated

@@ -20,7 +20,7 @@ from klein_api.v1.image_service_pb2 import (
     StreamGenerateImageRequest,
 )
 from klein_api.v1.image_service_pb2_grpc import ImageServiceServicer, add_ImageServiceServicer_to_server
-from klein_services.orchestrator.cache import TensorCache
+from klein_services.orchestrator.encoding import TensorCache
 from klein_services.orchestrator.events import ImageEvent, collected
 from klein_services.orchestrator.generator import ImageGenerator
 from klein_services.orchestrator.request import AdmissionLimits
