@@ -228,9 +228,15 @@ def assemble(
     """Warms up `step` with images of `sizes_px`, (width, height) each, and builds a denoiser around it."""
     times = StepTimes()
     warm_up(step, planner.sample, planner.sample_tokens, sizes_px, times)
+    token_budget = 0  # one image at a time, so that results do not depend on other requests
+    if settings.packs(on_gpu=planner.device.type == "cuda"):
+        image_tokens = planner.sample_tokens(BUDGET_SIDE_PX, BUDGET_SIDE_PX)
+        token_budget = settings.token_budget or measure_budget(
+            step, planner.sample, image_tokens, settings.step_image_limit, times
+        )
     config = SchedulerConfig(
         queue_limit=settings.queue_limit,
-        token_budget=_token_budget(settings, planner, step, times),
+        token_budget=token_budget,
         step_image_limit=settings.step_image_limit,
         memory_limit_bytes=settings.memory_limit_mib * 1024**2,
         aging_seconds=settings.ageing_seconds,
@@ -252,13 +258,3 @@ def assemble(
         adapters=adapters,
         preparation=preparation,
     )
-
-
-def _token_budget(settings: DenoiserSettings, planner: RequestPlanner, step: Step, times: StepTimes) -> int:
-    """Returns the tokens of one step; 0, one image at a time, if results must not depend on other requests."""
-    if not settings.packs(on_gpu=planner.device.type == "cuda"):
-        return 0
-    if settings.token_budget:
-        return settings.token_budget
-    image_tokens = planner.sample_tokens(BUDGET_SIDE_PX, BUDGET_SIDE_PX)
-    return measure_budget(step, planner.sample, image_tokens, settings.step_image_limit, times)

@@ -149,7 +149,12 @@ class Scheduler:
             (request for request in ready if now - request.admitted_at >= self.config.aging_seconds),
             key=lambda request: request.sequence,
         )
-        lead = self._starving_lead(ready, starving)
+        due = starving if self._starvation_credit_seconds >= 0 else []
+        self._cache_admission.reserve(ready, due)
+        # The oldest starving request that can do work leads the batch, unless it is first anyway.
+        lead = next((request for request in due if self._cache_admission.items(request)), None)
+        if lead is ready[0]:
+            lead = None
         items = self._fill(ready if lead is None else [lead, *(each for each in ready if each is not lead)])
         starting = tuple(dict.fromkeys(item.request for item in items if not item.request.is_started))
         for request in starting:
@@ -186,15 +191,6 @@ class Scheduler:
             estimated_wait_seconds=self.estimated_wait(probe),
             capacity=max(1, self.budget.tokens // probe.image_tokens),
         )
-
-    def _starving_lead(
-        self, ready: Sequence[ScheduledRequest], starving: Sequence[ScheduledRequest]
-    ) -> ScheduledRequest | None:
-        """Returns the oldest starving request that can do work, if a turn is due and it is not first anyway."""
-        due = starving if self._starvation_credit_seconds >= 0 else ()
-        self._cache_admission.reserve(ready, due)
-        lead = next((request for request in due if self._cache_admission.items(request)), None)
-        return None if lead is ready[0] else lead
 
     def _fill(self, ready: Sequence[ScheduledRequest]) -> tuple[WorkItem, ...]:
         """Takes work items in order while they fit. The first always fits; later small ones may fill a gap."""
