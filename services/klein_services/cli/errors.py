@@ -73,7 +73,10 @@ def call_error(error: grpc.aio.AioRpcError, target: str, reference_names: Sequen
             listed = "\n  ".join([f"{len(violations)} values cannot be used:", *violations])
             return CliError(listed, exit_code=MISUSED)
         case grpc.StatusCode.NOT_FOUND:
-            return _not_found(details, target)
+            descriptions = "; ".join(violation.description for violation in details.violations)
+            sentence = with_period(descriptions) if descriptions else _sentence(details)
+            command, what = ("adapters",) * 2 if details.reason == UNKNOWN_ADAPTER else ("status", "models")
+            return CliError(sentence, f"`klein {command} --target {target}` lists the {what}.", MISUSED)
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
             return _exhausted(details)
         case grpc.StatusCode.DEADLINE_EXCEEDED:
@@ -94,13 +97,6 @@ def call_error(error: grpc.aio.AioRpcError, target: str, reference_names: Sequen
             return CliError(_sentence(details), "The server's operator can correct it.")
         case code:
             return CliError(f"{_sentence(details)} ({code.name})", "The server's log shows the cause.")
-
-
-def _not_found(details: StatusDetails, target: str) -> CliError:
-    descriptions = "; ".join(violation.description for violation in details.violations)
-    sentence = with_period(descriptions) if descriptions else _sentence(details)
-    command, what = ("adapters",) * 2 if details.reason == UNKNOWN_ADAPTER else ("status", "models")
-    return CliError(sentence, f"`klein {command} --target {target}` lists the {what}.", MISUSED)
 
 
 def _unavailable(details: StatusDetails, target: str) -> CliError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from itertools import count
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -56,7 +55,8 @@ class ImageFiles:
         # A count beyond every server's limit is refused by the server.
         indices = range(min(image_count, _MOST_IMAGES))
         if output is None:
-            self._first_number = self._first_free(len(indices))
+            while any(self.path_of(index).exists() for index in indices):
+                self._first_number += 1
         for index in indices:
             _check_writable(self.path_of(index), force=force)
 
@@ -67,7 +67,7 @@ class ImageFiles:
     def path_of(self, index: int) -> Path:
         """Returns the file of image `index`: FILE, or FILE-1, FILE-2 … when there are several."""
         if self._output is None:
-            return self._numbered(self._first_number + index)
+            return Path(f"{DEFAULT_STEM}-{self._first_number + index}.{self.format_name}")
         if self._count == 1:
             return self._output
         return self._output.with_name(f"{self._output.stem}-{index + 1}{self._output.suffix}")
@@ -93,16 +93,6 @@ class ImageFiles:
         except OSError as error:
             raise CliError(f"{path} cannot be written: {error.strerror}.") from error
         return str(path)
-
-    def _numbered(self, number: int) -> Path:
-        return Path(f"{DEFAULT_STEM}-{number}.{self.format_name}")
-
-    def _first_free(self, image_count: int) -> int:
-        return next(
-            first
-            for first in count(1)
-            if not any(self._numbered(first + index).exists() for index in range(image_count))
-        )
 
 
 def _format_name(output: Path | None, image_format: str | None) -> str:

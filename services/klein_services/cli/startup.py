@@ -104,22 +104,19 @@ class FollowedLogs:
         self._offsets = dict.fromkeys(PROCESSES, 0)
 
     def show_new(self) -> None:
+        """Prints the complete lines that were written since the last call."""
         if self._console is None:
             return
-        for process in PROCESSES:
-            for line in self._new_lines(process):
-                self._console.print(
-                    Text.assemble((f"{process:<13} ", _COLORS[process]), line), soft_wrap=True
-                )
-
-    def _new_lines(self, process: str) -> list[str]:
-        if not self._files[process].exists():
-            return []
-        with self._files[process].open("rb") as log:
-            log.seek(self._offsets[process])
-            complete, newline, _ = log.read().rpartition(b"\n")
-        self._offsets[process] += len(complete) + len(newline)
-        return complete.decode(errors="replace").splitlines()
+        for process, file in self._files.items():
+            if not file.exists():
+                continue
+            with file.open("rb") as log:
+                log.seek(self._offsets[process])
+                complete, newline, _ = log.read().rpartition(b"\n")
+            self._offsets[process] += len(complete) + len(newline)
+            name = (f"{process:<13} ", _COLORS[process])
+            for line in complete.decode(errors="replace").splitlines():
+                self._console.print(Text.assemble(name, line), soft_wrap=True)
 
 
 class StopSignals:

@@ -51,19 +51,11 @@ def run_up(options: SuiteOptions, console: Console, *, verbose: bool) -> int:
                         restarts.check()
                         logs.show_new()
         finally:
-            exit_code = _stop(suite, signals, console)
+            console.print("Stopping; Ctrl-C stops at once.")
+            killed = suite.stop(insisted=lambda: signals.insisted)
+            console.print(f"Stopped, {' and '.join(killed)} by force." if killed else "Stopped.")
             logs.show_new()
-    return exit_code
-
-
-def _stop(suite: Suite, signals: StopSignals, console: Console) -> int:
-    console.print("Stopping; Ctrl-C stops at once.")
-    killed = suite.stop(insisted=lambda: signals.insisted)
-    if killed:
-        console.print(f"Stopped, {' and '.join(killed)} by force.")
-        return FAILED
-    console.print("Stopped.")
-    return 0
+    return FAILED if killed else 0
 
 
 def about_model(suite: Suite) -> str:
