@@ -1,4 +1,4 @@
-"""Every format of adapter means what an independent writer of it says, and what diffusers makes of it."""
+"""Adapter formats: each gives the result of an independent writer of the format, and of diffusers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What cannot be applied is refused with names, whole, before anything of it is used."""
+"""Adapter files that cannot be applied are refused whole, with the names of all tensors at fault."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def pair(name: str = LAYER, rank: int = 2, inputs: int = SIZE, outputs: int = SI
 
 
 def refusal(path: Path, *, by_header: bool = True) -> str:
-    """Returns what reading says; a header that tells it makes describing say the same."""
+    """Returns the error of reading; describing must raise the same if the header shows the problem."""
     with pytest.raises(CheckpointError) as reading:
         read_adapter(path, LAYERS, device="cpu", dtype=torch.float32)
     if by_header:
@@ -115,7 +115,7 @@ def test_a_file_without_tensors(tmp_path: Path):
     assert "without tensors" in refusal(path)
 
 
-def test_everything_wrong_is_told_at_once(tmp_path: Path):
+def test_all_problems_are_listed_at_once(tmp_path: Path):
     tensors = {
         **pair("transformer.nothing"),
         DOWN: torch.ones(2, SIZE),

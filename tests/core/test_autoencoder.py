@@ -1,4 +1,4 @@
-"""The autoencoder against diffusers', and each of its traps."""
+"""Autoencoder against diffusers', and each known mistake in reimplementing it."""
 
 from __future__ import annotations
 

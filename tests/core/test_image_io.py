@@ -287,7 +287,7 @@ def test_damaged_bytes_give_a_picture_or_a_refusal_and_nothing_else(image_format
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Sizes of the pictures whose pixels were decoded."""
+    """Records the sizes of images whose pixels were decoded."""
     sizes: list[tuple[int, int]] = []
     load = ImageFile.ImageFile.load
 

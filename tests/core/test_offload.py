@@ -1,4 +1,4 @@
-"""Streamed blocks: the same bits, two blocks on the device, each copied while the one before it computes."""
+"""Block offloading: the same bits, two blocks on the device, each copied while the one before it computes."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def png(image: Image.Image) -> bytes:
 
 
 def pictures(count: int) -> list[Image.Image]:
-    """Noise pictures of different sizes, none of them a multiple of 16 on both sides."""
+    """Returns noise images of different sizes, none of them a multiple of 16 on both sides."""
     sizes = [(96, 64), (70, 150), (128, 101)]
     draw = np.random.default_rng(7)
     return [

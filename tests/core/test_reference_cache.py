@@ -1,4 +1,4 @@
-"""References as cached keys and values, against diffusers' KV pipeline: its first step, later ones, whole pictures."""
+"""References as cached keys and values, against diffusers' KV pipeline: its first step, later steps, whole images."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def inference():
 
 
 def kv_oracle(**changes: Any) -> Flux2Transformer2DModel:
-    """Gives diffusers' network the attention that its KV pipeline gives it."""
+    """Returns diffusers' network with the attention processors of its KV pipeline."""
     oracle = tiny_oracle(**changes)
     for block in oracle.transformer_blocks:
         block.attn.set_processor(Flux2KVAttnProcessor())
@@ -69,7 +69,7 @@ def ours(oracle: Flux2Transformer2DModel) -> FlowTransformer:
 def oracle_step(
     oracle: Flux2Transformer2DModel, span: Span, cache: Flux2KVCache | None = None
 ) -> tuple[Tensor, Flux2KVCache]:
-    """Does one step as diffusers' pipeline does: with references that leave a cache, or with a cache."""
+    """Runs one step of diffusers' pipeline: with references, which fill a cache, or with a cache."""
 
     def channels_first(image: Tensor) -> Tensor:
         return image.permute(2, 0, 1)[None]
@@ -164,7 +164,7 @@ def test_bfloat16_stays_as_close_to_float32_as_diffusers(references: list[tuple[
     assert relative_error(ours([cached(ours, half)])[0], exact) < 1.5 * relative_error(theirs, exact)
 
 
-def test_standard_editing_is_another_picture(ours):
+def test_standard_editing_gives_another_image(ours):
     span = random_span([(4, 6), (3, 4)], sigma=0.7)
     assert relative_error(ours([cached(ours, span)])[0], ours([span])[0]) > 0.01
 
@@ -226,7 +226,7 @@ def test_seeds_share_a_cache_and_differ(ours):
     assert relative_error(other.latents, alone.latents) > 0.1
 
 
-def test_what_a_cache_takes_is_known_before(ours):
+def test_the_size_of_a_cache_is_known_in_advance(ours):
     cache = ours.reference_cache(random_span([(1, 1), (3, 5), (2, 2)]).references)
     assert cache.size_bytes == 19 * bytes_per_token(ours.config, torch.float32)
     klein = PUBLISHED_MODELS["klein-9b-kv"].transformer
@@ -309,7 +309,7 @@ def test_the_pipeline_computes_references_once_a_call(pair: Pair, monkeypatch: p
     assert not torch.equal(*images)
 
 
-def test_the_folder_says_that_references_are_cached_and_guidance_is_refused(tmp_path: Path):
+def test_the_folder_declares_that_references_are_cached_and_guidance_is_refused(tmp_path: Path):
     save_tiny_checkpoint(tmp_path, reference_cache=True)
     pipeline = Pipeline.from_folder(tmp_path)
     assert pipeline.uses_reference_cache

@@ -1,4 +1,4 @@
-"""Prompts to embeddings against diffusers' own path, and each of its traps."""
+"""Text encoder against diffusers' pipeline, and each known mistake in reimplementing it."""
 
 from __future__ import annotations
 
@@ -103,12 +103,12 @@ def test_no_prompts_are_no_embeddings(encoder):
     assert encoder.encode([]) == []
 
 
-def test_one_bad_prompt_refuses_the_batch(encoder):
+def test_one_bad_prompt_fails_the_batch(encoder):
     with pytest.raises(InvalidInput):
         encoder.encode(["fine", "x" * 10_000_000])
 
 
-def test_precision_is_the_checkpoints_own_unless_asked(tmp_path):
+def test_dtype_is_the_checkpoints_unless_given(tmp_path):
     save_tiny_text_encoder(tmp_path).to(torch.bfloat16).save_pretrained(tmp_path / "text_encoder")
     [own] = TextEncoder.from_folder(tmp_path).encode(["A cat"])
     [full] = TextEncoder.from_folder(tmp_path, dtype=torch.float32).encode(["A cat"])

@@ -1,4 +1,4 @@
-"""The same token ids as diffusers makes, from any thread, for any text."""
+"""Tokenizer: the token ids of diffusers, from any thread, for any text."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def tokenizer(folder):
 
 
 def as_diffusers_tokenizes(prompt: str):
-    """The calls of diffusers' `_get_qwen3_prompt_embeds`."""
+    """Makes the tokenizer calls of diffusers' `_get_qwen3_prompt_embeds`."""
     text = ORACLE.apply_chat_template(
         [{"role": "user", "content": prompt}],
         tokenize=False,

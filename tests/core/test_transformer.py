@@ -1,4 +1,4 @@
-"""The flow transformer against diffusers', and each way in which it could go wrong."""
+"""Flow transformer against diffusers', and each known mistake in reimplementing it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The autoencoder loaded from a folder: files to latents to pictures, as diffusers' pipeline does."""
+"""VAE decoder loaded from a folder: files to latents to images, as diffusers' pipeline does."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_decoded_bytes_equal_the_pipelines(checkpoint, stage):
     assert np.array_equal(np.array(file), found.numpy())
 
 
-def test_precision_is_the_checkpoints_own_unless_asked(tmp_path):
+def test_dtype_is_the_checkpoints_unless_given(tmp_path):
     save_tiny_checkpoint(tmp_path, dtype=torch.bfloat16)
     assert VaeDecoder.from_folder(tmp_path).dtype == torch.bfloat16
     stage = VaeDecoder.from_folder(tmp_path, dtype=torch.float32)
@@ -87,7 +87,7 @@ def test_bad_latents_are_refused(stage, latents):
     assert caught.value.violations[0].field == "latents"
 
 
-def test_a_bad_reference_is_named_as_the_caller_names_it(stage):
+def test_a_bad_reference_is_named_by_the_given_field(stage):
     with pytest.raises(InvalidInput) as caught:
         stage.encode_reference(b"GIF89a", field="references[2]")
     assert caught.value.violations[0].field == "references[2]"
