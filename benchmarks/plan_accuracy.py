@@ -1,13 +1,18 @@
-"""What `klein plan` says a stage takes, beside what it takes: each case in a process of its own.
+"""Accuracy of `klein plan`: estimated against measured memory, each case in its own process.
 
-Memory does not depend on how busy the machine is, so this can run at any time. On a CPU the shape is a
-quarter-size klein, and the C library is told to give freed blocks back, as what it keeps for later is no need of the
-model's; `--device cuda --variant klein-4b` takes the real one.
+    python -m benchmarks.plan_accuracy [--check] [--variant klein-4b --device cuda]
+    python -m benchmarks.plan_accuracy --calibrate [--emulate]
+
+Memory does not depend on how busy the machine is, so this can run at any time. On a CPU the shape is a quarter-size
+klein, and the C library is configured to return freed blocks, because what it keeps for reuse is not the model's need.
+`--calibrate` measures two small shapes of different proportions and prints the rows of
+`klein_core.memory.activation_bytes.COEFFICIENTS` that fit them best.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -15,21 +20,31 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
+import klein_core.linear
 from benchmarks.contenders import Place, cut_text_encoder, encode_run, flow_transformer, random_module
 from benchmarks.measure import Bar, command, describe_machine, finish
 from benchmarks.peak_memory import Peak, measured_peak
-from benchmarks.shapes import SHAPES, Shape
+from benchmarks.shapes import SHAPES, Shape, qwen3
 from klein_core.denoiser.packing import Span
 from klein_core.linear import Linear, needs_fp32_fallback
-from klein_core.memory import autoencoder, text_encoder, transformer
+from klein_core.memory.activation_bytes import (
+    Activations,
+    StepShape,
+    prompt_activations,
+    step_activations,
+    tile_size_px,
+    vae_activations,
+)
 from klein_core.memory.precision import PRECISIONS
+from klein_core.memory.weight_bytes import text_encoder_bytes, transformer_bytes, vae_bytes
 from klein_core.quantization.fp8 import Float8Weight
 from klein_core.quantization.quantized_weight import set_weight, share_buffer
 from klein_core.vae_decoder.autoencoder import Autoencoder
-from klein_core.variants import TransformerConfig, VaeConfig
+from klein_core.variants import TextEncoderConfig, TransformerConfig, VaeConfig
 
 Run = Callable[[int, int], object]
 BAR = 0.1
@@ -91,8 +106,22 @@ CASES = (
     Case("decode", "bf16", 256, 256),
     Case("encode", "fp32"),
     Case("encode", "fp32", 768, 768, tiled=True),
+    Case("encode", "bf16", 256, 256),
     Case("text-encoder", "fp32"),
     Case("text-encoder", "bf16"),
+)
+CALIBRATION_SHAPES = (
+    # Small, and of different proportions, so that the coefficients of two widths are independent.
+    Shape(
+        TransformerConfig(num_layers=2, num_single_layers=4, num_attention_heads=6, joint_attention_dim=960),
+        TextEncoderConfig(qwen3(320, 1216, 4, 1, 64)),
+        VaeConfig(block_out_channels=(32, 64, 128, 128)),
+    ),
+    Shape(
+        TransformerConfig(num_layers=2, num_single_layers=3, num_attention_heads=4, joint_attention_dim=960),
+        TextEncoderConfig(qwen3(320, 640, 4, 1, 64)),
+        VaeConfig(block_out_channels=(64, 64, 64, 64)),
+    ),
 )
 GIVES_BLOCKS_BACK = {"MALLOC_MMAP_THRESHOLD_": str(1 << 18), "MALLOC_TRIM_THRESHOLD_": "0"}
 """For glibc, which otherwise keeps ever larger blocks for later: in bf16 a tenth of the whole."""
@@ -103,10 +132,15 @@ TILE_PX = 384
 def main() -> int:
     """Runs what the command line asks for."""
     options = _options()
+    if options.emulate:
+        klein_core.linear.HAS_BFLOAT16_PRODUCTS = False
     if options.only is not None:
         print(json.dumps(asdict(measured(CASES[options.only], SHAPES[options.variant], options.device))))
         return 0
     print(f"{command()}\n{describe_machine('torch', 'transformers')}")
+    if options.calibrate:
+        calibrate(options)
+        return 0
     heads = ("estimate", "measured", "ratio", "activations", "measured", "ratio")
     print(f"{'MiB':<40}" + "".join(f"{head:>12}" for head in heads))
     whole: dict[str, float] = {}
@@ -119,6 +153,24 @@ def main() -> int:
     bars = [Bar(f"{stage}: memory off by", share, BAR) for stage, share in whole.items()]
     bars += [Bar(f"{stage}: activations off by", share, BAR) for stage, share in tensors.items()]
     return finish(bars, options.check)
+
+
+def calibrate(options: argparse.Namespace) -> None:
+    """Prints the coefficients with the smallest relative errors over the cases of all calibration shapes."""
+    points: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for shape, case in itertools.product(CALIBRATION_SHAPES, CASES):
+        if case.tiled or (options.emulate and PRECISIONS[case.precision].value_bytes != 2):
+            continue
+        _, activations = estimate(case, shape, options.device)
+        peak = _peak(case, shape, options.device, case.width, case.height)
+        # What is exact is subtracted: the coefficients explain the rest.
+        rest = (peak.tensor_bytes - activations.exact_bytes) / activations.value_bytes
+        row = (activations.features[0] / rest, activations.features[1] / rest)
+        points.setdefault((activations.stage, activations.arithmetic), []).append(row)
+    for key, rows in points.items():
+        first, second = np.linalg.lstsq(np.array(rows), np.ones(len(rows)), rcond=None)[0]
+        errors = [first * row[0] + second * row[1] - 1 for row in rows]
+        print(f"{key}: ({first:.1f}, {second:.1f}),  # {min(errors):+.1%} to {max(errors):+.1%}")
 
 
 def _row(case: Case, numbers: Numbers) -> str:
@@ -136,36 +188,31 @@ def measured(case: Case, shape: Shape, device: str) -> Numbers:
     """Builds and runs a case here, after a small one that loads code and starts threads."""
     _peak(case, _tiny(case, shape), device, TINY_SIDE, TINY_SIDE)
     peak = _peak(case, shape, device, case.width, case.height)
-    return Numbers(*estimate(case, shape, device), peak.peak_bytes, peak.tensor_bytes)
+    weights, activations = estimate(case, shape, device)
+    return Numbers(weights, activations.byte_count, peak.peak_bytes, peak.tensor_bytes)
 
 
-def estimate(case: Case, shape: Shape, device: str) -> tuple[int, int]:
-    """Returns bytes of weights and of activations as `klein plan` counts them."""
+def estimate(case: Case, shape: Shape, device: str) -> tuple[int, Activations]:
+    """Returns bytes of weights, and the activations, as `klein plan` estimates them."""
     precision = PRECISIONS[case.precision]
     emulated = needs_fp32_fallback(torch.device(device), torch.bfloat16)
     if case.stage == "text-encoder":
-        words = shape.text_encoder
-        return (
-            text_encoder.weight_bytes(words, precision),
-            text_encoder.encode_bytes(words, precision, emulated=emulated),
-        )
+        config = shape.text_encoder
+        return text_encoder_bytes(config, precision), prompt_activations(config, precision, emulated=emulated)
     if case.stage == "denoiser":
         tokens = case.width * case.height // 256
-        step = transformer.StepShape(
-            spans=case.spans, text=512, target=tokens, references=case.references * tokens
-        )
-        config = shape.transformer
+        step = StepShape(spans=case.spans, text=512, target=tokens, references=case.references * tokens)
+        network = shape.transformer
         return (
-            transformer.weight_bytes(config, precision),
-            transformer.step_bytes(config, precision, step, emulated=emulated),
+            transformer_bytes(network, precision),
+            step_activations(network, precision, step, emulated=emulated),
         )
-    vae = _vae(case, shape)
-    size = (
-        autoencoder.tiled_size_px(vae, case.width, case.height) if case.tiled else (case.width, case.height)
+    vae, value_bytes = _vae(case, shape), precision.value_bytes
+    width, height = tile_size_px(vae, case.width, case.height) if case.tiled else (case.width, case.height)
+    return (
+        vae_bytes(vae, value_bytes),
+        vae_activations(vae, case.stage, width, height, value_bytes, emulated=emulated),
     )
-    count = autoencoder.decode_bytes if case.stage == "decode" else autoencoder.encode_bytes
-    value_bytes = precision.value_bytes
-    return autoencoder.weight_bytes(vae, value_bytes), count(vae, *size, value_bytes, emulated=emulated)
 
 
 def _peak(case: Case, shape: Shape, device: str, width: int, height: int) -> Peak[Run]:
@@ -245,9 +292,10 @@ def _tiny(case: Case, shape: Shape) -> Shape:
 
 
 def _in_own_process(index: int, options: argparse.Namespace) -> Numbers:
-    told = ["--only", str(index), "--variant", options.variant, "--device", options.device]
+    arguments = ["--only", str(index), "--variant", options.variant, "--device", options.device]
+    arguments += ["--emulate"] * options.emulate
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.plan_accuracy", *told],
+        [sys.executable, "-m", "benchmarks.plan_accuracy", *arguments],
         stdout=subprocess.PIPE,
         env=os.environ | GIVES_BLOCKS_BACK,
         text=True,
@@ -257,11 +305,17 @@ def _in_own_process(index: int, options: argparse.Namespace) -> Numbers:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--variant", choices=SHAPES, default="quarter")
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--check", action="store_true", help="fail when an estimate is off by more than a tenth"
+    )
+    parser.add_argument("--calibrate", action="store_true", help="print fitted coefficients")
+    parser.add_argument(
+        "--emulate", action="store_true", help="compute bfloat16 as a processor without its products does"
     )
     parser.add_argument("--only", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()

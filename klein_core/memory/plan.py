@@ -1,25 +1,36 @@
-"""Which parts of a model fit a device, in which precision, at given sizes. Torch-free."""
+"""Memory plan: which stages of a model fit a device, in which precision, at given image sizes. Torch-free."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from klein_core.memory import autoencoder, text_encoder, transformer
+from klein_core.memory import weight_bytes
+from klein_core.memory.activation_bytes import (
+    StepShape,
+    decode_bytes,
+    encode_bytes,
+    prompt_activations,
+    reference_cache_bytes,
+    step_activations,
+    tile_size_px,
+)
 from klein_core.memory.precision import PRECISIONS, Precision
 from klein_core.params import SIZE_MULTIPLE_PX
 from klein_core.variants import TextEncoderConfig, TransformerConfig, VaeConfig
 
 TEXT_ENCODER, DENOISER, VAE_DECODER = STAGES = ("text-encoder", "denoiser", "vae-decoder")
-REFERENCE_PX = 1024 * 1024
-"""Pixels of the largest reference after it was fitted."""
+REFERENCE_SIZE_PX = (1024, 1024)
+"""(width, height) of the largest reference after it was scaled."""
 PROCESS_BYTES = 512 << 20
-"""What a process takes on a GPU before any tensor: the driver's context, kernels, the libraries' workspaces."""
+"""GPU memory of a process before any tensor: the driver's context, kernels, workspaces of libraries."""
+_ON_CPU = ((), (TEXT_ENCODER,), (TEXT_ENCODER, VAE_DECODER))
+"""Stages that may run on the CPU, in the order that they are moved there."""
 
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """What a plan has to know of a model."""
+    """Shapes and precisions of a model."""
 
     name: str
     text_encoder: TextEncoderConfig
@@ -28,31 +39,33 @@ class PlannedModel:
     is_distilled: bool = True
     uses_reference_cache: bool = False
     plain: str = "bf16"
-    """What it computes in, and what is never quantized is kept in: bf16 or fp32."""
+    """Precision of activations and of weights that are never quantized: bf16 or fp32."""
     text_stored: str = "bf16"
-    """Precision of the text encoder's matrices as its files have them."""
+    """Precision of the text encoder's matrices in its files."""
     transformer_stored: str = "bf16"
-    """The same of the transformer's blocks."""
+    """Precision of the transformer's blocks in its files."""
     published: Sequence[str] = ()
-    """Other precisions in which the transformer is published as a file."""
+    """Other precisions in which the transformer is published."""
+    transformer_file: str = ""
+    """The transformer's own file, when `name` provides only the other parts."""
 
     def in_precision(self, name: str) -> Precision:
-        """Returns a precision of this model's weights, with what it computes in."""
+        """Returns the precision `name` of weights, with this model's activations."""
         return replace(PRECISIONS[name], value_bytes=PRECISIONS[self.plain].value_bytes)
 
     def has_file(self, precision: str) -> bool:
-        """Whether the transformer is had in this precision by its file, not by quantizing at load."""
+        """Whether a file holds the transformer in this precision, so that nothing is quantized at load."""
         return precision == self.transformer_stored or precision in self.published
 
 
 @dataclass(frozen=True)
 class Workload:
-    """The largest that is asked for at once."""
+    """The largest work that must be possible."""
 
     sizes_px: tuple[tuple[int, int], ...] = ((1024, 1024),)
     """(width, height) of images; the largest counts."""
     references: int = 0
-    """Of each image, each of a megapixel."""
+    """References of each image, of a megapixel each."""
     batch: int = 1
     """Images in one step."""
 
@@ -62,74 +75,74 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Need:
-    """What one stage takes on its device."""
+class StageMemory:
+    """Memory of one stage, run in one way."""
 
     stage: str
     precision: str
     weight_bytes: int
     activation_bytes: int
     host_bytes: int = 0
-    """Weights kept in the machine's memory, where blocks are streamed."""
+    """Memory of the machine, not of the device."""
     is_offloaded: bool = False
     is_tiled: bool = False
+    is_on_cpu: bool = False
 
     @property
     def device_bytes(self) -> int:
-        """Returns all that the stage's process takes on a GPU."""
-        return self.weight_bytes + self.activation_bytes + PROCESS_BYTES
+        """All memory of the device that the stage's process takes; 0 on the CPU."""
+        return 0 if self.is_on_cpu else self.weight_bytes + self.activation_bytes + PROCESS_BYTES
 
     @property
     def name(self) -> str:
-        extras = ["offload"] * self.is_offloaded + ["tiled"] * self.is_tiled
+        extras = ["offload"] * self.is_offloaded + ["tiled"] * self.is_tiled + ["on the CPU"] * self.is_on_cpu
         return ", ".join([self.precision, *extras])
+
+    def on_cpu(self) -> StageMemory:
+        """Returns the same stage on the CPU."""
+        return replace(self, is_on_cpu=True, host_bytes=self.weight_bytes + self.activation_bytes)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """All ways to run each stage, and the first that fits, together and each on a device of its own."""
+class MemoryPlan:
+    """All ways to run each stage, and the first ways that fit."""
 
-    needs: tuple[Need, ...]
-    together: tuple[Need, ...] | None
-    """One for each stage, all on one device; `None` if nothing fits."""
-    apart: dict[str, Need | None]
-    """The same where each stage has such a device to itself."""
+    ways: tuple[StageMemory, ...]
+    on_one_device: tuple[StageMemory, ...] | None
+    """A way for each stage with one device, some on the CPU if they have to; `None` if nothing fits."""
+    on_own_devices: dict[str, StageMemory | None]
+    """Stage → its way when it has a whole device; `None` if it does not fit."""
+
+    @property
+    def is_all_on_device(self) -> bool:
+        """Whether one device holds all stages."""
+        return self.on_one_device is not None and not any(way.is_on_cpu for way in self.on_one_device)
 
 
 def make_plan(
     model: PlannedModel, workload: Workload, device_bytes: int, precisions: Sequence[str] = ()
-) -> Plan:
-    """Counts every way and picks.
+) -> MemoryPlan:
+    """Computes the memory of every way to run the stages, and picks the first that fits.
 
     Args:
-        model: shapes and stored precision.
-        workload: the largest that is asked for at once.
+        model: shapes and stored precisions.
+        workload: the largest work that must be possible.
         device_bytes: memory of one device.
-        precisions: those that the denoiser may have; empty means all that the model can be had in.
+        precisions: allowed precisions of the denoiser's weights; empty allows all that the model can have.
     """
-    denoiser = _denoiser_needs(model, workload, list(precisions) or _transformer_precisions(model))
-    text = [_text_need(model, name) for name in _with_int8(_precisions(model.text_stored))]
-    images = _vae_needs(model, workload)
-    together = next(
-        (
-            group
-            for group in _groups(model, text, denoiser, images)
-            if sum(need.device_bytes for need in group) <= device_bytes
-        ),
-        None,
-    )
-    needs = (*text, *denoiser, *images)
-    apart = {
-        stage: next(
-            (need for need in needs if need.stage == stage and need.device_bytes <= device_bytes), None
-        )
-        for stage in STAGES
-    }
-    return Plan(needs, together, apart)
+    denoiser = _denoiser_ways(model, workload, list(precisions) or _transformer_precisions(model))
+    text = [_text_way(model, name) for name in _with_int8(_precisions(model.text_stored))]
+    vae = _vae_ways(model, workload)
+    ways = (*text, *denoiser, *vae)
+    combinations = _combinations(model, text, denoiser, vae)
+    together = (group for group in combinations if sum(way.device_bytes for way in group) <= device_bytes)
+    alone = [way for way in reversed(ways) if way.device_bytes <= device_bytes]
+    own: dict[str, StageMemory | None] = dict.fromkeys(STAGES)
+    return MemoryPlan(ways, next(together, None), own | {way.stage: way for way in alone})
 
 
 def _precisions(stored: str) -> list[str]:
-    """Returns what matrices can be: as they are, or quantized at load if they are plain."""
+    """Returns the stored precision, and what plain matrices can be quantized to at load."""
     return [stored] if PRECISIONS[stored].is_quantized else [stored, "fp8"]
 
 
@@ -140,85 +153,79 @@ def _transformer_precisions(model: PlannedModel) -> list[str]:
 
 
 def _with_int8(names: list[str]) -> list[str]:
-    """Adds what plain matrices can be made into as well, last: no smaller than fp8, and slower."""
+    """Appends int8 to the precisions of plain matrices: last, as it is as large as fp8 and slower."""
     return names if PRECISIONS[names[0]].is_quantized else [*names, "int8"]
 
 
-def _denoiser_needs(model: PlannedModel, workload: Workload, names: Sequence[str]) -> list[Need]:
-    """All weights on the device first, then streamed; each from the best precision to the smallest."""
-    resident = [
-        _denoiser_need(model, workload, model.in_precision(name), is_offloaded=False) for name in names
-    ]
-    return resident + [
-        _denoiser_need(model, workload, model.in_precision(name), is_offloaded=True) for name in names
-    ]
+def _text_way(model: PlannedModel, name: str) -> StageMemory:
+    config, precision = model.text_encoder, model.in_precision(name)
+    weights = weight_bytes.text_encoder_bytes(config, precision)
+    return StageMemory(TEXT_ENCODER, name, weights, prompt_activations(config, precision).byte_count)
 
 
-def _denoiser_need(
-    model: PlannedModel, workload: Workload, precision: Precision, *, is_offloaded: bool
-) -> Need:
-    config, value_bytes = model.transformer, precision.value_bytes
-    whole = transformer.weight_bytes(config, precision)
-    kept = transformer.offloaded_bytes(config, precision) if is_offloaded else whole
-    references = workload.references * REFERENCE_PX // SIZE_MULTIPLE_PX**2
-    cached = 0
-    if model.uses_reference_cache:
-        cached = transformer.reference_cache_bytes(config, workload.batch * references, value_bytes)
-    shape = _step_shape(model, workload, references)
-    activations = transformer.step_bytes(config, precision, shape) + cached
-    host = transformer.parked_bytes(config, precision) if is_offloaded else 0
-    return Need(DENOISER, precision.name, kept, activations, host, is_offloaded=is_offloaded)
-
-
-def _step_shape(model: PlannedModel, workload: Workload, references: int) -> transformer.StepShape:
+def _denoiser_ways(model: PlannedModel, workload: Workload, names: Sequence[str]) -> list[StageMemory]:
+    """Returns the ways with all weights on the device, then those with offloaded blocks; best precision first."""
+    config = model.transformer
     width, height = workload.largest_px
-    return transformer.StepShape(
+    reference_width, reference_height = REFERENCE_SIZE_PX
+    references = workload.references * reference_width * reference_height // SIZE_MULTIPLE_PX**2
+    shape = StepShape(
         spans=workload.batch * (1 if model.is_distilled else 2),
         text=model.text_encoder.sequence_length,
         target=width * height // SIZE_MULTIPLE_PX**2,
         references=references,
     )
+    resident, offloaded = [], []
+    for precision in map(model.in_precision, names):
+        activations = step_activations(config, precision, shape).byte_count
+        if model.uses_reference_cache:
+            activations += reference_cache_bytes(config, workload.batch * references, precision.value_bytes)
+        whole = weight_bytes.transformer_bytes(config, precision)
+        kept = weight_bytes.offloaded_bytes(config, precision)
+        pinned = weight_bytes.pinned_bytes(config, precision)
+        resident.append(StageMemory(DENOISER, precision.name, whole, activations))
+        offloaded.append(StageMemory(DENOISER, precision.name, kept, activations, pinned, is_offloaded=True))
+    return resident + offloaded
 
 
-def _text_need(model: PlannedModel, name: str) -> Need:
-    config, precision = model.text_encoder, model.in_precision(name)
-    weights = text_encoder.weight_bytes(config, precision)
-    return Need(TEXT_ENCODER, name, weights, text_encoder.encode_bytes(config, precision))
+def _vae_ways(model: PlannedModel, workload: Workload) -> list[StageMemory]:
+    """Returns the way with images in one piece, and the way in tiles when that takes less."""
+    config, value_bytes = model.vae, PRECISIONS[model.plain].value_bytes
+    weights = weight_bytes.vae_bytes(config, value_bytes)
 
+    def way(size: tuple[int, int], reference: tuple[int, int], *, is_tiled: bool) -> StageMemory:
+        activations = decode_bytes(config, *size, value_bytes)
+        if workload.references:
+            activations = max(activations, encode_bytes(config, *reference, value_bytes))
+        return StageMemory(VAE_DECODER, model.plain, weights, activations, is_tiled=is_tiled)
 
-def _vae_needs(model: PlannedModel, workload: Workload) -> list[Need]:
-    whole = _vae_need(model, workload, is_tiled=False)
-    tiled = _vae_need(model, workload, is_tiled=True)
+    whole = way(workload.largest_px, REFERENCE_SIZE_PX, is_tiled=False)
+    tiles = (tile_size_px(config, *size) for size in (workload.largest_px, REFERENCE_SIZE_PX))
+    tiled = way(*tiles, is_tiled=True)
     return [whole] if tiled.activation_bytes == whole.activation_bytes else [whole, tiled]
 
 
-def _vae_need(model: PlannedModel, workload: Workload, *, is_tiled: bool) -> Need:
-    config, precision = model.vae, PRECISIONS[model.plain]
-    size, reference = workload.largest_px, (1024, 1024)
-    if is_tiled:
-        size, reference = (autoencoder.tiled_size_px(config, *each) for each in (size, reference))
-    activations = autoencoder.decode_bytes(config, *size, precision.value_bytes)
-    if workload.references:
-        activations = max(activations, autoencoder.encode_bytes(config, *reference, precision.value_bytes))
-    weights = autoencoder.weight_bytes(config, precision.value_bytes)
-    return Need(VAE_DECODER, precision.name, weights, activations, is_tiled=is_tiled)
+def _combinations(
+    model: PlannedModel,
+    text: Sequence[StageMemory],
+    denoiser: Sequence[StageMemory],
+    vae: Sequence[StageMemory],
+) -> Iterator[tuple[StageMemory, StageMemory, StageMemory]]:
+    """Yields a way for each stage: the best images and speed first, the least device memory last."""
+    for on_cpu in _ON_CPU:
+        # On the CPU, quantization and tiles only cost time.
+        texts = [text[0].on_cpu()] if TEXT_ENCODER in on_cpu else text
+        vaes = [vae[0].on_cpu()] if VAE_DECODER in on_cpu else vae
+        for network in denoiser:
+            for words in texts:
+                # Stages on different devices have a command each, and any mix of precisions.
+                if on_cpu or _share_command(model, words, network):
+                    yield from ((words, network, images) for images in vaes)
 
 
-def _groups(
-    model: PlannedModel, text: Sequence[Need], denoiser: Sequence[Need], images: Sequence[Need]
-) -> Iterator[tuple[Need, ...]]:
-    """Yields one need for each stage, from what changes pictures and speed least to what fits most."""
-    for transform in denoiser:
-        for words in text:
-            if _go_together(model, words, transform):
-                yield from ((words, transform, picture) for picture in images)
-
-
-def _go_together(model: PlannedModel, words: Need, transform: Need) -> bool:
-    """Whether one command starts both: quantizing at load concerns whatever is plain in either."""
+def _share_command(model: PlannedModel, words: StageMemory, network: StageMemory) -> bool:
+    """Whether one `klein up` starts both: its --quantization applies to every plain matrix of either."""
     if words.precision != model.text_stored:
-        has_quantized_file = (
-            model.has_file(transform.precision) and PRECISIONS[transform.precision].is_quantized
-        )
-        return transform.precision == words.precision or has_quantized_file
-    return model.has_file(transform.precision) or PRECISIONS[model.text_stored].is_quantized
+        has_quantized_file = model.has_file(network.precision) and PRECISIONS[network.precision].is_quantized
+        return network.precision == words.precision or has_quantized_file
+    return model.has_file(network.precision) or PRECISIONS[model.text_stored].is_quantized

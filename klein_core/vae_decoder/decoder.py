@@ -17,7 +17,7 @@ from klein_core.checkpoint.files import ModelFiles
 from klein_core.checkpoint.weights import load_weights
 from klein_core.errors import InvalidInput
 from klein_core.linear import needs_fp32_fallback
-from klein_core.memory.autoencoder import decode_bytes, encode_bytes
+from klein_core.memory.activation_bytes import decode_bytes, encode_bytes
 from klein_core.params import SIZE_MULTIPLE_PX
 from klein_core.vae_decoder.autoencoder import Autoencoder
 from klein_core.vae_decoder.image_io import (

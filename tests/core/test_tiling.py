@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from klein_core.memory.autoencoder import decode_bytes, encode_bytes
+from klein_core.memory.activation_bytes import decode_bytes, encode_bytes
 from klein_core.vae_decoder.decoder import VaeDecoder, free_host_bytes
 from klein_core.vae_decoder.tiling import AUTOMATIC_TILING, TilingPolicy, decoder_tiles, encoder_tiles
 from klein_core.variants import VaeConfig

@@ -1,4 +1,4 @@
-"""`klein inspect`: what a file or folder holds, without loading it."""
+"""`klein inspect`: contents of a checkpoint file or model folder, read from headers and configurations."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from rich.text import Text
 
 from klein_core.checkpoint.inspect import ComponentReport, Report, inspect_path
 from klein_core.errors import CheckpointError, listed
-from klein_services.cli.errors import CliError, with_period
+from klein_services.cli.errors import CliError
 from klein_services.cli.exit_codes import FAILED
-from klein_services.cli.model_store import find_place
+from klein_services.cli.model_store import model_path
 from klein_services.cli.output import file_size
 
 _METADATA_SHOWN = 120
 
 
 def run_inspect(path: str, console: Console, *, as_json: bool) -> int:
-    """Prints what a file or folder is; returns 0 only when a stage could load every part of it.
+    """Prints a report on a file or folder; returns 0 only when a stage could load every part of it.
 
     Raises:
-        CliError: there is no such path, or it holds nothing of a klein model or nothing that can be read.
+        CliError: there is no such path, it holds no part of a klein model, or it cannot be read.
     """
-    place = find_place(path)
     try:
-        report = inspect_path(place)
+        report = inspect_path(model_path(path))
     except CheckpointError as error:
-        raise CliError(with_period(str(error))) from error
+        # The message may begin with a path, so it stays as it is.
+        raise CliError(f"This cannot be inspected: {error}.") from error
     if as_json:
-        # Not through rich, which would fold long lines.
+        # Without rich, which would wrap long lines.
         console.file.write(json.dumps(report_table(report), indent=2) + "\n")
     else:
         _print(report, console)
@@ -41,7 +41,7 @@ def run_inspect(path: str, console: Console, *, as_json: bool) -> int:
 
 
 def report_table(report: Report) -> dict[str, Any]:
-    """Returns a report as JSON has it: the fields of `Report` and `ComponentReport`, and whether all is usable."""
+    """Returns a report for JSON: the fields of `Report` and `ComponentReport`, and whether all of it is usable."""
     table: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(report), default=str))
     return table | {"usable": report.is_usable}
 
@@ -94,5 +94,5 @@ def _shares_table(report: ComponentReport) -> Table:
 
 
 def _printable(text: str) -> str:
-    """Returns text that a terminal shows and does not obey, whatever a file's writer put into it."""
+    """Escapes control characters in untrusted text from a file."""
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)

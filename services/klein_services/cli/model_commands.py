@@ -149,7 +149,7 @@ def up(
     "[bold]klein pull owner/repository --to ./model[/]: any klein model in diffusers' layout.\n\n"
     f"Known names: {', '.join(PUBLISHED_MODELS)}.\n\n"
     "Models go to KLEIN_MODELS_FOLDER, by default ~/.local/share/klein/models. HF_TOKEN, HF_ENDPOINT, HF_HOME "
-    "and proxies mean what they mean to huggingface_hub. Interrupted, the same command goes on."
+    "and proxies have their meaning for huggingface_hub. After an interruption the same command goes on."
 )
 def pull(
     identifier: Annotated[
@@ -182,7 +182,8 @@ def pull(
 
 
 @commands.command(
-    epilog="[bold]klein plan --model klein-9b --device-memory 24GiB[/]: before downloading.\n\n"
+    epilog="[bold]klein plan --model klein-4b[/]: for the GPU of this machine.\n\n"
+    "[bold]klein plan --model klein-9b --device-memory 24GiB[/]: before downloading.\n\n"
     "[bold]klein plan --model ./FLUX.2-klein-4B --device-memory 12GiB --sizes 2048x2048 --references 1[/]"
 )
 def plan(
@@ -193,7 +194,13 @@ def plan(
             help="A known name such as klein-4b, pico, a model's folder, or a transformer's file.",
         ),
     ],
-    device_memory: Annotated[str, typer.Option(metavar="SIZE", help="Of one device, such as 12GiB or 24GB.")],
+    device_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory of one device, such as 24GiB, 24GB or 24 (GiB); else that of this machine's GPU.",
+        ),
+    ] = None,
     sizes: Annotated[
         str, typer.Option(metavar="WxH,…", help="Images that must be possible; the largest counts.")
     ] = "1024x1024",
@@ -204,7 +211,7 @@ def plan(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes.")] = False,
 ) -> None:
-    """Tell what a model needs and how to start it on a device, without loading anything."""
+    """Show the memory that a model needs and the commands that start it on a device; loads nothing."""
     from klein_services.cli.plan import PlanOptions, run_plan
 
     options = PlanOptions(

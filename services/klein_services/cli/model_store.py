@@ -1,4 +1,4 @@
-"""The model that a command is told: where its parts lie on this machine, and whether they are whole."""
+"""Models on this machine: where `--model` finds their parts, where `klein pull` puts them, whether they are whole."""
 
 from __future__ import annotations
 
@@ -19,44 +19,47 @@ from klein_services.cli.exit_codes import MISUSED
 from klein_services.cli.hub.catalog import Choice, choose, is_known
 from klein_services.runtime.settings import EMBEDDED_MODEL, model_name
 
+RECEIPT = "klein-pull.json"
+"""Written last, next to model_index.json: the model, and the source of each file."""
+FOLDER_VARIABLE = "KLEIN_MODELS_FOLDER"
 PICO = EMBEDDED_MODEL
 COMPONENTS = {"text-encoder": TEXT_ENCODER, "denoiser": TRANSFORMER, "vae-decoder": VAE}
-"""Stage → the part of a model that it loads."""
+"""Stage → the component of a model that it loads."""
 _MODEL_HINT = (
     "--model takes `pico`, a folder in the diffusers layout, a pulled model's name or a safetensors file; "
-    "--transformer, --vae, --text-encoder and --tokenizer take parts of their own, --variant tells which model "
-    "a bare file is. `klein inspect` shows what a file holds."
+    "--transformer, --vae, --text-encoder and --tokenizer replace single parts, --variant names the model that "
+    "a bare file is from. `klein inspect` shows what a file holds."
 )
 
 
-def find_place(model: str) -> Path:
-    """Returns where `pico` or whatever else `--model` takes lies; raises CliError as `find_model`."""
+def model_path(model: str) -> Path:
+    """Returns the path of `pico`, or of any other model as `find_model`; raises CliError as that."""
     return WEIGHTS if model == PICO else find_model(model)
 
 
 def model_files(model: str, parts: Mapping[str, Path], variant: str = "") -> ModelFiles:
-    """Returns where each part of a model lies; parts of one's own are no parts of pico.
+    """Returns the path of each part of a model. With `parts`, nothing is taken from pico.
 
     Args:
-        model: as `find_place` takes it.
+        model: as `model_path` takes it.
         parts: component → its own file or folder, instead of the model's.
-        variant: which published model it is, where no model_index.json tells.
+        variant: name of the published model, when no model_index.json identifies it.
 
     Raises:
         CliError: the model is neither here nor pulled, or a part is not here.
     """
-    place = None if parts and model == PICO else find_place(model)
-    for path in parts.values():
-        if not path.exists():
-            raise CliError(f"There is no {path}.", _MODEL_HINT, MISUSED)
-    return ModelFiles(model=place, variant=variant, **parts)
+    path = None if parts and model == PICO else model_path(model)
+    for part in parts.values():
+        if not part.exists():
+            raise CliError(f"There is no {part}.", _MODEL_HINT, MISUSED)
+    return ModelFiles(model=path, variant=variant, **parts)
 
 
 def require_model(files: ModelFiles) -> str:
     """Checks by configurations and headers that a model's parts are whole and fit each other; returns its name.
 
     Raises:
-        CliError: they are not or do not.
+        CliError: a part is missing, incomplete or of another model.
     """
     try:
         read_variant(files)
@@ -69,13 +72,8 @@ def require_model(files: ModelFiles) -> str:
     return PICO if files.model == WEIGHTS else model_name(str(files.model or files.path(TRANSFORMER)))
 
 
-RECEIPT = "klein-pull.json"
-"""Written last, beside model_index.json: what was pulled from where."""
-FOLDER_VARIABLE = "KLEIN_MODELS_FOLDER"
-
-
 def models_folder(environment: Mapping[str, str] = os.environ) -> Path:
-    """Returns where models go unless told otherwise: a folder of the user's, the same from everywhere."""
+    """Returns the folder of pulled models: `FOLDER_VARIABLE`, else the user's data folder."""
     if environment.get(FOLDER_VARIABLE):
         return Path(environment[FOLDER_VARIABLE]).expanduser()
     data = environment.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
@@ -91,25 +89,25 @@ def pulled_folder(identifier: str) -> Path | None:
     """Returns the folder of a model that was pulled whole by name, or `None` when none was.
 
     Raises:
-        CliError: this is no model's name and no repository's.
+        CliError: this is neither a model's name nor a repository's.
     """
     folder = default_folder(choose(identifier))
     return folder if read_receipt(folder) is not None else None
 
 
 def find_model(model: str) -> Path:
-    """Returns what `--model` means: a folder or file on disk, else the folder of a model pulled by that name.
+    """Returns the folder or file at the path `model`, else the folder of the model pulled by that name.
 
     Raises:
-        CliError: there is neither; for what can be pulled, with the command that does.
+        CliError: there is neither; for a model that can be pulled, with the command that does.
     """
-    place = Path(model).expanduser()
-    if place.exists():
-        return place
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
     if not is_known(model) and not _may_be_repository(model):
         raise CliError(
             f"There is no folder or file {model}.",
-            "Give the path of a model, or `pico`, or a model's name: `klein pull --help` tells them.",
+            "Give the path of a model, or `pico`, or a model's name: `klein pull --help` lists them.",
             MISUSED,
         )
     pulled = pulled_folder(model)
@@ -124,7 +122,7 @@ def find_model(model: str) -> Path:
 
 
 def read_receipt(folder: Path) -> dict[str, Any] | None:
-    """Returns what a pulled folder's receipt says; `None` for any other folder."""
+    """Returns the receipt of a pulled folder; `None` for any other folder."""
     try:
         receipt = json.loads((folder / RECEIPT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -133,5 +131,5 @@ def read_receipt(folder: Path) -> dict[str, Any] | None:
 
 
 def _may_be_repository(model: str) -> bool:
-    """Whether a word that names no folder looks like OWNER/REPOSITORY rather than a path."""
+    """Whether `model`, which is no path on disk, looks like OWNER/REPOSITORY rather than a path."""
     return model.count("/") == 1 and not model.startswith((".", "/", "~")) and not model.endswith("/")

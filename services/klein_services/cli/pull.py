@@ -1,4 +1,4 @@
-"""`klein pull`: a model from the hub into one folder that `klein up` loads."""
+"""`klein pull`: downloads a model from the Hugging Face Hub into one folder that `klein up` loads."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from klein_services.cli.errors import CliError
 from klein_services.cli.exit_codes import MISUSED
 from klein_services.cli.hub.catalog import Choice, choose
 from klein_services.cli.hub.client import Hub, Listing
+from klein_services.cli.hub.download import ModelDownload
 from klein_services.cli.hub.errors import AGAIN, EXPLAINED, explain
-from klein_services.cli.hub.selection import Wanted, configuration_files, weight_files
-from klein_services.cli.hub.staging import Staging
+from klein_services.cli.hub.selection import WantedFile, configuration_files, weight_files
 from klein_services.cli.model_store import default_folder, read_receipt
 from klein_services.cli.output import file_size
 
@@ -31,7 +31,7 @@ _NON_COMMERCIAL = re.compile(r"non-?commercial|(^|-)nc(-|$)", re.IGNORECASE)
 
 @dataclass(frozen=True, kw_only=True)
 class PullOptions:
-    """What the command line said."""
+    """Options of the command line."""
 
     identifier: str
     precision: str | None = None
@@ -42,17 +42,17 @@ class PullOptions:
 
 @dataclass(frozen=True)
 class Terms:
-    """A model's license as it is shown."""
+    """License of a model."""
 
     name: str
     non_commercial: bool
 
 
 def run_pull(options: PullOptions, out: Console, progress_console: Console) -> None:
-    """Downloads a model, shows how it goes, and says how to start it.
+    """Downloads a model, shows progress, and prints the command that starts it.
 
     Raises:
-        CliError: with what to do about it; nothing is where a whole model would be.
+        CliError: the download failed; the target folder does not exist then.
     """
     choice = choose(options.identifier, options.precision, small_decoder=options.small_decoder)
     folder = options.to or default_folder(choice)
@@ -73,10 +73,10 @@ def run_pull(options: PullOptions, out: Console, progress_console: Console) -> N
 
 
 def _is_here(choice: Choice, folder: Path) -> bool:
-    """Whether an earlier pull ended well.
+    """Whether an earlier pull completed this model in `folder`.
 
     Raises:
-        CliError: what was pulled into the folder is another model.
+        CliError: the folder holds another pulled model.
     """
     receipt = read_receipt(folder)
     if receipt is None:
@@ -89,7 +89,7 @@ def _is_here(choice: Choice, folder: Path) -> bool:
 
 
 class _Pull:
-    """One model's way here."""
+    """One run of the command."""
 
     def __init__(self, choice: Choice, options: PullOptions, out: Console) -> None:
         self._choice = choice
@@ -105,21 +105,18 @@ class _Pull:
             self._agree(Terms(name or "none is named", bool(_NON_COMMERCIAL.search(name))))
 
     def run(self, folder: Path, progress_console: Console) -> None:
+        """Downloads into a hidden folder and renames it to `folder`; raises CliError when it fails."""
         try:
-            with Staging(folder) as staging:
-                self._fetch_into(staging, progress_console)
+            with ModelDownload(folder) as download, DownloadProgress(progress_console) as progress:
+                configuration = configuration_files(self._choice, self._names)
+                self._fetch(configuration, download, progress)
+                self._check_configuration(download.folder)
+                weights = weight_files(self._choice, self._names, download.folder)
+                self._fetch(weights, download, progress)
+                files = {file.path: file for file in (*configuration, *weights)}
+                download.finish(self._receipt(files), files)
         except OSError as error:
             raise explain(error, self._hub, self._choice.repository) from error
-
-    def _fetch_into(self, staging: Staging, progress_console: Console) -> None:
-        configuration = configuration_files(self._choice, self._names)
-        with DownloadProgress(progress_console) as progress:
-            self._fetch(configuration, staging, progress)
-            self._check_configuration(staging.folder)
-            weights = weight_files(self._choice, self._names, staging.folder)
-            self._fetch(weights, staging, progress)
-        wanted = [*configuration, *weights]
-        staging.finish(self._receipt(wanted), {file.place for file in wanted})
 
     @property
     def _names(self) -> Mapping[str, Mapping[str, object]]:
@@ -132,10 +129,10 @@ class _Pull:
             raise explain(error, self._hub, repository) from error
 
     def _agree(self, terms: Terms) -> None:
-        """Shows the license.
+        """Prints the license.
 
         Raises:
-            CliError: it has to be accepted and was not.
+            CliError: it must be accepted and was not.
         """
         page = self._hub.page(self._choice.repository)
         restriction = ", not for commercial use" if terms.non_commercial else ""
@@ -147,13 +144,13 @@ class _Pull:
         )
         if terms.non_commercial and not self._options.license_accepted:
             raise CliError(
-                f"{self._choice.name} may not be used commercially: its license has to be accepted first.",
+                f"{self._choice.name} may not be used commercially: its license must be accepted first.",
                 "Read it and add --accept-license.",
                 MISUSED,
             )
 
     def _check_configuration(self, folder: Path) -> None:
-        """Refuses what this suite would not load before anything large is fetched."""
+        """Refuses a model that this suite cannot load before its weights are downloaded."""
         try:
             variant = read_variant(folder)
         except CheckpointError as error:
@@ -163,38 +160,37 @@ class _Pull:
             self._agree_to_origin(variant.transformer)
 
     def _agree_to_origin(self, shape: TransformerConfig) -> None:
-        """A model of a published shape descends from one: its card may forget the terms that came with that."""
+        """Prints the license of the published models of this shape, which fine-tunes of them inherit."""
         origins = variants_of_shape(shape)
         if origins and all(row.license.non_commercial for row in origins):
             self._agree(Terms(f"{origins[0].license.name} (that of all models of this shape)", True))
 
-    def _fetch(self, wanted: list[Wanted], staging: Staging, progress: DownloadProgress) -> None:
-        files = [(file, self._listings[file.repository]) for file in wanted]
-        remotes = [(file, listing.files[file.name]) for file, listing in files]
-        here = sum(staging.bytes_here(file, remote) for file, remote in remotes)
-        total = sum(remote.size_bytes or 0 for _, remote in remotes)
-        staging.check_space(total - here)
-        progress.expect(total, here)
-        for file, listing in files:
-            progress.begin(file, listing.files[file.name].size_bytes)
+    def _fetch(self, wanted: list[WantedFile], download: ModelDownload, progress: DownloadProgress) -> None:
+        remotes = [self._listings[file.repository].files[file.name] for file in wanted]
+        here = [download.bytes_here(file, remote) for file, remote in zip(wanted, remotes, strict=True)]
+        total = sum(remote.size_bytes or 0 for remote in remotes)
+        download.check_space(total - sum(here))
+        progress.expect(total, sum(here))
+        for file, remote in zip(wanted, remotes, strict=True):
+            progress.begin(file, remote.size_bytes)
             try:
-                staging.fetch(self._hub, listing, file, progress.advance)
+                download.fetch(self._hub, self._listings[file.repository], file, progress.advance)
             except EXPLAINED as error:
                 raise explain(error, self._hub, file.repository) from error
 
-    def _receipt(self, wanted: list[Wanted]) -> dict[str, object]:
+    def _receipt(self, files: Mapping[str, WantedFile]) -> dict[str, object]:
         return {
             "model": self._choice.name,
             "commits": {name: listing.commit for name, listing in self._listings.items()},
             "files": {
-                file.place: {"repository": file.repository, "name": file.name}
-                for file in sorted(wanted, key=lambda file: file.place)
+                path: {"repository": files[path].repository, "name": files[path].name}
+                for path in sorted(files)
             },
         }
 
 
 class DownloadProgress:
-    """Bytes of the whole model on a terminal; elsewhere one line a file."""
+    """Progress of a download: a bar over all bytes on a terminal, one line per file elsewhere."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -220,15 +216,15 @@ class DownloadProgress:
         self._bar.stop()
 
     def expect(self, total_bytes: int, here_bytes: int) -> None:
-        """Adds files of which a part may be here already."""
+        """Adds files of `total_bytes`, of which `here_bytes` need no download."""
         known = self._bar.tasks[self._task].total or 0
         self._bar.update(self._task, total=known + total_bytes, advance=here_bytes)
 
-    def begin(self, file: Wanted, size_bytes: int | None) -> None:
-        self._bar.update(self._task, description=file.place)
+    def begin(self, file: WantedFile, size_bytes: int | None) -> None:
+        self._bar.update(self._task, description=file.path)
         if not self._console.is_terminal:
             size = f" ({file_size(size_bytes)})" if size_bytes is not None else ""
-            self._console.print(f"{file.place}{size}", highlight=False, soft_wrap=True, markup=False)
+            self._console.print(f"{file.path}{size}", highlight=False, soft_wrap=True, markup=False)
 
     def advance(self, byte_count: int) -> None:
         self._bar.update(self._task, advance=byte_count)

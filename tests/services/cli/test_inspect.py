@@ -60,6 +60,20 @@ def test_a_hostile_file_is_one_sentence_and_exit_code_1(
     assert "Traceback" not in shown
 
 
+def test_a_path_keeps_its_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "models"
+    folder.mkdir()
+    for name in ("models/myTuned.safetensors", "models"):
+        (folder / "myTuned.safetensors").write_bytes(HOSTILE["truncated"])
+        assert inspect(name) == 1
+        shown = capsys.readouterr().err
+        assert name in shown
+        assert "Models" not in shown
+
+
 def test_a_file_s_words_cannot_command_the_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

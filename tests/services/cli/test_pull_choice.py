@@ -12,8 +12,8 @@ from klein_core.model_registry import PUBLISHED_MODELS, SMALL_DECODER
 from klein_services.cli.app import app
 from klein_services.cli.errors import CliError
 from klein_services.cli.hub.catalog import choose
+from klein_services.cli.hub.download import ModelDownload
 from klein_services.cli.hub.selection import weight_source
-from klein_services.cli.hub.staging import Staging
 from klein_services.cli.model_store import (
     RECEIPT,
     default_folder,
@@ -51,10 +51,10 @@ def test_any_other_repository_is_taken_as_it_is():
     ("identifier", "precision", "words"),
     [
         ("klein4b", None, "Did you mean klein-4b"),
-        ("", None, "no known model"),
-        ("a/b/c", None, "no known model"),
-        ("../b", None, "no known model"),
-        ("-/b", None, "no known model"),
+        ("", None, "not a known model"),
+        ("a/b/c", None, "not a known model"),
+        ("../b", None, "not a known model"),
+        ("-/b", None, "not a known model"),
         ("klein-9b-kv", "nvfp4", "not published as nvfp4"),
         ("klein-4b-fp8", "nvfp4", "is fp8, not nvfp4"),
         ("someone/model", "fp8", "--precision fp8 is for known models"),
@@ -129,16 +129,16 @@ def test_one_set_of_weights_is_picked_by_the_loaders_rule():
 
 
 def test_two_pulls_of_a_model_do_not_write_at_once(tmp_path):
-    with Staging(tmp_path / "model"):
+    with ModelDownload(tmp_path / "model"):
         with pytest.raises(CliError, match="Another `klein pull`"):
-            Staging(tmp_path / "model").__enter__()
-    with Staging(tmp_path / "model"):
+            ModelDownload(tmp_path / "model").__enter__()
+    with ModelDownload(tmp_path / "model"):
         pass
 
 
 def test_a_mounted_volume_is_not_a_place_for_a_model():
     with pytest.raises(CliError, match="mounted"):
-        Staging(Path("/proc")).__enter__()
+        ModelDownload(Path("/proc")).__enter__()
 
 
 def test_bytes_are_told_as_people_read_them():

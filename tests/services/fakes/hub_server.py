@@ -134,8 +134,14 @@ class _Handler(BaseHTTPRequestHandler):
         elif name not in repository.files:
             self._refuse(404, "EntryNotFound")
         elif self.hub.content_host and name.endswith(LFS_SUFFIXES):
-            place = _REVISION.sub("/", path[1:], count=1)
-            self._send(302, b"", {"Location": f"{self.hub.content_host}/content/{place}"})
+            content = repository.files[name]
+            headers = {
+                "Location": f"{self.hub.content_host}/content/{_REVISION.sub('/', path[1:], count=1)}",
+                "X-Repo-Commit": COMMIT,
+                "X-Linked-ETag": f'"{_digest(name, content)}"',
+                "X-Linked-Size": str(len(content)),
+            }
+            self._send(302, b"", headers)
         else:
             self._send_file(repository, name, with_body=with_body)
 
@@ -152,7 +158,7 @@ class _Handler(BaseHTTPRequestHandler):
         if name in self.hub.corrupt:
             content = bytes(255 - byte for byte in content)
         start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")[0])
-        headers = {"ETag": f'"{_digest(content)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        headers = {"ETag": f'"{_digest(name, content)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         headers["Content-Length"] = str(len(content) - start)
@@ -188,12 +194,15 @@ class _Handler(BaseHTTPRequestHandler):
 def _sibling(repository: Repository, name: str) -> dict[str, object]:
     content = repository.files[name]
     size = repository.listed_sizes.get(name, len(content))
-    entry: dict[str, object] = {"rfilename": name, "size": size, "blobId": _digest(content)}
+    entry: dict[str, object] = {"rfilename": name, "size": size}
     if name.endswith(LFS_SUFFIXES):
-        sha256 = hashlib.sha256(content).hexdigest()
-        entry["lfs"] = {"size": size, "sha256": sha256, "pointerSize": 134}
-    return entry
+        lfs = {"size": size, "sha256": _digest(name, content), "pointerSize": 134}
+        return entry | {"blobId": "0" * 40, "lfs": lfs}
+    return entry | {"blobId": _digest(name, content)}
 
 
-def _digest(content: bytes) -> str:
+def _digest(name: str, content: bytes) -> str:
+    """Returns a file's ETag: SHA-256 of large files, git's digest of others."""
+    if name.endswith(LFS_SUFFIXES):
+        return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

@@ -1,4 +1,4 @@
-"""What a person means by a model's name: which repositories its parts come from, and its folder's name."""
+"""Catalog of models that can be pulled: a name → the repositories of its parts and its folder's name."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ class Choice:
     """One model to pull: a whole repository, or one with parts from others."""
 
     name: str
-    """Its folder's name; given as an identifier it means the same model."""
+    """Name of its folder, and an identifier of the same model."""
     repository: str
     """Holds everything in diffusers' layout."""
     variant: PublishedModel | None = None
-    """The table's row; `None` for a repository that is not in it."""
+    """The published model; `None` for any other repository."""
     transformer: HubFile | None = None
-    """Instead of the repository's own transformer weights."""
+    """Replaces the repository's own transformer weights."""
     vae: PublishedVae | None = None
-    """Instead of the repository's own autoencoder."""
+    """Replaces the repository's own autoencoder."""
 
     @property
     def repositories(self) -> tuple[str, ...]:
-        """All that something is fetched from, the main one first."""
+        """Repositories of the files, the main one first."""
         others = [part.repository for part in (self.transformer, self.vae) if part is not None]
         return (self.repository, *others)
 
 
 def choose(identifier: str, precision: str | None = None, *, small_decoder: bool = False) -> Choice:
-    """Finds what an identifier means: a known name, a name with its precision, or `owner/repository`.
+    """Resolves an identifier: a known name, a name with its precision, or `owner/repository`.
 
     Raises:
-        CliError: it is none of these, or there are no such weights of it.
+        CliError: it is none of these, or the model is not published in this precision.
     """
     if identifier.lower() in (SMALL_DECODER.name, SMALL_DECODER.repository.lower()):
         raise CliError(
@@ -58,17 +58,17 @@ def choose(identifier: str, precision: str | None = None, *, small_decoder: bool
 
 
 def is_known(identifier: str) -> bool:
-    """Whether this is a name of the table, with or without what can follow it."""
+    """Whether this is the name of a published model, with or without a precision and the small decoder."""
     return identifier.lower().removesuffix(_SMALL_DECODER_SUFFIX) in _identifiers()
 
 
 def _without_options(identifier: str, precision: str | None) -> Choice:
     known = _identifiers().get(identifier.lower())
     if known is not None:
-        row, said = known
-        if said and precision and precision != said:
-            raise CliError(f"{identifier} is {said}, not {precision}.", exit_code=MISUSED)
-        return _of_row(row, said or precision or BF16)
+        row, named = known
+        if named and precision and precision != named:
+            raise CliError(f"{identifier} is {named}, not {precision}.", exit_code=MISUSED)
+        return _of_row(row, named or precision or BF16)
     if not _REPOSITORY.fullmatch(identifier):
         raise _unknown(identifier)
     if precision and precision != BF16:
@@ -81,7 +81,7 @@ def _without_options(identifier: str, precision: str | None) -> Choice:
 
 
 def _identifiers() -> dict[str, tuple[PublishedModel, str | None]]:
-    """Everything that names a row, in lower case, with the precision that it names as well."""
+    """Returns names and repositories, in lower case → the published model and the precision that the name includes."""
     found: dict[str, tuple[PublishedModel, str | None]] = {}
     for row in PUBLISHED_MODELS.values():
         found |= {row.name: (row, None), row.repository.lower(): (row, None)}
@@ -102,7 +102,7 @@ def _of_row(row: PublishedModel, precision: str) -> Choice:
 def _unknown(identifier: str) -> CliError:
     near = difflib.get_close_matches(identifier.lower(), _identifiers(), n=1)
     question = f" Did you mean {near[0]}?" if near else ""
-    return CliError(f"{identifier!r} is no known model.{question}", _known_names(), MISUSED)
+    return CliError(f"{identifier!r} is not a known model.{question}", _known_names(), MISUSED)
 
 
 def _known_names() -> str:

@@ -1,29 +1,17 @@
-"""The hub as this suite sees it: what a repository lists, and one file's bytes from any position on."""
+"""Client of the Hugging Face Hub: a repository's listing, and one file into a folder."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import Enum
-from typing import Any, BinaryIO
+from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi, constants, get_token, hf_hub_url
-from huggingface_hub.file_download import http_get
-from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined] # documented there
+from huggingface_hub import HfApi, constants, get_token, hf_hub_download
+from huggingface_hub.utils import tqdm  # type: ignore[attr-defined] # documented there
 
 LISTING_TIMEOUT_SECONDS = 30.0
-
-
-class DigestKind(Enum):
-    """How a file's digest comes from its content."""
-
-    SHA256 = "sha256"
-    """Of large files."""
-    GIT = "git"
-    """SHA-1 of git's header and the content."""
-    NONE = "none"
-    """It only names the file and its commit."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +19,10 @@ class RemoteFile:
     """One file as its repository lists it."""
 
     size_bytes: int | None
-    digest: str
-    """Of its content; the same digest is the same content."""
-    digest_kind: DigestKind
+    sha256: str | None
+    """Digest of the content of a large file; `None` for files that git holds itself."""
+    blob_id: str | None
+    """Git's own digest: of the content, where `sha256` is `None`."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +33,14 @@ class Listing:
     commit: str
     files: Mapping[str, RemoteFile]
     license: str
-    """What its card says, or nothing."""
+    """License that the model card names, or an empty string."""
 
 
 class Hub:
     """The endpoint, token and proxies that huggingface_hub is configured for."""
 
     def __init__(self) -> None:
-        # What it would warn about on its own is told by our errors and progress.
+        # Its warnings repeat what our errors and progress show.
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
         self._api = HfApi()
 
@@ -64,76 +53,66 @@ class Hub:
         return get_token() is not None
 
     def page(self, repository: str) -> str:
-        """Where a person reads about a repository and accepts its license."""
+        """Returns the URL where users read about a repository and accept its license."""
         return f"{self.endpoint}/{repository}"
 
     def listing(self, repository: str) -> Listing:
-        """Asks for a repository's files at its newest commit.
+        """Requests the files of a repository at its newest commit.
 
         Raises:
             Exception: huggingface_hub's and its HTTP library's own; `explain` turns them into sentences.
         """
         info = self._api.model_info(repository, files_metadata=True, timeout=LISTING_TIMEOUT_SECONDS)
-        commit = info.sha or "main"
-        files = {file.rfilename: _remote_file(file, commit) for file in info.siblings or ()}
-        return Listing(repository, commit, files, _license(info.card_data))
+        files = {
+            file.rfilename: RemoteFile(file.size, file.lfs.sha256 if file.lfs else None, file.blob_id)
+            for file in info.siblings or ()
+        }
+        card = info.card_data
+        # A license that is not one of the usual ones has identifier `other` and a name.
+        named = getattr(card, "license_name", None) or getattr(card, "license", None) or ""
+        return Listing(repository, info.sha or "main", files, str(named))
 
-    def read(
-        self,
-        listing: Listing,
-        name: str,
-        into: BinaryIO,
-        *,
-        start: int,
-        on_bytes: Callable[[int], None],
-    ) -> None:
-        """Appends a file's bytes from `start` on to `into`, which holds those before; reconnects a few times.
+    def download(self, listing: Listing, name: str, folder: Path, on_bytes: Callable[[int], None]) -> Path:
+        """Downloads one file into `folder`, unless it is there already, and returns its path.
+
+        huggingface_hub chooses the transport (Xet or HTTP), reconnects, and copies from its cache what is there.
+
+        Args:
+            listing: repository and commit.
+            name: path in the repository, and in `folder`.
+            folder: where the file goes.
+            on_bytes: called with the count of every piece that arrives.
 
         Raises:
-            OSError: `into` cannot take them, or they end too early.
+            OSError: the file cannot be written, or ends too early.
             Exception: as `listing`.
         """
-        http_get(
-            hf_hub_url(listing.repository, name, revision=listing.commit),
-            into,
-            resume_size=start,
-            headers=build_hf_headers(library_name="klein-suite"),
-            expected_size=listing.files[name].size_bytes,
-            displayed_filename=name,
+        path = hf_hub_download(
+            listing.repository,
+            name,
+            revision=listing.commit,
+            local_dir=folder,
+            library_name="klein-suite",
             tqdm_class=_counter(on_bytes),
         )
+        return Path(path)
 
 
-def _remote_file(file: Any, commit: str) -> RemoteFile:
-    if file.lfs is not None:
-        return RemoteFile(file.size, file.lfs.sha256, DigestKind.SHA256)
-    if file.blob_id is not None:
-        return RemoteFile(file.size, file.blob_id, DigestKind.GIT)
-    return RemoteFile(file.size, f"{commit}-{file.rfilename.replace('/', '-')}", DigestKind.NONE)
+def _counter(on_bytes: Callable[[int], None]) -> type[Any]:
+    """Returns a progress bar class that draws nothing and reports bytes."""
 
+    class Counter(tqdm):
+        def __init__(self, *_: object, **__: object) -> None:
+            super().__init__(disable=True)  # type: ignore[no-untyped-call]
 
-def _license(card: Any) -> str:
-    """The card's own name for a license that is none of the usual ones says more than `other`."""
-    if card is None:
-        return ""
-    named = getattr(card, "license_name", None)
-    return str(named or getattr(card, "license", None) or "")
+        def update(self, n: float | None = 1) -> bool | None:
+            on_bytes(int(n or 0))
+            return None
 
+        def update_transfer(self, n: float | None = 1) -> None:
+            """Ignores bytes on the network: with Xet they differ from those of the file, which `update` counts."""
 
-def _counter(on_bytes: Callable[[int], None]) -> Any:
-    """Returns a class with as much of tqdm as a download uses."""
-
-    class Counter:
-        def __init__(self, **_: object) -> None:
-            pass
-
-        def __enter__(self) -> Counter:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-        def update(self, count: int) -> None:
-            on_bytes(count)
+        def set_transfer_postfix_str(self, *_: object, **__: object) -> None:
+            """Ignores the network's speed, as `update_transfer`."""
 
     return Counter

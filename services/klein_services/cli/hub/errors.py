@@ -1,4 +1,4 @@
-"""What went wrong between here and the hub, as a sentence and what to do."""
+"""Errors of the hub and of the disk as a sentence and a hint."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
@@ -16,14 +17,17 @@ from huggingface_hub.errors import (
 from klein_services.cli.errors import CliError
 from klein_services.cli.hub.client import Hub
 
-AGAIN = "What was fetched is kept: run the same command again to go on."
+AGAIN = "Whole files are kept: to go on, run the same command again."
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 EXPLAINED = (HfHubHTTPError, httpx2.HTTPError, HFValidationError, OSError)
-"""What `explain` turns into sentences; anything else is a fault of this program."""
+"""Exceptions that `explain` turns into sentences; any other is a bug of this program."""
 
 
 def explain(error: Exception, hub: Hub, repository: str) -> CliError:
-    """Turns a failed call to the hub, or a failed write of what it sent, into what a person can act on."""
+    """Turns a failed call to the hub, or a failed write, into a sentence and a hint for the user."""
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        # huggingface_hub wraps a failed request when the file is not on disk either.
+        error = error.__cause__
     match error:
         case GatedRepoError():
             return _gated(hub, repository)
@@ -33,7 +37,7 @@ def explain(error: Exception, hub: Hub, repository: str) -> CliError:
                 "Check its name; for a private one set HF_TOKEN to a token that may read it.",
             )
         case HFValidationError():
-            return CliError(f"{repository!r} is no repository's name.", "Write OWNER/REPOSITORY.")
+            return CliError(f"{repository!r} is not a repository's name.", "Write OWNER/REPOSITORY.")
         case OfflineModeIsEnabled():
             return CliError("HF_HUB_OFFLINE is set, so nothing is downloaded.", "Unset it and try again.")
         case HfHubHTTPError():
@@ -49,8 +53,8 @@ def explain(error: Exception, hub: Hub, repository: str) -> CliError:
                 f"Make room, or name another place with --to. {AGAIN}",
             )
         case OSError() if error.errno is not None:
-            place = f": {error.filename}" if error.filename else ""
-            return CliError(f"The model cannot be written: {error.strerror}{place}.")
+            path = f": {error.filename}" if error.filename else ""
+            return CliError(f"The model cannot be written: {error.strerror}{path}.")
         case _:
             return CliError(f"A file of {repository} did not arrive whole: {_reason(error)}.", AGAIN)
 
@@ -76,7 +80,7 @@ def _refused(error: HfHubHTTPError, hub: Hub, repository: str) -> CliError:
     if status == httpx2.codes.FORBIDDEN:
         return CliError(f"You may not read {repository}.", "Check what the token in HF_TOKEN allows.")
     if status == httpx2.codes.TOO_MANY_REQUESTS:
-        return CliError(f"{hub.endpoint} takes no more requests for now.", f"Wait a while. {AGAIN}")
+        return CliError(f"{hub.endpoint} accepts no more requests for now.", f"Wait a while. {AGAIN}")
     return CliError(f"{hub.endpoint} answered {status} for {repository}.", f"Try again later. {AGAIN}")
 
 

@@ -1,4 +1,4 @@
-"""Which files of a repository this suite needs: its configuration, the tokenizer, and one copy of the weights."""
+"""Selection of the files that this suite needs: configuration, tokenizer, and one copy of the weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from klein_core.checkpoint.config import (
     read_text_encoder_config,
 )
 from klein_core.checkpoint.key_maps import is_past
-from klein_core.model_registry import HubFile, PublishedVae
+from klein_core.model_registry import HubFile
 from klein_core.variants import read_json
 from klein_services.cli.errors import CliError
 from klein_services.cli.hub.catalog import Choice
@@ -37,17 +37,23 @@ _CONFIGURATIONS = (
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """One file to fetch."""
+class WantedFile:
+    """One file to download."""
 
     repository: str
     name: str
-    place: str
-    """Where it goes in the model's folder."""
+    """Path in the repository."""
+    folder: str = ""
+    """Folder of the model that takes the place of the repository's root."""
+
+    @property
+    def path(self) -> str:
+        """Path in the model's folder."""
+        return f"{self.folder}/{self.name}" if self.folder else self.name
 
 
-def configuration_files(choice: Choice, listings: Mapping[str, Iterable[str]]) -> list[Wanted]:
-    """Lists the small files, which decide about the large ones.
+def configuration_files(choice: Choice, listings: Mapping[str, Iterable[str]]) -> list[WantedFile]:
+    """Returns the small files, which are checked before the weights are selected.
 
     Args:
         choice: the model.
@@ -62,16 +68,16 @@ def configuration_files(choice: Choice, listings: Mapping[str, Iterable[str]]) -
     components = _own_components(choice)
     sources = {weight_source(choice.repository, names, component) for component in components}
     chosen |= {name for name in sources if name.endswith(_INDEX_SUFFIX)}
-    wanted = {name: Wanted(choice.repository, name, name) for name in chosen}
+    files = {name: WantedFile(choice.repository, name) for name in chosen}
     if choice.vae is not None:
-        place = f"{VAE_FOLDER}/config.json"
         _require(choice.vae.repository, ["config.json"], set(listings[choice.vae.repository]))
-        wanted[place] = Wanted(choice.vae.repository, "config.json", place)
-    return [wanted[place] for place in sorted(wanted)]
+        config = WantedFile(choice.vae.repository, "config.json", VAE_FOLDER)
+        files[config.path] = config
+    return [files[path] for path in sorted(files)]
 
 
-def weight_files(choice: Choice, listings: Mapping[str, Iterable[str]], folder: Path) -> list[Wanted]:
-    """Lists the weights, of each part exactly one copy.
+def weight_files(choice: Choice, listings: Mapping[str, Iterable[str]], folder: Path) -> list[WantedFile]:
+    """Returns the weights: exactly one copy of each component.
 
     Args:
         choice: the model.
@@ -79,7 +85,7 @@ def weight_files(choice: Choice, listings: Mapping[str, Iterable[str]], folder: 
         folder: holds the configuration files.
 
     Raises:
-        CliError: weights are missing, are only pickles, or there are several sets of them.
+        CliError: weights are missing, exist only as pickles, or in several sets.
     """
     names = set(listings[choice.repository])
     wanted = []
@@ -87,16 +93,22 @@ def weight_files(choice: Choice, listings: Mapping[str, Iterable[str]], folder: 
         source = weight_source(choice.repository, names, component)
         shards = [source] if source.endswith(_SUFFIX) else _needed_shards(folder, source)
         _require(choice.repository, shards, names)
-        wanted += [Wanted(choice.repository, shard, shard) for shard in shards]
+        wanted += [WantedFile(choice.repository, shard) for shard in shards]
     for component, part in ((TRANSFORMER_FOLDER, choice.transformer), (VAE_FOLDER, choice.vae)):
         if part is not None:
-            name = _single_file(part, set(listings[part.repository]))
-            wanted.append(Wanted(part.repository, name, f"{component}/{name}"))
+            names = set(listings[part.repository])
+            is_listed = isinstance(part, HubFile) and part.name in names
+            name = part.name if is_listed else weight_source(part.repository, names, "")
+            wanted.append(WantedFile(part.repository, name, component))
     return wanted
 
 
 def weight_source(repository: str, names: Iterable[str], component: str) -> str:
-    """Picks a component's index, or its only file, by the rule that the loader follows."""
+    """Returns a component's index, or its only file, by the loader's own rule.
+
+    Raises:
+        CliError: the folder has no weights, only pickles, or several sets.
+    """
     inside = [name for name in names if str(PurePosixPath(name).parent) == (component or ".")]
     indexes = [name for name in inside if name.endswith(_INDEX_SUFFIX)]
     shards = re.compile(r"-\d+-of-\d+" + re.escape(_SUFFIX) + "$")
@@ -117,21 +129,14 @@ def weight_source(repository: str, names: Iterable[str], component: str) -> str:
 
 
 def _own_components(choice: Choice) -> list[str]:
-    """The parts whose weights come from the main repository."""
+    """Returns the components whose weights come from the main repository."""
     replaced = {TRANSFORMER_FOLDER: choice.transformer, VAE_FOLDER: choice.vae}
     parts = (TEXT_ENCODER_FOLDER, TRANSFORMER_FOLDER, VAE_FOLDER)
     return [part for part in parts if replaced.get(part) is None]
 
 
-def _single_file(part: HubFile | PublishedVae, names: set[str]) -> str:
-    """The file that the table names, else the only one there is."""
-    if isinstance(part, HubFile) and part.name in names:
-        return part.name
-    return weight_source(part.repository, names, "")
-
-
 def _needed_shards(folder: Path, index: str) -> list[str]:
-    """The shards that hold a tensor which is loaded; some of a text encoder's hold none."""
+    """Returns the shards with tensors that are loaded: layers past the last tapped one are not."""
     component = index.split("/")[0]
     weight_map = read_json(folder / index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
