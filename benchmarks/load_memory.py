@@ -1,10 +1,10 @@
-"""How much memory loading takes at its peak, against the weights' own bytes.
+"""Peak memory of loading each part of a model, relative to the bytes of its weights.
 
     python -m benchmarks.load_memory [--check] [--shape klein-4b] [--folder FOLDER]
 
 Each part of a random checkpoint in bf16 (klein-4B's is 16 GB, written to a folder that is removed at the end unless
-`--folder` names one) is loaded in a fresh process on the CPU. The peak is that of the whole process less what it held
-before it began to load: Python, torch and transformers.
+`--folder` names one) is loaded in a fresh process on the CPU. The peak is that of the whole process minus what it held
+before the load: Python, torch and transformers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import nn
 
 from benchmarks.full_size_cpu import checkpoint
 from benchmarks.measure import Bar, command, describe_machine, finish
-from benchmarks.peak_memory import forget_highest, held_bytes, highest_bytes
+from benchmarks.peak_memory import held_bytes, highest_bytes, reset_highest
 from benchmarks.shapes import SHAPES
 
 BAR = 1.15
@@ -61,14 +61,14 @@ def loaded_alone(folder: Path, part: str) -> tuple[int, int]:
     """Loads one part into this process; returns the peak and the weights' bytes."""
     load = _loader(part)
     before = held_bytes("cpu")
-    forget_highest("cpu")
+    reset_highest("cpu")
     module = load(folder)
     weights = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
     return highest_bytes("cpu") - before, weights
 
 
 def _loader(part: str) -> Callable[[Path], nn.Module]:
-    """Imports what a part needs, so that the imports count as held before."""
+    """Imports what a part needs and returns its loader, so that imports do not count as loading."""
     from klein_core.denoiser.transformer import FlowTransformer
     from klein_core.text_encoder.encoder import TextEncoder
     from klein_core.vae_decoder.decoder import VaeDecoder

@@ -1,4 +1,4 @@
-"""The most memory that a piece of work takes in this process, beside what the process takes anyway."""
+"""Peak memory of a piece of work in this process, without what the process held before."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-_FORGET_HIGHEST = "5"
+_RESET_HIGHEST = "5"
 _Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True)
 class Peak(Generic[_Made]):
-    """What was measured of something built and used."""
+    """Memory of something that was built and used once."""
 
     made: _Made
     built_bytes: int
-    """What it takes by itself: the weights."""
+    """Bytes of the thing itself: the weights."""
     peak_bytes: int
-    """The most that the process took while it was used, its own included."""
+    """Peak of the process during the use, the thing included."""
     tensor_bytes: int
-    """The most that tensors took at once while it was used, without what was there before."""
+    """Peak of tensors that were allocated during the use."""
 
 
 def measured_peak(device: str, build: Callable[[], _Made], use: Callable[[_Made], object]) -> Peak[_Made]:
-    """Builds something and uses it once. What building alone takes for a moment does not count."""
+    """Builds something and uses it once. Temporary memory of the build is not counted."""
     gc.collect()
     before = held_bytes(device)
     made = build()
     gc.collect()
     built = held_bytes(device)
-    forget_highest(device)
+    reset_highest(device)
     tensor_bytes = traced_peak(lambda: use(made)) if device == "cpu" else None
     if tensor_bytes is None:
         use(made)
@@ -46,9 +46,9 @@ def measured_peak(device: str, build: Callable[[], _Made], use: Callable[[_Made]
 
 
 def traced_peak(work: Callable[[], object]) -> int:
-    """Returns the most bytes that torch's CPU allocator had given out at once during `work`.
+    """Returns the peak bytes that torch's CPU allocator had allocated during `work`.
 
-    What matrix libraries keep for themselves is not in it: tens of MiB a process, whatever the model.
+    Buffers of matrix libraries are not included: tens of MiB a process, whatever the model.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         work()
@@ -58,7 +58,7 @@ def traced_peak(work: Callable[[], object]) -> int:
 
 
 def held_bytes(device: str) -> int:
-    """Returns what the process holds now: allocated on CUDA, resident elsewhere."""
+    """Returns the bytes that the process holds: allocated on CUDA, resident elsewhere."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
         return torch.cuda.memory_allocated()
@@ -66,15 +66,15 @@ def held_bytes(device: str) -> int:
 
 
 def highest_bytes(device: str) -> int:
-    """Returns the most that it held since `forget_highest`."""
+    """Returns the peak bytes that the process held since `reset_highest`."""
     return torch.cuda.max_memory_allocated() if device.startswith("cuda") else _status("VmHWM")
 
 
-def forget_highest(device: str) -> None:
+def reset_highest(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
     else:
-        _CLEAR.write_text(_FORGET_HIGHEST, encoding="ascii")
+        _CLEAR.write_text(_RESET_HIGHEST, encoding="ascii")
 
 
 def _status(field: str) -> int:

@@ -61,7 +61,7 @@ class Case:
     width: int = 512
     height: int = 512
     references: int = 0
-    """Of the image's own size."""
+    """Number of references, each of the image's own size."""
     spans: int = 1
     tiled: bool = False
 
@@ -79,9 +79,9 @@ class Numbers:
     estimated_weights: int
     estimated_activations: int
     peak: int
-    """Of the process, beside what it took before."""
+    """Peak of the process, without what it held before."""
     activations: int
-    """Of tensors at once, the weights not included."""
+    """Peak of tensors, without the weights."""
 
     @property
     def ratio(self) -> float:
@@ -89,7 +89,7 @@ class Numbers:
 
     @property
     def activation_ratio(self) -> float:
-        """Without the weights, which are known exactly."""
+        """Estimated over measured, without the weights, which are known exactly."""
         return self.estimated_activations / self.activations
 
 
@@ -124,9 +124,9 @@ CALIBRATION_SHAPES = (
     ),
 )
 GIVES_BLOCKS_BACK = {"MALLOC_MMAP_THRESHOLD_": str(1 << 18), "MALLOC_TRIM_THRESHOLD_": "0"}
-"""For glibc, which otherwise keeps ever larger blocks for later: in bf16 a tenth of the whole."""
+"""Settings of glibc, which otherwise keeps freed blocks: in bf16 a tenth of the peak."""
 TILE_PX = 384
-"""Of the tiled cases, so that a processor has more than one tile to make in seconds."""
+"""Tile of the tiled cases: small, so that a CPU makes several tiles in seconds."""
 
 
 def main() -> int:
@@ -185,7 +185,7 @@ def _row(case: Case, numbers: Numbers) -> str:
 
 
 def measured(case: Case, shape: Shape, device: str) -> Numbers:
-    """Builds and runs a case here, after a small one that loads code and starts threads."""
+    """Measures a case in this process, after a tiny one that loads code and starts threads."""
     _peak(case, _tiny(case, shape), device, TINY_SIDE, TINY_SIDE)
     peak = _peak(case, shape, device, case.width, case.height)
     weights, activations = estimate(case, shape, device)
@@ -276,7 +276,7 @@ def _vae(case: Case, shape: Shape) -> VaeConfig:
 
 
 def _tiny(case: Case, shape: Shape) -> Shape:
-    """Returns a shape of the same code in a hundredth of the memory."""
+    """Returns a shape that runs the same code in a hundredth of the memory."""
     network = TransformerConfig(
         num_layers=1, num_single_layers=2, num_attention_heads=1, joint_attention_dim=64
     )

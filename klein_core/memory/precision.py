@@ -1,4 +1,4 @@
-"""What a matrix takes in each precision. Torch-free."""
+"""Precisions of weights, and the bytes of a matrix in each. Torch-free."""
 
 from __future__ import annotations
 
@@ -21,18 +21,17 @@ _NVFP4_TILE_ROWS, _NVFP4_TILE_COLUMNS = 128, 4
 
 @dataclass(frozen=True)
 class Precision:
-    """How a part's weights are kept, and in what it computes."""
+    """Format of the weights of one network, and the width of its activations."""
 
     name: str
     value_bytes: int
-    """Of activations, and of the weights that are never quantized."""
+    """Bytes of one activation, and of one weight that is never quantized."""
     matrix_bytes: Callable[[int, int], int]
-    """(rows, columns) of a weight that is → what it takes."""
+    """(rows, columns) of a quantizable matrix → its bytes."""
     is_quantized: bool = False
-    """Whether a matrix may have to be unfolded for its product."""
+    """Whether a product may need a dequantized copy of its matrix."""
     input_bytes: Callable[[int], int] = lambda values: 0
-    """Values of a product's input → what they take quantized, while they are made so; where the device multiplies
-    the matrix as it is stored."""
+    """Values of a product's input → peak bytes of quantizing them, on a device that multiplies quantized matrices."""
 
 
 def _nvfp4_bytes(rows: int, columns: int) -> int:
@@ -46,12 +45,12 @@ def _byte_and_row_scales(rows: int, columns: int) -> int:
 
 
 def _float8_inputs(values: int) -> int:
-    """A byte each, and of those under way two copies in fp32."""
+    """Returns one byte per value, and two fp32 copies of one chunk."""
     return values + 8 * min(values, FLOAT8_CHUNK_VALUES)
 
 
 def _nvfp4_inputs(values: int) -> int:
-    """Half a byte and a block's share of its scale, twice while parts are put together; or 29 bytes under way."""
+    """Returns half a byte and a share of the scale, twice while chunks are joined, and 29 bytes a value of a chunk."""
     return values * 9 // 8 + 29 * min(values, FLOAT4_CHUNK_VALUES)
 
 

@@ -156,16 +156,21 @@ def pull(
         str, typer.Argument(metavar="MODEL", help="A known name such as klein-4b, or OWNER/REPOSITORY.")
     ],
     precision: Annotated[
-        PrecisionName | None, typer.Option(help="What the transformer's weights are published as; else bf16.")
+        PrecisionName | None,
+        typer.Option(help="Published format of the transformer's weights; by default bf16."),
     ] = None,
     small_decoder: Annotated[
-        bool, typer.Option("--small-decoder", help="With the faster decoder instead of the model's own.")
+        bool,
+        typer.Option("--small-decoder", help="Replace the model's decoder with the smaller, faster one."),
     ] = False,
     to: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Where the model goes; must not hold anything else.")
+        Path | None, typer.Option(metavar="FOLDER", help="Folder of the model, which must be new or empty.")
     ] = None,
     accept_license: Annotated[
-        bool, typer.Option("--accept-license", help="Needed for models that are not free for commercial use.")
+        bool,
+        typer.Option(
+            "--accept-license", help="Accept the license of a model that is not free for commercial use."
+        ),
     ] = False,
 ) -> None:
     """Download a model: only the files that this suite needs."""
@@ -207,7 +212,8 @@ def plan(
     references: Annotated[int, typer.Option(help="References of each image, of a megapixel each.")] = 0,
     batch: Annotated[int, typer.Option(help="Images in one step.")] = 1,
     precision: Annotated[
-        list[str] | None, typer.Option(help="What the denoiser's weights may be; may be repeated; else any.")
+        list[str] | None,
+        typer.Option(help="Allowed format of the denoiser's weights; may be repeated; by default any."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes.")] = False,
 ) -> None:
@@ -228,7 +234,7 @@ def plan(
 
 @commands.command(
     epilog="[bold]klein inspect ./flux-2-klein-4b-fp8.safetensors[/]\n\n"
-    "Exits with 0 only when everything that it holds could be loaded."
+    "The exit code is 0 only when every part of it can be loaded."
 )
 def inspect(
     path: Annotated[
