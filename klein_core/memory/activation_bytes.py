@@ -1,4 +1,4 @@
-"""Bytes of the activations of each stage, from coefficients that were fitted to measured peaks. Torch-free.
+"""Bytes of the activations of each stage, from a few fitted coefficients. Torch-free.
 
 Activations grow with tokens or pixels times the widths of the network. `COEFFICIENTS` holds how many values of each
 width are alive per token or pixel at the peak; everything else here is an exact size: prompts, a dequantized matrix.
@@ -18,7 +18,8 @@ FP32, BF16, EMULATED = "fp32", "bf16", "bf16 emulated"
 """Arithmetic: emulated is bfloat16 on a processor that has no bfloat16 products, so that fp32 copies are multiplied."""
 _FP32_BYTES = 4
 
-# Printed by `python -m benchmarks.plan_accuracy --calibrate`, the last rows with --emulate.
+# Fitted to counts of the live tensors of each block. `python -m benchmarks.plan_accuracy --calibrate` fits the rows to
+# measured peaks and prints them, and the emulated rows with --emulate.
 COEFFICIENTS: Mapping[tuple[str, str], tuple[float, float]] = MappingProxyType(
     {
         # Values of the hidden size: per token of prompt and images, per token of the images that are made.
