@@ -247,5 +247,4 @@ def test_a_prompts_memory_is_what_torch_allocates(arithmetic):
     expected = prompt_activations(SHAPE.text_encoder, precision, emulated=arithmetic.emulated).byte_count
     with torch.no_grad():
         found = traced_peak(encode)
-    # transformers multiplies bf16 with torch's own products, whatever the processor.
     assert expected == pytest.approx(found, rel=0.1)
