@@ -72,7 +72,7 @@ def test_ten_references_are_allowed_by_setting():
     assert not fields_refused(reference_count=10, limits=Limits(reference_count=10))
 
 
-def test_a_message_says_the_value_and_the_limit():
+def test_a_message_has_the_value_and_the_limit():
     with pytest.raises(
         InvalidInput, match=r"width_px: is 100; must be a multiple of 16, for example 96 or 112"
     ):

@@ -99,7 +99,7 @@ def test_images_equal_those_of_diffusers(
         **options,
     )
     assert image.shape == expected.shape
-    assert np.ptp(expected) > 50, "a flat picture would prove nothing"
+    assert np.ptp(expected) > 50, "a flat image would prove nothing"
     assert np.abs(image.numpy().astype(int) - expected.astype(int)).max() <= 1
 
 

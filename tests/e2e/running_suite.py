@@ -1,4 +1,4 @@
-"""Four real processes beside the pipeline that they must equal, and requests that both take."""
+"""Four real processes, next to the pipeline that they must equal, and requests that both take."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Case:
         return [image.numpy().tobytes() for image in images]
 
     def afresh(self) -> Case:
-        """The same request with a prompt and pictures that no stage has seen, so that no cache answers it."""
+        """The same request with a prompt and references that no stage has seen, so that no cache answers it."""
         seed = next(UNSEEN)
         return replace(
             self,
@@ -99,7 +99,7 @@ class Running:
     """Folder of `plain` and `kron`; pico has none."""
 
     def ask(self, *cases: Case) -> list[Generation]:
-        """Sends all requests at once, each from a client of its own."""
+        """Sends all requests at once, each from its own client."""
 
         async def one(case: Case) -> Generation:
             async with connect(self.suite.target) as stub:

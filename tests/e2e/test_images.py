@@ -118,9 +118,9 @@ def assert_adapters_do_not_mix(running: Running, case: Case) -> None:
     different = set()
     for wish, generation in zip(wishes, running.ask(*cases), strict=True):
         adapters = [ScaledAdapter(read[name], scale) for name, scale in wish]
-        told = replace(case, options=case.options | {"adapters": adapters})
+        expected = replace(case, options=case.options | {"adapters": adapters})
         [image] = generation.images
-        assert [image.data] == told.expected(running.pipeline, running.default_size)
+        assert [image.data] == expected.expected(running.pipeline, running.default_size)
         different.add(image.data)
     assert len(different) == len(wishes)
 
@@ -142,10 +142,10 @@ def test_an_unknown_adapter_is_not_found(running: Running) -> None:
     case = Case("a star", size=(64, 64), options={"adapters": [Adapter(name="nothing")]})
     with pytest.raises(grpc.aio.AioRpcError) as failure:
         running.ask(case)
-    told = explain(failure.value)
-    assert told.code is grpc.StatusCode.NOT_FOUND
-    assert told.violations[0].field == "adapters[0].name"
-    assert ("known: none" if running.adapters is None else "known: kron, plain") in told.message
+    details = explain(failure.value)
+    assert details.code is grpc.StatusCode.NOT_FOUND
+    assert details.violations[0].field == "adapters[0].name"
+    assert ("known: none" if running.adapters is None else "known: kron, plain") in details.message
 
 
 def test_a_summary_accounts_for_the_request(running: Running) -> None:
@@ -176,7 +176,7 @@ def test_a_unary_request_gives_the_pipelines_bytes(running: Running) -> None:
     assert response.summary.flow == "multi-reference"
 
 
-def test_previews_are_pictures_of_the_images_size_and_change_nothing(running: Running) -> None:
+def test_previews_are_images_of_the_images_size_and_change_nothing(running: Running) -> None:
     case = of_variant(Case("a green ring", size=(144, 64), seeds=(5,)), running.pipeline)
     case = replace(case, options=case.options | {"step_count": 20})
 
@@ -187,8 +187,8 @@ def test_previews_are_pictures_of_the_images_size_and_change_nothing(running: Ru
             )
             return [event async for event in stub.StreamGenerateImage(request, timeout=120)]
 
-    heard = asyncio.run(events())
-    previews = [event.preview for event in heard if event.HasField("preview")]
+    received = asyncio.run(events())
+    previews = [event.preview for event in received if event.HasField("preview")]
     assert previews
     for preview in previews:
         assert (preview.index, preview.seed, preview.format) == (0, 5, image_pb2.IMAGE_FORMAT_JPEG)
@@ -196,9 +196,9 @@ def test_previews_are_pictures_of_the_images_size_and_change_nothing(running: Ru
         with Image.open(BytesIO(preview.data)) as opened:
             assert (opened.format, opened.size) == ("JPEG", (144, 64))
     assert [preview.step for preview in previews] == sorted({preview.step for preview in previews})
-    images = [event.image.data for event in heard if event.HasField("image")]
+    images = [event.image.data for event in received if event.HasField("image")]
     assert images == case.expected(running.pipeline, running.default_size)
-    steps = [event.step.step for event in heard if event.HasField("step")]
+    steps = [event.step.step for event in received if event.HasField("step")]
     assert (steps, steps[-1]) == (sorted(set(steps)), 20)
 
 
@@ -214,7 +214,7 @@ def denoiser_metric(running: Running, name: str) -> float:
 def test_a_caller_that_goes_away_stops_the_denoiser(running: Running) -> None:
     if running.adapters is None:
         pytest.skip("pico's three steps would only take longer than the tiny models'")
-    # Large, so that a thousand steps take much longer than a late caller needs to hear of the third.
+    # Large, so that a thousand steps take much longer than it takes a slow client to receive the third.
     case = of_variant(Case("a blue star", size=(512, 512)), running.pipeline)
     case = replace(case, options=case.options | {"step_count": 1000})
     names = ("klein_denoise_step_seconds_count", "klein_abandoned_work_seconds_total")

@@ -28,7 +28,7 @@ from tests.services.fakes.runtime_toy import failure, until
 
 @dataclass
 class FakeSuite:
-    """Three fake stages and a real orchestrator, each on a port of its own."""
+    """Three fake stages and a real orchestrator, each on its own port."""
 
     text_encoder: FakeTextEncoder = field(default_factory=FakeTextEncoder)
     denoiser: FakeDenoiser = field(default_factory=FakeDenoiser)
@@ -99,7 +99,7 @@ async def generate(suite, *, within_seconds=None, **spec):
 
 
 async def refusal(suite, **options):
-    """Returns what a request that must fail is told."""
+    """Returns the status details of a request that must fail."""
     return explain(await failure(generate(suite, **options)))
 
 
@@ -111,7 +111,7 @@ async def drained(call, events=None) -> None:
 
 
 def parts_running() -> set[str]:
-    """Returns which parts of requests have tasks now."""
+    """Returns the parts of requests that have tasks now."""
     names = ("Generation.run", "Generation._decode", "InputEncoder.")
     return {name for name in names for task in asyncio.all_tasks() if name in repr(task)}
 

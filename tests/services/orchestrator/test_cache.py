@@ -97,7 +97,7 @@ def test_pinned_values_stay_even_over_the_limit():
     large, small = CachedTensor(b"", (bytes(CAPACITY + 1),)), CachedTensor(b"", (bytes(10),))
     cache.put(key(0), large, pinned=True)
     cache.put(key(1), small)
-    # Over the limit already, so nothing else is kept beside it.
+    # Over the limit already, so nothing else is kept next to it.
     assert (key(0) in cache, key(1) in cache) == (True, False)
     assert cache.pin(key(0)) is large
     assert cache.pinned_bytes == cache.size_bytes == CAPACITY + 1

@@ -1,4 +1,4 @@
-"""What callers are told when stages fail, are lost, are absent, or are not what the routing table says."""
+"""Statuses that clients get when stages fail, are lost, are absent, or contradict the routing table."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ async def test_a_stage_that_is_lost_under_way_costs_a_unary_request_nothing_but_
     assert (await refusal(suite, prompt="fox")).code is grpc.StatusCode.UNAVAILABLE
 
 
-async def test_a_caller_that_was_told_something_is_not_told_it_again(suite):
+async def test_a_client_that_got_an_event_does_not_get_it_again(suite):
     suite.denoiser.lost_calls = 1
     call = suite.images.StreamGenerateImage(StreamGenerateImageRequest(spec=ImageSpec(seed=1)))
     events = []
@@ -192,7 +192,7 @@ async def test_a_stage_with_another_model_than_the_table_says_is_unavailable():
         assert part in details.message
 
 
-async def test_stages_whose_addresses_are_mixed_up_are_told_what_they_are():
+async def test_stages_whose_addresses_are_mixed_up_are_named_with_what_they_are():
     async with running_server(FakeVaeDecoder()) as decoder, running_server(FakeDenoiser()) as denoiser:
         settings = {"denoiser_target": decoder, "vae_decoder_target": denoiser}
         async with FakeSuite(settings=settings).running() as suite:

@@ -52,7 +52,7 @@ async def test_an_empty_prompt_is_a_prompt(suite):
     assert response.images[0].data == suite.expected_image("", 1)
 
 
-async def test_a_truncated_prompt_is_told(suite):
+async def test_a_truncated_prompt_is_reported(suite):
     suite.text_encoder.truncated = True
     response = await generate(suite, prompt="long")
     assert response.summary.prompt_truncated
@@ -94,7 +94,7 @@ async def test_several_images_take_consecutive_seeds_in_order(suite):
     assert suite.denoiser.calls == 1
 
 
-async def test_an_unset_seed_is_random_and_told(suite):
+async def test_an_unset_seed_is_random_and_reported(suite):
     seeds = {(await generate(suite, prompt="fox")).images[0].seed for _ in range(3)}
     assert len(seeds) == 3
     response = await generate(suite, prompt="fox")
@@ -107,7 +107,7 @@ async def test_format_and_quality_reach_the_decoder(suite):
     assert response.images[0].data == expected
 
 
-async def test_the_file_is_told_its_seed_but_not_the_prompt(suite):
+async def test_the_file_holds_its_seed_but_not_the_prompt(suite):
     await generate(suite, prompt="secret", seed=5)
     assert dict(suite.vae_decoder.decode_specs[0].metadata) == {"model": "fake", "seed": "5", "steps": "4"}
 
@@ -130,7 +130,7 @@ async def test_a_base_model_gets_its_defaults_and_a_negative_prompt(suite):
     assert response.images[0].data == suite.expected_image("fox", 2)
 
 
-async def test_the_stream_tells_queued_steps_previews_images_and_one_summary(suite):
+async def test_the_stream_has_queued_steps_previews_images_and_one_summary(suite):
     suite.denoiser.step_seconds = 0.05
     request = StreamGenerateImageRequest(
         spec=ImageSpec(prompt="fox", seed=4, image_count=2), preview_interval_steps=2
@@ -278,8 +278,8 @@ async def test_adapters_reach_the_denoiser_and_leave_the_caches_alone():
     cached = {t.operation: t.call_count for t in again.summary.stage_timings}
     assert cached == {"encode-prompt": 0, "encode-reference": 0, "denoise": 1, "decode": 1}
     assert not suite.denoiser.specs[0].adapters
-    told = [(adapter.name, adapter.scale) for adapter in suite.denoiser.specs[1].adapters]
-    assert told == [("ink", 1.0), ("oil", -0.5)]
+    sent = [(adapter.name, adapter.scale) for adapter in suite.denoiser.specs[1].adapters]
+    assert sent == [("ink", 1.0), ("oil", -0.5)]
     assert len(first.images) == len(again.images) == 1
 
 
@@ -291,7 +291,7 @@ async def test_without_a_cache_everything_is_encoded_anew():
         assert suite.text_encoder.prompts == ["fox", "fox"]
 
 
-async def test_list_models_tells_which_stage_is_silent_before_the_caller_gives_up(suite):
+async def test_list_models_names_the_silent_stage_before_the_clients_deadline(suite):
     suite.denoiser.describe_gate = asyncio.Event()
     response = await suite.images.ListModels(ListModelsRequest(), timeout=4)
     problems = [stage.problem for stage in response.models[0].stages]
@@ -300,7 +300,7 @@ async def test_list_models_tells_which_stage_is_silent_before_the_caller_gives_u
     assert not response.models[0].serving
 
 
-async def test_list_models_tells_limits_defaults_and_stages(suite):
+async def test_list_models_has_limits_defaults_and_stages(suite):
     suite.vae_decoder.serving = False
     response = await suite.images.ListModels(ListModelsRequest())
     (model,) = response.models

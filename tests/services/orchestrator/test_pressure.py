@@ -1,4 +1,4 @@
-"""Whoever does not read slows down whoever sends, all the way; nothing piles up in between."""
+"""Back pressure: a receiver that does not read slows its sender down, all the way; nothing accumulates."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def test_a_slow_decoder_slows_the_denoiser_down_instead_of_filling_memory(
 
 async def test_a_caller_that_does_not_read_stops_previews_and_steps():
     async with FakeSuite().running() as suite:
-        # Large both ways, so that steps never outrun the pictures that fill the caller's window.
+        # Large both ways, so that steps never outrun the images that fill the client's window.
         suite.denoiser.large_latents = bytes(MEBIBYTE)
         suite.vae_decoder.padding = bytes(4 * MEBIBYTE)
         call = suite.images.StreamGenerateImage(

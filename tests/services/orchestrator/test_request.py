@@ -121,7 +121,7 @@ async def test_a_negative_preview_interval_is_refused(suite):
     assert violation.field == "preview_interval_steps"
 
 
-async def test_an_unknown_model_is_not_found_and_the_known_ones_are_told(suite):
+async def test_an_unknown_model_is_not_found_and_the_known_ones_are_named(suite):
     details = await refusal(suite, model="klein-9000")
     assert details.code is grpc.StatusCode.NOT_FOUND
     assert "klein-9000" in details.message

@@ -46,8 +46,8 @@ def test_latents_and_previews_move_into_the_decoder(frame, index):
     indexed = denoiser_pb2.IndexedTensorFrame(index=index, frame=frame)
     for arm in ("latents", "preview"):
         message = denoiser_pb2.DenoiseLatentsResponse(**{arm: indexed}).SerializeToString()
-        told, field = wire.indexed_frame_field(message)
-        assert told == index
+        found, field = wire.indexed_frame_field(message)
+        assert found == index
         assert vae_pb2.DecodeLatentsRequest.FromString(field) == vae_pb2.DecodeLatentsRequest(latents=frame)
 
 
