@@ -31,6 +31,7 @@ from klein_core.text_encoder.encoder import TextEncoder
 from klein_core.vae_decoder.decoder import EncodedReference, VaeDecoder
 from klein_core.vae_decoder.image_io import check_encoding, encode_image
 from klein_core.vae_decoder.tiling import AUTOMATIC_TILING, TilingPolicy
+from klein_core.variants import PUBLISHED_SCHEDULE, NoiseSchedule
 
 DEFAULT_SIDE_PX = 1024
 """Width and height when neither they, a reference nor the model's description give one."""
@@ -51,6 +52,8 @@ class Pipeline:
     """Whether references enter as cached keys and values, which are computed once a call."""
     description: ModelDescription | None = None
     """The model's own description, if it has one; its sizes are the default size and a limit of `generate`."""
+    schedule: NoiseSchedule = PUBLISHED_SCHEDULE
+    """Shift of the noise levels."""
 
     @classmethod
     def from_folder(
@@ -82,6 +85,7 @@ class Pipeline:
             variant.is_distilled,
             variant.uses_reference_cache,
             read_description(files),
+            variant.schedule,
         )
 
     def read_adapter(self, path: Path) -> Adapter:
@@ -208,6 +212,7 @@ class Pipeline:
                 references=() if is_cached else latents,
                 reference_cache=cache,
                 adapters=adapters,
+                schedule=self.schedule,
             )
 
     def _denoise(self, trajectory: Trajectory, index: int, on_step: StepCallback | None) -> Tensor:

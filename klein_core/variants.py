@@ -6,7 +6,7 @@ Source of the values: the published `config.json` files. Every default is klein'
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +86,22 @@ class VaeConfig:
 
 
 @dataclass(frozen=True)
-class SchedulerConfig:
-    """Values that the flow schedule takes from `scheduler/scheduler_config.json`."""
+class NoiseSchedule:
+    """How `scheduler/scheduler_config.json` shifts the noise levels of a trajectory.
 
-    num_train_timesteps: int = 1000
+    The defaults are those of the published klein models, and of files without a scheduler. diffusers' own default for
+    a missing `use_dynamic_shifting` is false.
+    """
+
+    is_dynamic: bool = True
+    """Whether the shift depends on the image's token count (`use_dynamic_shifting`)."""
+    shift: float = 3.0
+    """The shift where it is not dynamic."""
+    is_linear: bool = False
+    """Whether a dynamic shift is mu itself and not exp(mu) (`time_shift_type`)."""
+
+
+PUBLISHED_SCHEDULE = NoiseSchedule()
 
 
 @dataclass(frozen=True)
@@ -102,7 +114,7 @@ class Variant:
     is_distilled: bool
     uses_reference_cache: bool = False
     """Whether references see only each other, at timestep 0, so that their keys and values can be kept."""
-    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    schedule: NoiseSchedule = PUBLISHED_SCHEDULE
 
     @property
     def default_step_count(self) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from klein_core.checkpoint import infer_config
+from klein_core.checkpoint import config_keys, infer_config
 from klein_core.checkpoint.files import ModelFiles
 from klein_core.checkpoint.key_mapping import TEXT_ENCODER, TRANSFORMER, VAE
 from klein_core.errors import CheckpointError
@@ -22,7 +22,8 @@ from klein_core.model_registry import (
 )
 from klein_core.quantization.metadata import configured_algorithm
 from klein_core.variants import (
-    SchedulerConfig,
+    PUBLISHED_SCHEDULE,
+    NoiseSchedule,
     TextEncoderConfig,
     TransformerConfig,
     VaeConfig,
@@ -56,38 +57,16 @@ _CLASSES: dict[str, tuple[str, ...]] = {
 """Folder of a component → the names of its supported classes."""
 _TILE_MULTIPLE_PX = 32
 """A tile's side is a multiple of four latents, so that a quarter of it, the overlap, is a whole number of latents."""
-_VAE_LEVELS = 4
+
 
 # The only supported values of keys that this library does not read.
-_TRANSFORMER_ONLY: dict[str, Any] = {"patch_size": 1, "guidance_embeds": False}
-_VAE_ONLY: dict[str, Any] = {
-    "act_fn": "silu",
-    "down_block_types": ["DownEncoderBlock2D"] * _VAE_LEVELS,
-    "up_block_types": ["UpDecoderBlock2D"] * _VAE_LEVELS,
-    "patch_size": [2, 2],
-    "in_channels": 3,
-    "out_channels": 3,
-    "quantization_config": None,
-}
-_SCHEDULER_ONLY: dict[str, Any] = {
-    "num_train_timesteps": 1000,
-    "use_dynamic_shifting": True,
-    "time_shift_type": "exponential",
-    "shift_terminal": None,
-    "invert_sigmas": False,
-    "stochastic_sampling": False,
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-}
-
-
 @dataclass(frozen=True)
-class PipelineIndex:
+class Sampling:
     """How a model is sampled, as `model_index.json` declares it."""
 
     is_distilled: bool
     uses_reference_cache: bool
+    schedule: NoiseSchedule = PUBLISHED_SCHEDULE
 
 
 def read_variant(files: ModelFiles | Path | str) -> Variant:
@@ -105,15 +84,13 @@ def read_variant(files: ModelFiles | Path | str) -> Variant:
         vae=read_vae_config(files),
         is_distilled=sampling.is_distilled,
         uses_reference_cache=sampling.uses_reference_cache,
-        scheduler=SchedulerConfig()
-        if files.index_path is None
-        else read_scheduler_config(files.index_path.parent),
+        schedule=sampling.schedule,
     )
     _check_fit(files, variant)
     return variant
 
 
-def read_pipeline_index(folder: Path | str) -> PipelineIndex:
+def read_pipeline_index(folder: Path | str) -> Sampling:
     """Reads `model_index.json`.
 
     Raises:
@@ -129,10 +106,10 @@ def read_pipeline_index(folder: Path | str) -> PipelineIndex:
     uses_reference_cache = index.values["_class_name"] == _REFERENCE_CACHE_PIPELINE
     # The default of a missing key depends on the pipeline class.
     is_distilled = index.flag("is_distilled", uses_reference_cache)
-    return PipelineIndex(is_distilled, uses_reference_cache)
+    return Sampling(is_distilled, uses_reference_cache, read_noise_schedule(folder))
 
 
-def read_sampling(files: ModelFiles | Path | str) -> PipelineIndex:
+def read_sampling(files: ModelFiles | Path | str) -> Sampling:
     """Returns how a model is sampled: like its named variant, or else as its `model_index.json` declares.
 
     Raises:
@@ -151,7 +128,9 @@ def read_sampling(files: ModelFiles | Path | str) -> PipelineIndex:
             row = variant_of_bare_file(transformer, files.variant or None)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error} (setting: variant)") from None
-    return PipelineIndex(row.is_distilled, row.uses_reference_cache)
+    index = files.index_path
+    schedule = PUBLISHED_SCHEDULE if index is None else read_noise_schedule(index.parent)
+    return Sampling(row.is_distilled, row.uses_reference_cache, schedule)
 
 
 def read_text_encoder_config(files: ModelFiles | Path | str) -> TextEncoderConfig:
@@ -183,7 +162,7 @@ def _read_text_encoder_file(path: Path) -> TextEncoderConfig:
     Two optional keys belong to the pipeline and not to Qwen3: `text_encoder_out_layers` and `max_sequence_length`.
     """
     config = ConfigFile.read(path)
-    config.require_only({"model_type": "qwen3"})
+    config.require_only(config_keys.TEXT_ENCODER.fixed)
     configured_algorithm(path, config.values)
     layer_count = config.integer("num_hidden_layers", largest=LARGEST_LAYER_COUNT)
     for key in ("hidden_size", "vocab_size", "num_attention_heads"):
@@ -211,7 +190,7 @@ def read_transformer_config(files: ModelFiles | Path | str) -> TransformerConfig
         return infer_config.transformer_config(files.open(TRANSFORMER))
     config = ConfigFile.read(path)
     config.require_class(_CLASSES[TRANSFORMER_FOLDER])
-    config.require_only(_TRANSFORMER_ONLY)
+    config.require_only(config_keys.TRANSFORMER.fixed)
     configured_algorithm(path, config.values)
     default = TransformerConfig
     read = TransformerConfig(
@@ -264,7 +243,7 @@ def read_vae_config(files: ModelFiles | Path | str) -> VaeConfig:
         return read
     config = ConfigFile.read(path)
     config.require_class(_CLASSES[VAE_FOLDER])
-    config.require_only(_VAE_ONLY)
+    config.require_only(config_keys.VAE.fixed)
     default = VaeConfig
     decoder_widths = None
     if config.values.get("decoder_block_out_channels") is not None:
@@ -295,24 +274,33 @@ def _check_widths(path: Path, read: VaeConfig) -> None:
         ("decoder_block_out_channels", read.decoder_block_out_channels),
     ):
         if widths is not None and (
-            len(widths) != _VAE_LEVELS or any(width % read.norm_num_groups for width in widths)
+            len(widths) != config_keys.VAE_LEVELS or any(width % read.norm_num_groups for width in widths)
         ):
             raise CheckpointError(
-                f"{path}: {key} is {list(widths)}; it must be {_VAE_LEVELS} multiples of norm_num_groups "
+                f"{path}: {key} is {list(widths)}; it must be {config_keys.VAE_LEVELS} multiples of norm_num_groups "
                 f"({read.norm_num_groups})"
             )
 
 
-def read_scheduler_config(folder: Path | str) -> SchedulerConfig:
-    """Reads `scheduler/scheduler_config.json`. The constants of the timestep shift are the sampler's.
+def read_noise_schedule(folder: Path | str) -> NoiseSchedule:
+    """Reads `scheduler/scheduler_config.json`; a missing key means what it means to diffusers.
+
+    The constants of the dynamic shift are not in the file but in the sampler.
 
     Raises:
         CheckpointError: as `read_variant`.
     """
     config = ConfigFile.read(Path(folder) / SCHEDULER_FOLDER / "scheduler_config.json")
     config.require_class(_CLASSES[SCHEDULER_FOLDER])
-    config.require_only(_SCHEDULER_ONLY)
-    return SchedulerConfig()
+    config.require_only(config_keys.SCHEDULER.fixed)
+    kind = config.values.get("time_shift_type", "exponential")
+    if kind not in ("exponential", "linear"):
+        raise config.error("time_shift_type", kind, "it must be 'exponential' or 'linear'")
+    return NoiseSchedule(
+        is_dynamic=config.flag("use_dynamic_shifting", False),
+        shift=config.number("shift", 1.0),
+        is_linear=kind == "linear",
+    )
 
 
 def _check_fit(files: ModelFiles, variant: Variant) -> None:

@@ -14,6 +14,7 @@ from klein_core.denoiser.packing import Span
 from klein_core.denoiser.reference_cache import ReferenceCache
 from klein_core.denoiser.transformer import FlowTransformer
 from klein_core.errors import InvalidInput
+from klein_core.variants import PUBLISHED_SCHEDULE, NoiseSchedule
 
 LARGE_IMAGE_TOKENS = 4300
 """Up to this many target tokens the shift depends on the step count; above, it does not, and drops sharply."""
@@ -34,6 +35,7 @@ class Trajectory:
         references: tuple[Tensor, ...] = (),
         reference_cache: ReferenceCache | None = None,
         adapters: Sequence[ScaledAdapter] = (),
+        schedule: NoiseSchedule = PUBLISHED_SCHEDULE,
     ) -> None:
         """Starts at, or resumes from, the latents before step `step_index`.
 
@@ -48,6 +50,7 @@ class Trajectory:
             reference_cache: replaces `references`, for models of the reference-cache kind. May also be assigned
                 before the first step.
             adapters: applied to both spans of guidance; those with a scale of 0 are dropped.
+            schedule: shift of the noise levels.
 
         Raises:
             InvalidInput: latents do not have three axes, the step index is outside 0…step_count, or the negative
@@ -57,7 +60,7 @@ class Trajectory:
             raise InvalidInput.of(
                 "latents", f"has shape {tuple(latents.shape)}; must be (rows, columns, channels)"
             )
-        self.sigmas = sigmas(latents.shape[0] * latents.shape[1], step_count)
+        self.sigmas = sigmas(latents.shape[0] * latents.shape[1], step_count, schedule)
         if not 0 <= step_index <= step_count:
             raise InvalidInput.of("step_index", f"is {step_index}; must be 0 to {step_count}")
         self.prompt_embeddings: tuple[Tensor, ...] = (prompt_embedding,)
@@ -90,6 +93,7 @@ class Trajectory:
         references: tuple[Tensor, ...] = (),
         reference_cache: ReferenceCache | None = None,
         adapters: Sequence[ScaledAdapter] = (),
+        schedule: NoiseSchedule = PUBLISHED_SCHEDULE,
     ) -> Trajectory:
         """Starts from `initial_noise`, in the prompt embedding's dtype and on its device."""
         dtype, device = prompt_embedding.dtype, prompt_embedding.device
@@ -102,6 +106,7 @@ class Trajectory:
             references=references,
             reference_cache=reference_cache,
             adapters=adapters,
+            schedule=schedule,
         )
 
     @property
@@ -175,10 +180,12 @@ def empirical_mu(token_count: int, step_count: int) -> float:
     return slope * step_count + (many_steps - 200.0 * slope)
 
 
-def sigmas(token_count: int, step_count: int) -> list[float]:
+def sigmas(token_count: int, step_count: int, schedule: NoiseSchedule = PUBLISHED_SCHEDULE) -> list[float]:
     """Returns `step_count` + 1 noise levels from 1 down to 0, each exactly representable in float32.
 
-    Source: `Flux2KleinPipeline` and `FlowMatchEulerDiscreteScheduler` in diffusers.
+    A shift s maps a level t to s·t / (1 + (s − 1)·t). Source: `Flux2KleinPipeline` and
+    `FlowMatchEulerDiscreteScheduler` in diffusers, which order the terms differently for a dynamic and a static shift;
+    float32 rounds the two orders differently.
 
     Raises:
         InvalidInput: there are no tokens or no steps.
@@ -188,9 +195,13 @@ def sigmas(token_count: int, step_count: int) -> list[float]:
     if step_count < 1:
         raise InvalidInput.of("step_count", f"is {step_count}; must be at least 1")
     line = np.linspace(1.0, 1 / step_count, step_count).astype(np.float32)
-    shift = math.exp(empirical_mu(token_count, step_count))
-    shifted = (shift / (shift + (1 / line - 1))).astype(np.float32)
-    return [*shifted.tolist(), 0.0]
+    if schedule.is_dynamic:
+        mu = empirical_mu(token_count, step_count)
+        shift = mu if schedule.is_linear else math.exp(mu)
+        shifted = shift / (shift + (1 / line - 1))
+    else:
+        shifted = schedule.shift * line / (1 + (schedule.shift - 1) * line)
+    return [*shifted.astype(np.float32).tolist(), 0.0]
 
 
 def initial_noise(

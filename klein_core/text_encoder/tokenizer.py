@@ -14,6 +14,7 @@ from typing import Any
 import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from klein_core.checkpoint.config_keys import TOKENIZER
 from klein_core.errors import CheckpointError, InvalidInput
 from klein_core.params import DEFAULT_LIMITS, Limits, prompt_violations
 
@@ -22,6 +23,11 @@ class PromptTokenizer:
     """Renders the chat template, tokenizes, truncates and pads. Thread-safe."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> None:
+        for key, supported in TOKENIZER.fixed.items():
+            if getattr(tokenizer, key) != supported:
+                raise CheckpointError(
+                    f"{key} is {getattr(tokenizer, key)!r}; only {supported!r} is supported"
+                )
         self.sequence_length = sequence_length
         self._tokenizer = tokenizer
         if tokenizer.pad_token_id is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import Flux2KleinPipeline
 from PIL import Image
 
 from klein_core.errors import InvalidInput
@@ -228,3 +230,29 @@ def test_a_longer_prompt_is_allowed_by_setting(pair: Pair):
     arguments = {"width_px": 64, "height_px": 64, "step_count": 1}
     longer = Limits(prompt_characters=40_000)
     assert len(list(pair.ours.generate("x" * 40_000, limits=longer, **arguments))) == 1
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [{}, {"shift": 3.0}, {"use_dynamic_shifting": True, "time_shift_type": "linear"}],
+    ids=["diffusers' defaults", "static", "linear"],
+)
+def test_the_checkpoints_own_schedule_is_honored(tmp_path: Path, scheduler: dict[str, Any]):
+    save_tiny_checkpoint(tmp_path)
+    (tmp_path / "scheduler/scheduler_config.json").write_text(
+        json.dumps({"_class_name": "FlowMatchEulerDiscreteScheduler", **scheduler})
+    )
+    oracle, ours = Flux2KleinPipeline.from_pretrained(tmp_path), Pipeline.from_folder(tmp_path)
+    oracle.set_progress_bar_config(disable=True)
+    config = ours.text_encoder.config
+    expected = oracle(
+        prompt=PROMPT,
+        width=64,
+        height=64,
+        num_inference_steps=4,
+        generator=torch.Generator().manual_seed(3),
+        max_sequence_length=config.sequence_length,
+        text_encoder_out_layers=config.tapped_layers,
+    ).images[0]
+    [found] = ours.generate(PROMPT, width_px=64, height_px=64, step_count=4, seeds=(3,))
+    assert np.abs(found.numpy().astype(int) - np.asarray(expected).astype(int)).max() <= 1

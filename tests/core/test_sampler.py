@@ -18,6 +18,7 @@ from klein_core.denoiser.packing import Span
 from klein_core.denoiser.sampler import Trajectory, empirical_mu, initial_noise, packed_step, sigmas
 from klein_core.denoiser.transformer import FlowTransformer
 from klein_core.errors import InvalidInput
+from klein_core.variants import NoiseSchedule
 from tests.tiny.transformer import oracle_velocity, random_span, relative_error, tiny_oracle, twin
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -184,8 +185,21 @@ def test_refuses_what_cannot_be_run(ours):
         packed_step(ours, [finished])
 
 
-def diffusers_sigmas(token_count: int, step_count: int) -> list[float]:
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+SCHEDULES = {
+    "published": ({"shift": 3.0, "use_dynamic_shifting": True}, NoiseSchedule()),
+    "linear": (
+        {"use_dynamic_shifting": True, "time_shift_type": "linear"},
+        NoiseSchedule(shift=1.0, is_linear=True),
+    ),
+    "static": ({"shift": 3.0}, NoiseSchedule(is_dynamic=False)),
+    "static, odd": ({"shift": 1.15}, NoiseSchedule(is_dynamic=False, shift=1.15)),
+    "unshifted": ({}, NoiseSchedule(is_dynamic=False, shift=1.0)),
+}
+"""Name → diffusers' configuration and ours."""
+
+
+def diffusers_sigmas(token_count: int, step_count: int, config: dict | None = None) -> list[float]:
+    scheduler = FlowMatchEulerDiscreteScheduler(**(SCHEDULES["published"][0] if config is None else config))
     line = np.linspace(1.0, 1 / step_count, step_count)
     scheduler.set_timesteps(sigmas=line, mu=compute_empirical_mu(token_count, step_count))
     return scheduler.sigmas.tolist()
@@ -199,10 +213,13 @@ def test_the_schedule_equals_diffusers_exactly(token_count: int, step_count: int
 
 
 @settings(deadline=None, max_examples=40)
-@given(token_count=st.integers(1, 20000), step_count=st.integers(1, 100))
-def test_the_schedule_equals_diffusers_everywhere_and_falls(token_count: int, step_count: int):
-    levels = sigmas(token_count, step_count)
-    assert levels == diffusers_sigmas(token_count, step_count)
+@given(
+    token_count=st.integers(1, 20000), step_count=st.integers(1, 100), name=st.sampled_from(sorted(SCHEDULES))
+)
+def test_the_schedule_equals_diffusers_everywhere_and_falls(token_count: int, step_count: int, name: str):
+    config, schedule = SCHEDULES[name]
+    levels = sigmas(token_count, step_count, schedule)
+    assert levels == diffusers_sigmas(token_count, step_count, config)
     assert (levels[0], levels[-1], len(levels)) == (1.0, 0.0, step_count + 1)
     assert levels == sorted(set(levels), reverse=True)
 

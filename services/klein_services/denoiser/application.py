@@ -154,6 +154,7 @@ def load_denoiser(settings: DenoiserSettings, preparation: Worker) -> Denoiser:
         dtype=transformer.dtype,
         weights_digest=weights_digest(transformer),
         cached_token_bytes=token_bytes if sampling.uses_reference_cache else 0,
+        schedule=sampling.schedule,
     )
     planner = RequestPlanner(model=model, device=device, text_tokens=prompt_length(files))
     step, cache_references = step_of(transformer), cache_of(transformer)

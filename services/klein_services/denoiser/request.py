@@ -12,7 +12,7 @@ from torch import Tensor
 from klein_api.v1 import denoiser_service_pb2, image_pb2
 from klein_core.errors import InvalidInput, Violation
 from klein_core.params import DEFAULT_LIMITS, AdapterChoice, GenerationParams, Limits
-from klein_core.variants import default_step_count
+from klein_core.variants import PUBLISHED_SCHEDULE, NoiseSchedule, default_step_count
 from klein_services.denoiser.scheduled_request import Urgency
 from klein_services.runtime.frames import FrameReader
 from klein_services.runtime.stage import require_model
@@ -43,6 +43,7 @@ class ServedModel:
     """See `klein_core.checkpoint.weights`."""
     cached_token_bytes: int = 0
     """Bytes of one reference token's cached keys and values; 0 if the model does not cache references."""
+    schedule: NoiseSchedule = PUBLISHED_SCHEDULE
 
 
 @dataclass(frozen=True, kw_only=True)

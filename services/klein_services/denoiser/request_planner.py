@@ -144,6 +144,7 @@ class RequestPlanner:
                 guidance_scale=generation.guidance,
                 references=references,
                 adapters=adapters,
+                schedule=self.model.schedule,
             )
             for latents in initial_latents
         ]
