@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from klein_core.errors import CheckpointError
+from klein_core.model_families import other_family
 from klein_core.quantization.constants import FLOAT8, NVFP4_TILED
 from klein_core.variants import (
     TextEncoderConfig,
@@ -198,10 +199,13 @@ def published_model(name: str) -> PublishedModel:
     """Returns the model of that name, ignoring case.
 
     Raises:
-        CheckpointError: there is none; the message lists all names.
+        CheckpointError: there is none; the message lists all names, or describes the family that the name is of.
     """
     row = PUBLISHED_MODELS.get(name.lower())
     if row is None:
+        family = other_family(name)
+        if family is not None:
+            raise CheckpointError(f"{name!r} is {family}")
         near = difflib.get_close_matches(name.lower(), PUBLISHED_MODELS, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise CheckpointError(f"{name!r} is no known variant; known are {', '.join(PUBLISHED_MODELS)}.{hint}")

@@ -14,6 +14,7 @@ from klein_core.checkpoint import config_keys, infer_config
 from klein_core.checkpoint.files import ModelFiles
 from klein_core.checkpoint.key_mapping import TEXT_ENCODER, TRANSFORMER, VAE
 from klein_core.errors import CheckpointError
+from klein_core.model_families import other_family
 from klein_core.model_registry import (
     PUBLISHED_MODELS,
     published_model,
@@ -59,7 +60,6 @@ _TILE_MULTIPLE_PX = 32
 """A tile's side is a multiple of four latents, so that a quarter of it, the overlap, is a whole number of latents."""
 
 
-# The only supported values of keys that this library does not read.
 @dataclass(frozen=True)
 class Sampling:
     """How a model is sampled, as `model_index.json` declares it."""
@@ -140,6 +140,7 @@ def read_text_encoder_config(files: ModelFiles | Path | str) -> TextEncoderConfi
         CheckpointError: as `read_variant`, or the text encoder is that of another published size.
     """
     files = ModelFiles.of(files)
+    refuse_other_family(files)
     path = files.config_path(TEXT_ENCODER)
     config = (
         _read_text_encoder_file(path) if path else infer_config.text_encoder_config(files.open(TEXT_ENCODER))
@@ -185,6 +186,7 @@ def read_transformer_config(files: ModelFiles | Path | str) -> TransformerConfig
         CheckpointError: as `read_variant`.
     """
     files = ModelFiles.of(files)
+    refuse_other_family(files)
     path = files.config_path(TRANSFORMER)
     if path is None:
         return infer_config.transformer_config(files.open(TRANSFORMER))
@@ -236,6 +238,7 @@ def read_vae_config(files: ModelFiles | Path | str) -> VaeConfig:
         CheckpointError: as `read_variant`.
     """
     files = ModelFiles.of(files)
+    refuse_other_family(files)
     path = files.config_path(VAE)
     if path is None:
         read = infer_config.vae_config(files.open(VAE))
@@ -382,5 +385,22 @@ class ConfigFile:
 
 
 def _check_class(path: Path, key: str, name: object, supported: Collection[str]) -> None:
-    if name not in supported:
-        raise CheckpointError(f"{path}: {key} is {name}; only {' or '.join(supported)} is supported")
+    if name in supported:
+        return
+    family = other_family(name) if isinstance(name, str) else None
+    if family is not None:
+        raise CheckpointError(f"{path}: {key} is {name}: this is {family}")
+    raise CheckpointError(f"{path}: {key} is {name}; only {' or '.join(supported)} is supported")
+
+
+def refuse_other_family(files: ModelFiles) -> None:
+    """Raises CheckpointError when `model_index.json` has the pipeline class of another family of models.
+
+    Every stage calls it, whatever part of the model it loads: the parts of FLUX.2 [dev] have the classes of [klein]'s.
+    """
+    path = files.index_path
+    if path is None or not path.is_file():
+        return
+    name = read_json(path).get("_class_name")
+    if isinstance(name, str) and other_family(name) is not None:
+        _check_class(path, "_class_name", name, _PIPELINES)

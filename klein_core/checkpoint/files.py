@@ -62,6 +62,12 @@ class Checkpoint:
             )
         return content
 
+    @property
+    def own_metadata(self) -> Mapping[str, str]:
+        """Metadata of the only file's header; empty for shards, whose folder has a config.json."""
+        paths = set(self.files.values())
+        return self.header(*paths).metadata if len(paths) == 1 else {}
+
     def metadata(self) -> dict[str, str]:
         """Returns the metadata of all the headers, merged; raises as `header`."""
         merged: dict[str, str] = {}

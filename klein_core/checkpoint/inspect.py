@@ -13,6 +13,7 @@ from klein_core.checkpoint.config import (
     read_text_encoder_config,
     read_transformer_config,
     read_vae_config,
+    refuse_other_family,
 )
 from klein_core.checkpoint.files import Checkpoint, ModelFiles, open_checkpoint
 from klein_core.checkpoint.key_mapping import (
@@ -21,6 +22,7 @@ from klein_core.checkpoint.key_mapping import (
     VAE,
     components_among,
     find_layout,
+    raise_if_named_otherwise,
 )
 from klein_core.errors import CheckpointError, listed
 from klein_core.model_registry import PUBLISHED_MODELS, SMALL_DECODER, variants_of_shape
@@ -124,13 +126,15 @@ def inspect_path(path: Path) -> Report:
     """Reports on a safetensors file, a component's folder or a whole model's folder; reads no weights.
 
     Raises:
-        CheckpointError: it is none of these, or its only file cannot be read.
+        CheckpointError: it is none of these, it is a model of another family, or its only file cannot be read.
     """
+    refuse_other_family(ModelFiles(model=path))
     if any((path / component).is_dir() for component in COMPONENTS):
         return _inspect_model(path)
     checkpoint = open_checkpoint(path)
     found = components_among(checkpoint.files)
     if not found:
+        raise_if_named_otherwise(checkpoint)
         what = "an adapter" if any("lora_" in name for name in checkpoint.files) else listed(checkpoint.files)
         raise CheckpointError(f"{path} holds no part of a klein model: it holds {what}")
     components = tuple(

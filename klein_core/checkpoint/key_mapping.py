@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from klein_core.checkpoint.files import Checkpoint
 from klein_core.errors import CheckpointError, listed
+from klein_core.model_families import FLUX_3, family_of_header, other_family
 
 TEXT_ENCODER = "text_encoder"
 TRANSFORMER = "transformer"
@@ -110,14 +111,37 @@ def find_layout(component: str, checkpoint: Checkpoint) -> Layout:
     """Returns the layout of most of the tensors that may belong to one component.
 
     Raises:
-        CheckpointError: no tensor belongs to this component; the message names what the file holds instead.
+        CheckpointError: no tensor belongs to this component; the message names what the file holds instead. Or its
+            header has the name of another family of models.
     """
+    refuse_other_family_header(checkpoint)
     layout = _layout_among(component, checkpoint.files)
     if layout is not None:
         return layout
+    raise_if_named_otherwise(checkpoint)
     others = components_among(checkpoint.files)
     found = f"it holds a {' and a '.join(others)}" if others else f"it holds {listed(checkpoint.files)}"
     raise CheckpointError(f"{checkpoint.path} has no tensor of a klein {component}: {found}")
+
+
+def refuse_other_family_header(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError when a header entry of a single file has the name of FLUX.3.
+
+    Older families are only named where a file has no layout: tools write such entries into files of [klein] as well.
+    """
+    family = family_of_header(checkpoint.own_metadata)
+    if family is not None and FLUX_3 in family:
+        raise CheckpointError(f"{checkpoint.path}: {family}")
+
+
+def raise_if_named_otherwise(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError when the header or the path of a file without a layout has another family's name."""
+    family = family_of_header(checkpoint.own_metadata)
+    named = other_family(checkpoint.path.name)
+    if family is None and named is not None:
+        family = f"by its name this is {named}"
+    if family is not None:
+        raise CheckpointError(f"{checkpoint.path}: {family}")
 
 
 def _layout_among(component: str, names: Iterable[str]) -> Layout | None:

@@ -16,7 +16,7 @@ from klein_core.errors import CheckpointError
 from klein_core.pico import WEIGHTS
 from klein_services.cli.errors import CliError, with_period
 from klein_services.cli.exit_codes import MISUSED
-from klein_services.cli.hub.catalog import Choice, choose, is_known
+from klein_services.cli.hub.catalog import Choice, choose, is_known, refuse_named_family
 from klein_services.runtime.settings import EMBEDDED_MODEL, model_name
 
 RECEIPT = "klein-pull.json"
@@ -104,6 +104,7 @@ def find_model(model: str) -> Path:
     path = Path(model).expanduser()
     if path.exists():
         return path
+    refuse_named_family(model)
     if not is_known(model) and not _may_be_repository(model):
         raise CliError(
             f"There is no folder or file {model}.",

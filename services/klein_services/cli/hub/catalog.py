@@ -6,6 +6,7 @@ import difflib
 import re
 from dataclasses import dataclass, replace
 
+from klein_core.model_families import other_family
 from klein_core.model_registry import PUBLISHED_MODELS, SMALL_DECODER, HubFile, PublishedModel, PublishedVae
 from klein_services.cli.errors import CliError
 from klein_services.cli.exit_codes import MISUSED
@@ -41,7 +42,7 @@ def choose(identifier: str, precision: str | None = None, *, small_decoder: bool
     """Resolves an identifier: a known name, a name with its precision, or `owner/repository`.
 
     Raises:
-        CliError: it is none of these, or the model is not published in this precision.
+        CliError: it is none of these, it is of another family, or the model is not published in this precision.
     """
     if identifier.lower() in (SMALL_DECODER.name, SMALL_DECODER.repository.lower()):
         raise CliError(
@@ -51,10 +52,18 @@ def choose(identifier: str, precision: str | None = None, *, small_decoder: bool
         )
     if identifier.lower().endswith(_SMALL_DECODER_SUFFIX):
         identifier, small_decoder = identifier[: -len(_SMALL_DECODER_SUFFIX)], True
+    refuse_named_family(identifier)
     choice = _without_options(identifier, precision)
     if small_decoder:
         choice = replace(choice, name=choice.name + _SMALL_DECODER_SUFFIX, vae=SMALL_DECODER)
     return choice
+
+
+def refuse_named_family(identifier: str) -> None:
+    """Raises CliError when a model's or repository's name is that of another family of models."""
+    family = other_family(identifier)
+    if family is not None:
+        raise CliError(f"{identifier} is {family}.", _known_names(), MISUSED)
 
 
 def is_known(identifier: str) -> bool:

@@ -16,6 +16,7 @@ from klein_core.checkpoint.config import (
     read_text_encoder_config,
 )
 from klein_core.checkpoint.key_maps import is_past
+from klein_core.model_families import family_among
 from klein_core.model_registry import HubFile
 from klein_core.variants import read_json
 from klein_services.cli.errors import CliError
@@ -154,6 +155,9 @@ def _is_tokenizer_file(name: str) -> bool:
 
 def _require(repository: str, needed: Iterable[str], names: set[str]) -> None:
     missing = [name for name in needed if name not in names]
+    family = family_among(names) if missing else None
+    if family is not None:
+        raise CliError(f"By the names of its files, {repository} is {family}.")
     if missing:
         raise CliError(
             f"{repository} is not a whole model in diffusers' layout: {', '.join(missing)} is missing.",
