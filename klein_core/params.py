@@ -231,3 +231,59 @@ def adapter_violations(
             yield Violation(
                 f"adapters[{index}].scale", f"is {adapter.scale:g}; must be in [-{bound}, {bound}]"
             )
+
+
+DEFAULT_STRENGTH = 0.8
+"""Share of the steps that are run on an initial image; diffusers' own default."""
+MAXIMUM_MASK_PADDING_PX = 1024
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """Pixels added on each side of an initial image."""
+
+    left: int = 0
+    top: int = 0
+    right: int = 0
+    bottom: int = 0
+
+    def __bool__(self) -> bool:
+        return any((self.left, self.top, self.right, self.bottom))
+
+
+NO_EXPANSION = Expansion()
+
+
+def inpainting_violations(
+    *,
+    has_initial_image: bool,
+    has_mask: bool,
+    strength: float | None,
+    mask_padding_px: int | None,
+    expand: Expansion,
+    has_size: bool,
+) -> Iterator[Violation]:
+    """Yields what is wrong with the fields of a masked edit, before any file is opened."""
+    if not has_initial_image:
+        given = {
+            "mask": has_mask,
+            "strength": strength is not None,
+            "mask_padding_px": mask_padding_px is not None,
+            "expand": bool(expand),
+        }
+        for name in (name for name, is_given in given.items() if is_given):
+            yield Violation(name, "needs an initial_image")
+        return
+    if has_size:
+        yield Violation("width_px", "and height_px cannot be given: the initial_image decides the size")
+    if strength is not None and not 0 < strength <= 1:
+        yield Violation("strength", f"is {strength:g}; must be above 0 and at most 1")
+    if mask_padding_px is not None:
+        if not has_mask:
+            yield Violation("mask_padding_px", "needs a mask")
+        if not 0 <= mask_padding_px <= MAXIMUM_MASK_PADDING_PX:
+            yield Violation(
+                "mask_padding_px", f"is {mask_padding_px}; must be in [0, {MAXIMUM_MASK_PADDING_PX}]"
+            )
+    if min(expand.left, expand.top, expand.right, expand.bottom) < 0:
+        yield Violation("expand", "has a negative side; each must be 0 or more pixels")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,22 +15,28 @@ from klein_core.checkpoint.files import ModelFiles
 from klein_core.denoiser.adapters.adapter import Adapter, ScaledAdapter
 from klein_core.denoiser.adapters.key_mapping import layer_targets
 from klein_core.denoiser.adapters.reader import read_adapter
-from klein_core.denoiser.sampler import Trajectory, packed_step
+from klein_core.denoiser.inpainting import Inpainting
+from klein_core.denoiser.sampler import Trajectory, initial_noise, packed_step
 from klein_core.denoiser.transformer import FlowTransformer
 from klein_core.errors import InvalidInput, Violation
 from klein_core.model_description import ModelDescription, read_description
 from klein_core.params import (
     DEFAULT_LIMITS,
+    DEFAULT_STRENGTH,
+    NO_EXPANSION,
     AdapterChoice,
+    Expansion,
     GenerationParams,
     Limits,
     default_side_px,
     fitted_size,
+    inpainting_violations,
 )
 from klein_core.quantization.constants import NO_QUANTIZATION
 from klein_core.text_encoder.encoder import TextEncoder
-from klein_core.vae_decoder.decoder import EncodedReference, VaeDecoder
+from klein_core.vae_decoder.decoder import EncodedReference, VaeDecoder, image_tensor
 from klein_core.vae_decoder.image_io import check_encoding, encode_image
+from klein_core.vae_decoder.initial_image import InitialImage, prepare_initial_image
 from klein_core.vae_decoder.tiling import AUTOMATIC_TILING, TilingPolicy
 from klein_core.variants import PUBLISHED_SCHEDULE, NoiseSchedule
 
@@ -103,6 +110,13 @@ class Pipeline:
         prompt: str,
         *,
         references: Sequence[bytes] = (),
+        initial_image: bytes | None = None,
+        mask: bytes | None = None,
+        mask_is_alpha: bool = False,
+        mask_padding_px: int | None = None,
+        expand: Expansion = NO_EXPANSION,
+        strength: float | None = None,
+        preserve_unmasked: bool = True,
         width_px: int | None = None,
         height_px: int | None = None,
         negative_prompt: str | None = None,
@@ -120,6 +134,10 @@ class Pipeline:
 
         Args:
             references: image files.
+            initial_image: an image file that is painted over; its prepared size is the result's.
+            mask, mask_is_alpha, mask_padding_px, expand: see `prepare_initial_image`.
+            strength: share of the steps that are run on the initial image, above 0 and up to 1; unset means 0.8.
+            preserve_unmasked: whether the initial image's own pixels stand outside the mask; always with a padding.
             width_px, height_px: unset means the first reference's processed size, scaled to fit where it is larger
                 than the limit, or without references the model's default size.
             step_count, guidance_scale: unset means the model's default.
@@ -129,10 +147,34 @@ class Pipeline:
         Raises:
             InvalidInput: an argument is outside its limits; every violation is named.
         """
-        too_many = len(references) > limits.reference_count
-        encoded = [] if too_many else self._encode_references(references)
+        violations = list(
+            inpainting_violations(
+                has_initial_image=initial_image is not None,
+                has_mask=mask is not None,
+                strength=strength,
+                mask_padding_px=mask_padding_px,
+                expand=expand,
+                has_size=width_px is not None or height_px is not None,
+            )
+        )
+        if violations:
+            raise InvalidInput(violations)
         described = self.description or ModelDescription("", DEFAULT_SIDE_PX, limits.pixel_count)
         limits = replace(limits, pixel_count=min(limits.pixel_count, described.pixel_count))
+        painted = None
+        if initial_image is not None:
+            painted = prepare_initial_image(
+                initial_image,
+                mask,
+                mask_is_alpha=mask_is_alpha,
+                mask_padding_px=mask_padding_px,
+                expand=expand,
+                pixel_count=limits.pixel_count,
+                limits=self.vae_decoder.reference_limits,
+            )
+            width_px, height_px = painted.width_px, painted.height_px
+        too_many = len(references) > limits.reference_count
+        encoded = [] if too_many else self._encode_references(references)
         side_px = default_side_px(described.default_size_px, limits.pixel_count)
         default_width_px, default_height_px = (
             fitted_size(encoded[0].width_px, encoded[0].height_px, limits) if encoded else (side_px, side_px)
@@ -150,8 +192,12 @@ class Pipeline:
             adapters=tuple(AdapterChoice(adapter.name, scale) for adapter, scale in adapters),
             limits=limits,
         )
-        for index, trajectory in enumerate(self._trajectories(params, encoded, tuple(adapters))):
-            yield self.vae_decoder.decode(self._denoise(trajectory, index, on_step))
+        strength = DEFAULT_STRENGTH if strength is None else strength
+        trajectories = self._trajectories(params, encoded, tuple(adapters), painted, strength)
+        for index, trajectory in enumerate(trajectories):
+            made = self.vae_decoder.decode(self._denoise(trajectory, index, on_step))
+            is_laid_over = painted is not None and (preserve_unmasked or painted.crop is not None)
+            yield painted.laid_over(made) if painted is not None and is_laid_over else made
 
     def generate_files(
         self,
@@ -192,28 +238,39 @@ class Pipeline:
         params: GenerationParams,
         references: Sequence[EncodedReference],
         adapters: tuple[ScaledAdapter, ...],
+        painted: InitialImage | None,
+        strength: float,
     ) -> Iterator[Trajectory]:
         prompts = [params.prompt, params.negative_prompt or ""] if params.uses_guidance else [params.prompt]
         # One prompt a call, as the services do: the row count of a matrix product may change its last bit.
         embeddings = [self.text_encoder.encode([prompt], params.limits)[0].embedding for prompt in prompts]
         latents = tuple(reference.latents for reference in references)
+        like = embeddings[0]
+        if painted is not None:
+            # The initial image is the first reference, too.
+            initial = self.vae_decoder.encode(image_tensor(painted.pixels())).to(like.device, like.dtype)
+            mask = painted.token_mask().to(like.device, like.dtype)
+            latents = (initial, *latents)
         is_cached = self.uses_reference_cache and bool(latents)
         cache = self.transformer.reference_cache(latents, adapters) if is_cached else None
+        conditioning: dict[str, Any] = {
+            "step_count": params.steps,
+            "prompt_embedding": embeddings[0],
+            "negative_prompt_embedding": embeddings[1] if params.uses_guidance else None,
+            "guidance_scale": params.guidance,
+            "references": () if is_cached else latents,
+            "reference_cache": cache,
+            "adapters": adapters,
+            "schedule": self.schedule,
+        }
+        shape = params.rows, params.columns, self.transformer.config.in_channels
         for seed in params.seeds:
-            yield Trajectory.from_noise(
-                seed=seed,
-                rows=params.rows,
-                columns=params.columns,
-                channels=self.transformer.config.in_channels,
-                step_count=params.steps,
-                prompt_embedding=embeddings[0],
-                negative_prompt_embedding=embeddings[1] if params.uses_guidance else None,
-                guidance_scale=params.guidance,
-                references=() if is_cached else latents,
-                reference_cache=cache,
-                adapters=adapters,
-                schedule=self.schedule,
-            )
+            noise = initial_noise(seed, *shape, like.dtype, like.device)
+            if painted is None:
+                yield Trajectory(latents=noise, **conditioning)
+            else:
+                inpainting = Inpainting(initial, mask, noise)
+                yield Trajectory.from_image(inpainting=inpainting, strength=strength, **conditioning)
 
     def _denoise(self, trajectory: Trajectory, index: int, on_step: StepCallback | None) -> Tensor:
         """Runs all steps of one image. Images are not packed, so each has the same bytes as when made alone."""

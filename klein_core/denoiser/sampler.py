@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from klein_core.denoiser.adapters.adapter import ScaledAdapter
+from klein_core.denoiser.inpainting import Inpainting, first_step
 from klein_core.denoiser.packing import Span
 from klein_core.denoiser.reference_cache import ReferenceCache
 from klein_core.denoiser.transformer import FlowTransformer
@@ -36,6 +37,7 @@ class Trajectory:
         reference_cache: ReferenceCache | None = None,
         adapters: Sequence[ScaledAdapter] = (),
         schedule: NoiseSchedule = PUBLISHED_SCHEDULE,
+        inpainting: Inpainting | None = None,
     ) -> None:
         """Starts at, or resumes from, the latents before step `step_index`.
 
@@ -51,6 +53,7 @@ class Trajectory:
                 before the first step.
             adapters: applied to both spans of guidance; those with a scale of 0 are dropped.
             schedule: shift of the noise levels.
+            inpainting: the initial image of a masked edit; what lies outside its mask is kept.
 
         Raises:
             InvalidInput: latents do not have three axes, the step index is outside 0…step_count, or the negative
@@ -76,6 +79,7 @@ class Trajectory:
         self.latents = latents
         self.step_count = step_count
         self.step_index = step_index
+        self._inpainting = inpainting
         self._velocity: Tensor | None = None
 
     @classmethod
@@ -107,6 +111,42 @@ class Trajectory:
             reference_cache=reference_cache,
             adapters=adapters,
             schedule=schedule,
+        )
+
+    @classmethod
+    def from_image(
+        cls,
+        *,
+        inpainting: Inpainting,
+        strength: float,
+        step_count: int,
+        prompt_embedding: Tensor,
+        negative_prompt_embedding: Tensor | None = None,
+        guidance_scale: float = 1.0,
+        references: tuple[Tensor, ...] = (),
+        reference_cache: ReferenceCache | None = None,
+        adapters: Sequence[ScaledAdapter] = (),
+        schedule: NoiseSchedule = PUBLISHED_SCHEDULE,
+    ) -> Trajectory:
+        """Starts from the initial image, noised to the level of the first step that `strength` leaves.
+
+        Raises:
+            InvalidInput: as the constructor and `first_step`.
+        """
+        rows, columns, _ = inpainting.latents.shape
+        first = first_step(step_count, strength)
+        return cls(
+            latents=inpainting.noised(sigmas(rows * columns, step_count, schedule)[first]),
+            step_count=step_count,
+            step_index=first,
+            prompt_embedding=prompt_embedding,
+            negative_prompt_embedding=negative_prompt_embedding,
+            guidance_scale=guidance_scale,
+            references=references,
+            reference_cache=reference_cache,
+            adapters=adapters,
+            schedule=schedule,
+            inpainting=inpainting,
         )
 
     @property
@@ -143,12 +183,15 @@ class Trajectory:
         self.latents = (self.latents.float() + step * velocity).to(velocity.dtype)
         self._velocity = velocity
         self.step_index += 1
+        if self._inpainting is not None:
+            self.latents = self._inpainting.blended(self.latents, self.sigma)
 
     def preview(self) -> Tensor:
         """Estimates the final latents: x − σ·v, or `latents` before the first step of this object."""
         if self._velocity is None:
             return self.latents
-        return (self.latents.float() - self.sigma * self._velocity.float()).to(self.latents.dtype)
+        clean = (self.latents.float() - self.sigma * self._velocity.float()).to(self.latents.dtype)
+        return clean if self._inpainting is None else self._inpainting.blended(clean, 0.0)
 
 
 @torch.no_grad()

@@ -135,21 +135,31 @@ def prepare_reference(
     Raises:
         InvalidInput: the file is not an image, is damaged, or exceeds the limits.
     """
+    return fit_reference(decode_rgb(open_image(data, field=field, limits=limits), field))
+
+
+def open_image(data: bytes, *, field: str, limits: ReferenceLimits = DEFAULT_REFERENCE_LIMITS) -> Image.Image:
+    """Opens an image file and checks its header; decodes no pixels. Arguments and errors as `prepare_reference`."""
     if len(data) > limits.byte_count:
         raise InvalidInput.of(field, f"is {len(data)} bytes; at most {limits.byte_count} are allowed")
     image = _open(data, field)
     violations = list(_size_violations(image, field, limits))
     if violations:
         raise InvalidInput(violations)
-    return fit_reference(_decode(image, field))
+    return image
+
+
+def scale_to_area(image: Image.Image, pixel_count: int = MODEL_PIXEL_COUNT) -> Image.Image:
+    """Scales an image down to `pixel_count` pixels if it has more; never up."""
+    if image.width * image.height <= pixel_count:
+        return image
+    scale = math.sqrt(pixel_count / (image.width * image.height))
+    return image.resize((int(image.width * scale), int(image.height * scale)), Image.Resampling.LANCZOS)
 
 
 def fit_reference(image: Image.Image) -> Image.Image:
     """Scales an image down to klein's area if it is larger, then crops its sides to multiples of 16."""
-    if image.width * image.height > MODEL_PIXEL_COUNT:
-        scale = math.sqrt(MODEL_PIXEL_COUNT / (image.width * image.height))
-        size = int(image.width * scale), int(image.height * scale)
-        image = image.resize(size, Image.Resampling.LANCZOS)
+    image = scale_to_area(image)
     width = image.width - image.width % SIZE_MULTIPLE_PX
     height = image.height - image.height % SIZE_MULTIPLE_PX
     left, top = (image.width - width) // 2, (image.height - height) // 2
@@ -180,7 +190,7 @@ def _size_violations(image: Image.Image, field: str, limits: ReferenceLimits) ->
         yield Violation(field, f"{size}; one side may be at most {limits.aspect_ratio} times the other")
 
 
-def _decode(image: Image.Image, field: str) -> Image.Image:
+def decode_rgb(image: Image.Image, field: str) -> Image.Image:
     """Decodes the pixels, applies the EXIF orientation and converts to RGB."""
     try:
         image.load()

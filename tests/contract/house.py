@@ -18,7 +18,7 @@ PACKAGES = ("klein_core", "services/klein_services")
 ENFORCED = frozenset({"product files", "longest file", "median lines"})
 """Numbers that fail `make lint`; the others are printed. Add a name when the product is within its limit."""
 
-MAX_FILES = 140
+MAX_FILES = 150
 MAX_LINES = 400
 MIN_MEDIAN_LINES = 90
 MAX_SINGLE_USE_SHARE = 0.10
