@@ -27,7 +27,7 @@ from klein_api.v1 import image_pb2 as klein__api_dot_v1_dot_image__pb2
 from klein_api.v1 import tensor_pb2 as klein__api_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#klein_api/v1/denoiser_service.proto\x12\x0cklein_api.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18klein_api/v1/image.proto\x1a\x19klein_api/v1/tensor.proto\"\xbc\x02\n\x15\x44\x65noiseLatentsRequest\x12)\n\x04spec\x18\x01 \x01(\x0b\x32\x19.klein_api.v1.DenoiseSpecH\x00\x12\x35\n\x10prompt_embedding\x18\x02 \x01(\x0b\x32\x19.klein_api.v1.TensorFrameH\x00\x12>\n\x19negative_prompt_embedding\x18\x03 \x01(\x0b\x32\x19.klein_api.v1.TensorFrameH\x00\x12=\n\x11reference_latents\x18\x04 \x01(\x0b\x32 .klein_api.v1.IndexedTensorFrameH\x00\x12:\n\x0eresume_latents\x18\x05 \x01(\x0b\x32 .klein_api.v1.IndexedTensorFrameH\x00\x42\x06\n\x04part\"M\n\x12IndexedTensorFrame\x12\r\n\x05index\x18\x01 \x01(\x05\x12(\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x19.klein_api.v1.TensorFrame\"\xec\x02\n\x0b\x44\x65noiseSpec\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08width_px\x18\x02 \x01(\x05\x12\x11\n\theight_px\x18\x03 \x01(\x05\x12\r\n\x05seeds\x18\x04 \x03(\x03\x12\x17\n\nstep_count\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\x1b\n\x0eguidance_scale\x18\x06 \x01(\x02H\x01\x88\x01\x01\x12\x17\n\x0freference_count\x18\x07 \x01(\x05\x12(\n\x08priority\x18\x08 \x01(\x0e\x32\x16.klein_api.v1.Priority\x12\x1e\n\x16preview_interval_steps\x18\t \x01(\x05\x12!\n\x19\x63heckpoint_interval_steps\x18\n \x01(\x05\x12\x13\n\x0bresume_step\x18\x0b \x01(\x05\x12\'\n\x08\x61\x64\x61pters\x18\x0c \x03(\x0b\x32\x15.klein_api.v1.AdapterB\r\n\x0b_step_countB\x11\n\x0f_guidance_scale\"\xff\x02\n\x16\x44\x65noiseLatentsResponse\x12-\n\x06queued\x18\x01 \x01(\x0b\x32\x1b.klein_api.v1.DenoiseQueuedH\x00\x12/\n\x07started\x18\x02 \x01(\x0b\x32\x1c.klein_api.v1.DenoiseStartedH\x00\x12)\n\x04step\x18\x03 \x01(\x0b\x32\x19.klein_api.v1.DenoiseStepH\x00\x12\x33\n\x07preview\x18\x04 \x01(\x0b\x32 .klein_api.v1.IndexedTensorFrameH\x00\x12\x36\n\ncheckpoint\x18\x05 \x01(\x0b\x32 .klein_api.v1.IndexedTensorFrameH\x00\x12\x33\n\x07latents\x18\x06 \x01(\x0b\x32 .klein_api.v1.IndexedTensorFrameH\x00\x12/\n\x07summary\x18\x07 \x01(\x0b\x32\x1c.klein_api.v1.DenoiseSummaryH\x00\x42\x07\n\x05\x65vent\"l\n\rDenoiseQueued\x12\x10\n\x08position\x18\x01 \x01(\x05\x12\x36\n\x0e\x65stimated_wait\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationH\x00\x88\x01\x01\x42\x11\n\x0f_estimated_wait\"W\n\x0e\x44\x65noiseStarted\x12\x31\n\x0equeue_duration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nstep_count\x18\x02 \x01(\x05\"/\n\x0b\x44\x65noiseStep\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\x12\n\nstep_count\x18\x02 \x01(\x05\"\x8c\x01\n\x0e\x44\x65noiseSummary\x12\x31\n\x0equeue_duration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x10\x63ompute_duration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nstep_count\x18\x03 \x01(\x05\x32r\n\x0f\x44\x65noiserService\x12_\n\x0e\x44\x65noiseLatents\x12#.klein_api.v1.DenoiseLatentsRequest\x1a$.klein_api.v1.DenoiseLatentsResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#klein_api/v1/denoiser_service.proto\x12\x0cklein_api.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18klein_api/v1/image.proto\x1a\x19klein_api/v1/tensor.proto\"\x9d\x03\n\x15\x44\x65noiseLatentsRequest\x12)\n\x04spec\x18\x01 \x01(\x0b\x32\x19.klein_api.v1.DenoiseSpecH\x00\x12\x35\n\x10prompt_embedding\x18\x02 \x01(\x0b\x32\x19.klein_api.v1.TensorFrameH\x00\x12>\n\x19negative_prompt_embedding\x18\x03 \x01(\x0b\x32\x19.klein_api.v1.TensorFrameH\x00\x12=\n\x11reference_latents\x18\x04 \x01(\x0b\x32 .klein_api.v1.IndexedTensorFrameH\x00\x12:\n\x0eresume_latents\x18\x05 \x01(\x0b\x32 .klein_api.v1.IndexedTensorFrameH\x00\x12\x34\n\x0finitial_latents\x18\x06 \x01(\x0b\x32\x19.klein_api.v1.TensorFrameH\x00\x12)\n\x04mask\x18\x07 \x01(\x0b\x32\x19.klein_api.v1.TensorFrameH\x00\x42\x06\n\x04part\"M\n\x12IndexedTensorFrame\x12\r\n\x05index\x18\x01 \x01(\x05\x12(\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x19.klein_api.v1.TensorFrame\"\x90\x03\n\x0b\x44\x65noiseSpec\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08width_px\x18\x02 \x01(\x05\x12\x11\n\theight_px\x18\x03 \x01(\x05\x12\r\n\x05seeds\x18\x04 \x03(\x03\x12\x17\n\nstep_count\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\x1b\n\x0eguidance_scale\x18\x06 \x01(\x02H\x01\x88\x01\x01\x12\x17\n\x0freference_count\x18\x07 \x01(\x05\x12(\n\x08priority\x18\x08 \x01(\x0e\x32\x16.klein_api.v1.Priority\x12\x1e\n\x16preview_interval_steps\x18\t \x01(\x05\x12!\n\x19\x63heckpoint_interval_steps\x18\n \x01(\x05\x12\x13\n\x0bresume_step\x18\x0b \x01(\x05\x12\'\n\x08\x61\x64\x61pters\x18\x0c \x03(\x0b\x32\x15.klein_api.v1.Adapter\x12\x15\n\x08strength\x18\r \x01(\x02H\x02\x88\x01\x01\x42\r\n\x0b_step_countB\x11\n\x0f_guidance_scaleB\x0b\n\t_strength\"\xff\x02\n\x16\x44\x65noiseLatentsResponse\x12-\n\x06queued\x18\x01 \x01(\x0b\x32\x1b.klein_api.v1.DenoiseQueuedH\x00\x12/\n\x07started\x18\x02 \x01(\x0b\x32\x1c.klein_api.v1.DenoiseStartedH\x00\x12)\n\x04step\x18\x03 \x01(\x0b\x32\x19.klein_api.v1.DenoiseStepH\x00\x12\x33\n\x07preview\x18\x04 \x01(\x0b\x32 .klein_api.v1.IndexedTensorFrameH\x00\x12\x36\n\ncheckpoint\x18\x05 \x01(\x0b\x32 .klein_api.v1.IndexedTensorFrameH\x00\x12\x33\n\x07latents\x18\x06 \x01(\x0b\x32 .klein_api.v1.IndexedTensorFrameH\x00\x12/\n\x07summary\x18\x07 \x01(\x0b\x32\x1c.klein_api.v1.DenoiseSummaryH\x00\x42\x07\n\x05\x65vent\"l\n\rDenoiseQueued\x12\x10\n\x08position\x18\x01 \x01(\x05\x12\x36\n\x0e\x65stimated_wait\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationH\x00\x88\x01\x01\x42\x11\n\x0f_estimated_wait\"W\n\x0e\x44\x65noiseStarted\x12\x31\n\x0equeue_duration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nstep_count\x18\x02 \x01(\x05\"/\n\x0b\x44\x65noiseStep\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\x12\n\nstep_count\x18\x02 \x01(\x05\"\x8c\x01\n\x0e\x44\x65noiseSummary\x12\x31\n\x0equeue_duration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x10\x63ompute_duration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nstep_count\x18\x03 \x01(\x05\x32r\n\x0f\x44\x65noiserService\x12_\n\x0e\x44\x65noiseLatents\x12#.klein_api.v1.DenoiseLatentsRequest\x1a$.klein_api.v1.DenoiseLatentsResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,21 +35,21 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'klein_api.v1.denoiser_servi
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_DENOISELATENTSREQUEST']._serialized_start=139
-  _globals['_DENOISELATENTSREQUEST']._serialized_end=455
-  _globals['_INDEXEDTENSORFRAME']._serialized_start=457
-  _globals['_INDEXEDTENSORFRAME']._serialized_end=534
-  _globals['_DENOISESPEC']._serialized_start=537
-  _globals['_DENOISESPEC']._serialized_end=901
-  _globals['_DENOISELATENTSRESPONSE']._serialized_start=904
-  _globals['_DENOISELATENTSRESPONSE']._serialized_end=1287
-  _globals['_DENOISEQUEUED']._serialized_start=1289
-  _globals['_DENOISEQUEUED']._serialized_end=1397
-  _globals['_DENOISESTARTED']._serialized_start=1399
-  _globals['_DENOISESTARTED']._serialized_end=1486
-  _globals['_DENOISESTEP']._serialized_start=1488
-  _globals['_DENOISESTEP']._serialized_end=1535
-  _globals['_DENOISESUMMARY']._serialized_start=1538
-  _globals['_DENOISESUMMARY']._serialized_end=1678
-  _globals['_DENOISERSERVICE']._serialized_start=1680
-  _globals['_DENOISERSERVICE']._serialized_end=1794
+  _globals['_DENOISELATENTSREQUEST']._serialized_end=552
+  _globals['_INDEXEDTENSORFRAME']._serialized_start=554
+  _globals['_INDEXEDTENSORFRAME']._serialized_end=631
+  _globals['_DENOISESPEC']._serialized_start=634
+  _globals['_DENOISESPEC']._serialized_end=1034
+  _globals['_DENOISELATENTSRESPONSE']._serialized_start=1037
+  _globals['_DENOISELATENTSRESPONSE']._serialized_end=1420
+  _globals['_DENOISEQUEUED']._serialized_start=1422
+  _globals['_DENOISEQUEUED']._serialized_end=1530
+  _globals['_DENOISESTARTED']._serialized_start=1532
+  _globals['_DENOISESTARTED']._serialized_end=1619
+  _globals['_DENOISESTEP']._serialized_start=1621
+  _globals['_DENOISESTEP']._serialized_end=1668
+  _globals['_DENOISESUMMARY']._serialized_start=1671
+  _globals['_DENOISESUMMARY']._serialized_end=1811
+  _globals['_DENOISERSERVICE']._serialized_start=1813
+  _globals['_DENOISERSERVICE']._serialized_end=1927
 # @@protoc_insertion_point(module_scope)

@@ -32,6 +32,8 @@ class DenoiseLatentsRequest(_message.Message):
     NEGATIVE_PROMPT_EMBEDDING_FIELD_NUMBER: _builtins.int
     REFERENCE_LATENTS_FIELD_NUMBER: _builtins.int
     RESUME_LATENTS_FIELD_NUMBER: _builtins.int
+    INITIAL_LATENTS_FIELD_NUMBER: _builtins.int
+    MASK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def spec(self) -> Global___DenoiseSpec:
         """First, once."""
@@ -52,6 +54,16 @@ class DenoiseLatentsRequest(_message.Message):
     def resume_latents(self) -> Global___IndexedTensorFrame:
         """Latents of image `index` to resume from, shape [rows, columns, latent channels], as sent in a checkpoint."""
 
+    @_builtins.property
+    def initial_latents(self) -> _tensor_pb2.TensorFrame:
+        """Only with `DenoiseSpec.strength`: latents of the initial image, shape [rows, columns, latent channels]. They are
+        the first reference, too, and not counted in `reference_count`.
+        """
+
+    @_builtins.property
+    def mask(self) -> _tensor_pb2.TensorFrame:
+        """Only with `DenoiseSpec.strength`: what is made anew, float32 in [0, 1], shape [rows, columns, 1]."""
+
     def __init__(
         self,
         *,
@@ -60,12 +72,14 @@ class DenoiseLatentsRequest(_message.Message):
         negative_prompt_embedding: _tensor_pb2.TensorFrame | None = ...,
         reference_latents: Global___IndexedTensorFrame | None = ...,
         resume_latents: Global___IndexedTensorFrame | None = ...,
+        initial_latents: _tensor_pb2.TensorFrame | None = ...,
+        mask: _tensor_pb2.TensorFrame | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["negative_prompt_embedding", b"negative_prompt_embedding", "part", b"part", "prompt_embedding", b"prompt_embedding", "reference_latents", b"reference_latents", "resume_latents", b"resume_latents", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["initial_latents", b"initial_latents", "mask", b"mask", "negative_prompt_embedding", b"negative_prompt_embedding", "part", b"part", "prompt_embedding", b"prompt_embedding", "reference_latents", b"reference_latents", "resume_latents", b"resume_latents", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["negative_prompt_embedding", b"negative_prompt_embedding", "part", b"part", "prompt_embedding", b"prompt_embedding", "reference_latents", b"reference_latents", "resume_latents", b"resume_latents", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["initial_latents", b"initial_latents", "mask", b"mask", "negative_prompt_embedding", b"negative_prompt_embedding", "part", b"part", "prompt_embedding", b"prompt_embedding", "reference_latents", b"reference_latents", "resume_latents", b"resume_latents", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["spec", "prompt_embedding", "negative_prompt_embedding", "reference_latents", "resume_latents"]  # noqa: Y015
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["spec", "prompt_embedding", "negative_prompt_embedding", "reference_latents", "resume_latents", "initial_latents", "mask"]  # noqa: Y015
     _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
 
@@ -117,6 +131,7 @@ class DenoiseSpec(_message.Message):
     CHECKPOINT_INTERVAL_STEPS_FIELD_NUMBER: _builtins.int
     RESUME_STEP_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
+    STRENGTH_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The denoiser's model name; empty means the one that the stage serves. Another name is NOT_FOUND."""
     width_px: _builtins.int
@@ -139,6 +154,10 @@ class DenoiseSpec(_message.Message):
     """A checkpoint after every so many steps; 0 means none."""
     resume_step: _builtins.int
     """Steps already done in `resume_latents`; 0 means from noise."""
+    strength: _builtins.float
+    """Share of the steps that are run on the initial image, above 0 and at most 1; set if and only if `initial_latents` and
+    `mask` follow.
+    """
     @_builtins.property
     def seeds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """One seed for each image [0, 2^63 - 1]; at least one."""
@@ -164,19 +183,24 @@ class DenoiseSpec(_message.Message):
         checkpoint_interval_steps: _builtins.int = ...,
         resume_step: _builtins.int = ...,
         adapters: _abc.Iterable[_image_pb2.Adapter] | None = ...,
+        strength: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_step_count", b"_step_count", "guidance_scale", b"guidance_scale", "step_count", b"step_count"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_step_count", b"_step_count", "_strength", b"_strength", "guidance_scale", b"guidance_scale", "step_count", b"step_count", "strength", b"strength"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_step_count", b"_step_count", "adapters", b"adapters", "checkpoint_interval_steps", b"checkpoint_interval_steps", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "model", b"model", "preview_interval_steps", b"preview_interval_steps", "priority", b"priority", "reference_count", b"reference_count", "resume_step", b"resume_step", "seeds", b"seeds", "step_count", b"step_count", "width_px", b"width_px"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_step_count", b"_step_count", "_strength", b"_strength", "adapters", b"adapters", "checkpoint_interval_steps", b"checkpoint_interval_steps", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "model", b"model", "preview_interval_steps", b"preview_interval_steps", "priority", b"priority", "reference_count", b"reference_count", "resume_step", b"resume_step", "seeds", b"seeds", "step_count", b"step_count", "strength", b"strength", "width_px", b"width_px"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
     _WhichOneofReturnType__step_count: _TypeAlias = _typing.Literal["step_count"]  # noqa: Y015
     _WhichOneofArgType__step_count: _TypeAlias = _typing.Literal["_step_count", b"_step_count"]  # noqa: Y015
+    _WhichOneofReturnType__strength: _TypeAlias = _typing.Literal["strength"]  # noqa: Y015
+    _WhichOneofArgType__strength: _TypeAlias = _typing.Literal["_strength", b"_strength"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__guidance_scale) -> _WhichOneofReturnType__guidance_scale | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__step_count) -> _WhichOneofReturnType__step_count | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__strength) -> _WhichOneofReturnType__strength | None: ...
 
 Global___DenoiseSpec: _TypeAlias = DenoiseSpec  # noqa: Y015
 

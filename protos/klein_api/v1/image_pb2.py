@@ -24,17 +24,21 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18klein_api/v1/image.proto\x12\x0cklein_api.v1\"5\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\x05scale\x18\x02 \x01(\x02H\x00\x88\x01\x01\x42\x08\n\x06_scale*\x89\x01\n\x0bImageFormat\x12\x1c\n\x18IMAGE_FORMAT_UNSPECIFIED\x10\x00\x12\x14\n\x10IMAGE_FORMAT_PNG\x10\x01\x12\x15\n\x11IMAGE_FORMAT_JPEG\x10\x02\x12\x15\n\x11IMAGE_FORMAT_WEBP\x10\x03\x12\x18\n\x14IMAGE_FORMAT_RAW_RGB\x10\x04*i\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x15\n\x11PRIORITY_STANDARD\x10\x02\x12\x12\n\x0ePRIORITY_BATCH\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18klein_api/v1/image.proto\x12\x0cklein_api.v1\"5\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\x05scale\x18\x02 \x01(\x02H\x00\x88\x01\x01\x42\x08\n\x06_scale\"\x9c\x01\n\x0eInpaintingSpec\x12\x15\n\rmask_is_alpha\x18\x01 \x01(\x08\x12\x1c\n\x0fmask_padding_px\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12,\n\x06\x65xpand\x18\x03 \x01(\x0b\x32\x1c.klein_api.v1.ImageExpansion\x12\x13\n\x0bpixel_count\x18\x04 \x01(\x03\x42\x12\n\x10_mask_padding_px\"V\n\x0eImageExpansion\x12\x0f\n\x07left_px\x18\x01 \x01(\x05\x12\x0e\n\x06top_px\x18\x02 \x01(\x05\x12\x10\n\x08right_px\x18\x03 \x01(\x05\x12\x11\n\tbottom_px\x18\x04 \x01(\x05*\x89\x01\n\x0bImageFormat\x12\x1c\n\x18IMAGE_FORMAT_UNSPECIFIED\x10\x00\x12\x14\n\x10IMAGE_FORMAT_PNG\x10\x01\x12\x15\n\x11IMAGE_FORMAT_JPEG\x10\x02\x12\x15\n\x11IMAGE_FORMAT_WEBP\x10\x03\x12\x18\n\x14IMAGE_FORMAT_RAW_RGB\x10\x04*i\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x15\n\x11PRIORITY_STANDARD\x10\x02\x12\x12\n\x0ePRIORITY_BATCH\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'klein_api.v1.image_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_IMAGEFORMAT']._serialized_start=98
-  _globals['_IMAGEFORMAT']._serialized_end=235
-  _globals['_PRIORITY']._serialized_start=237
-  _globals['_PRIORITY']._serialized_end=342
+  _globals['_IMAGEFORMAT']._serialized_start=345
+  _globals['_IMAGEFORMAT']._serialized_end=482
+  _globals['_PRIORITY']._serialized_start=484
+  _globals['_PRIORITY']._serialized_end=589
   _globals['_ADAPTER']._serialized_start=42
   _globals['_ADAPTER']._serialized_end=95
+  _globals['_INPAINTINGSPEC']._serialized_start=98
+  _globals['_INPAINTINGSPEC']._serialized_end=254
+  _globals['_IMAGEEXPANSION']._serialized_start=256
+  _globals['_IMAGEEXPANSION']._serialized_end=342
 # @@protoc_insertion_point(module_scope)

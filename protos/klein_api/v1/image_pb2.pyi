@@ -10,10 +10,10 @@ import builtins as _builtins
 import sys
 import typing as _typing
 
-if sys.version_info >= (3, 10):
-    from typing import TypeAlias as _TypeAlias
+if sys.version_info >= (3, 11):
+    from typing import TypeAlias as _TypeAlias, Never as _Never
 else:
-    from typing_extensions import TypeAlias as _TypeAlias
+    from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
@@ -104,3 +104,77 @@ class Adapter(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__scale) -> _WhichOneofReturnType__scale | None: ...
 
 Global___Adapter: _TypeAlias = Adapter  # noqa: Y015
+
+@_typing.final
+class InpaintingSpec(_message.Message):
+    """How an initial image and its mask become what is denoised."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MASK_IS_ALPHA_FIELD_NUMBER: _builtins.int
+    MASK_PADDING_PX_FIELD_NUMBER: _builtins.int
+    EXPAND_FIELD_NUMBER: _builtins.int
+    PIXEL_COUNT_FIELD_NUMBER: _builtins.int
+    mask_is_alpha: _builtins.bool
+    """Whether the mask's alpha channel counts, where 0 is made anew. Else its brightness counts, where white is."""
+    mask_padding_px: _builtins.int
+    """Denoises only the mask's bounding box, widened by so many pixels [0, 1024] and to the image's aspect. Unset means
+    the whole image. Needs a mask.
+    """
+    pixel_count: _builtins.int
+    """Most pixels of what is denoised; a larger image is scaled down. 0 means 2^20, which holds in any case."""
+    @_builtins.property
+    def expand(self) -> Global___ImageExpansion:
+        """Sides that are added to the image and made anew."""
+
+    def __init__(
+        self,
+        *,
+        mask_is_alpha: _builtins.bool = ...,
+        mask_padding_px: _builtins.int | None = ...,
+        expand: Global___ImageExpansion | None = ...,
+        pixel_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_mask_padding_px", b"_mask_padding_px", "expand", b"expand", "mask_padding_px", b"mask_padding_px"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_mask_padding_px", b"_mask_padding_px", "expand", b"expand", "mask_is_alpha", b"mask_is_alpha", "mask_padding_px", b"mask_padding_px", "pixel_count", b"pixel_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__mask_padding_px: _TypeAlias = _typing.Literal["mask_padding_px"]  # noqa: Y015
+    _WhichOneofArgType__mask_padding_px: _TypeAlias = _typing.Literal["_mask_padding_px", b"_mask_padding_px"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mask_padding_px) -> _WhichOneofReturnType__mask_padding_px | None: ...
+
+Global___InpaintingSpec: _TypeAlias = InpaintingSpec  # noqa: Y015
+
+@_typing.final
+class ImageExpansion(_message.Message):
+    """Pixels that are added on each side of an image; none is negative."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEFT_PX_FIELD_NUMBER: _builtins.int
+    TOP_PX_FIELD_NUMBER: _builtins.int
+    RIGHT_PX_FIELD_NUMBER: _builtins.int
+    BOTTOM_PX_FIELD_NUMBER: _builtins.int
+    left_px: _builtins.int
+    """On the left."""
+    top_px: _builtins.int
+    """At the top."""
+    right_px: _builtins.int
+    """On the right."""
+    bottom_px: _builtins.int
+    """At the bottom."""
+    def __init__(
+        self,
+        *,
+        left_px: _builtins.int = ...,
+        top_px: _builtins.int = ...,
+        right_px: _builtins.int = ...,
+        bottom_px: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bottom_px", b"bottom_px", "left_px", b"left_px", "right_px", b"right_px", "top_px", b"top_px"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImageExpansion: _TypeAlias = ImageExpansion  # noqa: Y015

@@ -27,7 +27,7 @@ from klein_api.v1 import image_pb2 as klein__api_dot_v1_dot_image__pb2
 from klein_api.v1 import stage_service_pb2 as klein__api_dot_v1_dot_stage__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n klein_api/v1/image_service.proto\x12\x0cklein_api.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18klein_api/v1/image.proto\x1a klein_api/v1/stage_service.proto\"\x8e\x04\n\tImageSpec\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12\x1c\n\x0fnegative_prompt\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x12\n\nreferences\x18\x04 \x03(\x0c\x12\x15\n\x08width_px\x18\x05 \x01(\x05H\x01\x88\x01\x01\x12\x16\n\theight_px\x18\x06 \x01(\x05H\x02\x88\x01\x01\x12\x17\n\nstep_count\x18\x07 \x01(\x05H\x03\x88\x01\x01\x12\x1b\n\x0eguidance_scale\x18\x08 \x01(\x02H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\t \x01(\x03H\x05\x88\x01\x01\x12\x18\n\x0bimage_count\x18\n \x01(\x05H\x06\x88\x01\x01\x12)\n\x06\x66ormat\x18\x0b \x01(\x0e\x32\x19.klein_api.v1.ImageFormat\x12\x14\n\x07quality\x18\x0c \x01(\x05H\x07\x88\x01\x01\x12(\n\x08priority\x18\r \x01(\x0e\x32\x16.klein_api.v1.Priority\x12\'\n\x08\x61\x64\x61pters\x18\x0e \x03(\x0b\x32\x15.klein_api.v1.Adapter\x12\x14\n\x0c\x65mbed_prompt\x18\x0f \x01(\x08\x42\x12\n\x10_negative_promptB\x0b\n\t_width_pxB\x0c\n\n_height_pxB\r\n\x0b_step_countB\x11\n\x0f_guidance_scaleB\x07\n\x05_seedB\x0e\n\x0c_image_countB\n\n\x08_quality\"=\n\x14GenerateImageRequest\x12%\n\x04spec\x18\x01 \x01(\x0b\x32\x17.klein_api.v1.ImageSpec\"w\n\x15GenerateImageResponse\x12,\n\x06images\x18\x01 \x03(\x0b\x32\x1c.klein_api.v1.GeneratedImage\x12\x30\n\x07summary\x18\x02 \x01(\x0b\x32\x1f.klein_api.v1.GenerationSummary\"c\n\x1aStreamGenerateImageRequest\x12%\n\x04spec\x18\x01 \x01(\x0b\x32\x17.klein_api.v1.ImageSpec\x12\x1e\n\x16preview_interval_steps\x18\x02 \x01(\x05\"\x9a\x02\n\x1bStreamGenerateImageResponse\x12\x30\n\x06queued\x18\x01 \x01(\x0b\x32\x1e.klein_api.v1.GenerationQueuedH\x00\x12,\n\x04step\x18\x02 \x01(\x0b\x32\x1c.klein_api.v1.GenerationStepH\x00\x12/\n\x07preview\x18\x03 \x01(\x0b\x32\x1c.klein_api.v1.GeneratedImageH\x00\x12-\n\x05image\x18\x04 \x01(\x0b\x32\x1c.klein_api.v1.GeneratedImageH\x00\x12\x32\n\x07summary\x18\x05 \x01(\x0b\x32\x1f.klein_api.v1.GenerationSummaryH\x00\x42\x07\n\x05\x65vent\"o\n\x10GenerationQueued\x12\x10\n\x08position\x18\x01 \x01(\x05\x12\x36\n\x0e\x65stimated_wait\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationH\x00\x88\x01\x01\x42\x11\n\x0f_estimated_wait\"2\n\x0eGenerationStep\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\x12\n\nstep_count\x18\x02 \x01(\x05\"\x99\x01\n\x0eGeneratedImage\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04seed\x18\x02 \x01(\x03\x12\x10\n\x08width_px\x18\x03 \x01(\x05\x12\x11\n\theight_px\x18\x04 \x01(\x05\x12)\n\x06\x66ormat\x18\x05 \x01(\x0e\x32\x19.klein_api.v1.ImageFormat\x12\x0c\n\x04\x64\x61ta\x18\x06 \x01(\x0c\x12\x0c\n\x04step\x18\x07 \x01(\x05\"\xd2\x02\n\x11GenerationSummary\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0c\n\x04\x66low\x18\x03 \x01(\t\x12\x1a\n\x12prompt_token_count\x18\x04 \x01(\x05\x12\x18\n\x10prompt_truncated\x18\x05 \x01(\x08\x12\x18\n\x10input_megapixels\x18\x06 \x01(\x01\x12\x19\n\x11output_megapixels\x18\x07 \x01(\x01\x12\x12\n\nstep_count\x18\x08 \x01(\x05\x12\x16\n\x0eguidance_scale\x18\t \x01(\x02\x12\x30\n\rstage_timings\x18\n \x03(\x0b\x32\x19.klein_api.v1.StageTiming\x12\x31\n\x0etotal_duration\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08warnings\x18\x0c \x03(\t\"\xdd\x01\n\x0bStageTiming\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x11\n\toperation\x18\x02 \x01(\t\x12\x12\n\ncall_count\x18\x03 \x01(\x05\x12\x31\n\x0equeue_duration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x10\x63ompute_duration\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\rcall_duration\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x13\n\x11ListModelsRequest\"V\n\x12ListModelsResponse\x12)\n\x06models\x18\x01 \x03(\x0b\x32\x19.klein_api.v1.RoutedModel\x12\x15\n\rdefault_model\x18\x02 \x01(\t\"\x9a\x02\n\x0bRoutedModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07serving\x18\x02 \x01(\x08\x12\x11\n\tdistilled\x18\x03 \x01(\x08\x12\x1a\n\x12\x64\x65\x66\x61ult_step_count\x18\x04 \x01(\x05\x12\x1e\n\x16\x64\x65\x66\x61ult_guidance_scale\x18\x05 \x01(\x02\x12)\n\x06limits\x18\x06 \x01(\x0b\x32\x19.klein_api.v1.ModelLimits\x12)\n\x06stages\x18\x07 \x03(\x0b\x32\x19.klein_api.v1.RoutedStage\x12\x32\n\x08\x61\x64\x61pters\x18\x08 \x03(\x0b\x32 .klein_api.v1.AdapterDescription\x12\x13\n\x0b\x64\x65scription\x18\t \x01(\t\"\xad\x01\n\x0bModelLimits\x12\x17\n\x0freference_count\x18\x01 \x01(\x05\x12\x17\n\x0freference_bytes\x18\x02 \x01(\x03\x12\x13\n\x0bpixel_count\x18\x03 \x01(\x03\x12\x13\n\x0bimage_count\x18\x04 \x01(\x05\x12\x12\n\nstep_count\x18\x05 \x01(\x05\x12\x17\n\x0f\x64\x65\x66\x61ult_size_px\x18\x06 \x01(\x05\x12\x15\n\radapter_count\x18\x07 \x01(\x05\"h\n\x0bRoutedStage\x12\x0e\n\x06target\x18\x01 \x01(\t\x12\x38\n\x0b\x64\x65scription\x18\x02 \x01(\x0b\x32#.klein_api.v1.DescribeStageResponse\x12\x0f\n\x07problem\x18\x03 \x01(\t2\xa7\x02\n\x0cImageService\x12X\n\rGenerateImage\x12\".klein_api.v1.GenerateImageRequest\x1a#.klein_api.v1.GenerateImageResponse\x12l\n\x13StreamGenerateImage\x12(.klein_api.v1.StreamGenerateImageRequest\x1a).klein_api.v1.StreamGenerateImageResponse0\x01\x12O\n\nListModels\x12\x1f.klein_api.v1.ListModelsRequest\x1a .klein_api.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n klein_api/v1/image_service.proto\x12\x0cklein_api.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18klein_api/v1/image.proto\x1a klein_api/v1/stage_service.proto\"\xa9\x06\n\tImageSpec\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12\x1c\n\x0fnegative_prompt\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x12\n\nreferences\x18\x04 \x03(\x0c\x12\x15\n\x08width_px\x18\x05 \x01(\x05H\x01\x88\x01\x01\x12\x16\n\theight_px\x18\x06 \x01(\x05H\x02\x88\x01\x01\x12\x17\n\nstep_count\x18\x07 \x01(\x05H\x03\x88\x01\x01\x12\x1b\n\x0eguidance_scale\x18\x08 \x01(\x02H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\t \x01(\x03H\x05\x88\x01\x01\x12\x18\n\x0bimage_count\x18\n \x01(\x05H\x06\x88\x01\x01\x12)\n\x06\x66ormat\x18\x0b \x01(\x0e\x32\x19.klein_api.v1.ImageFormat\x12\x14\n\x07quality\x18\x0c \x01(\x05H\x07\x88\x01\x01\x12(\n\x08priority\x18\r \x01(\x0e\x32\x16.klein_api.v1.Priority\x12\'\n\x08\x61\x64\x61pters\x18\x0e \x03(\x0b\x32\x15.klein_api.v1.Adapter\x12\x14\n\x0c\x65mbed_prompt\x18\x0f \x01(\x08\x12\x1a\n\rinitial_image\x18\x10 \x01(\x0cH\x08\x88\x01\x01\x12\x11\n\x04mask\x18\x11 \x01(\x0cH\t\x88\x01\x01\x12\x15\n\x08strength\x18\x12 \x01(\x02H\n\x88\x01\x01\x12\x15\n\rmask_is_alpha\x18\x13 \x01(\x08\x12\x1c\n\x0fmask_padding_px\x18\x14 \x01(\x05H\x0b\x88\x01\x01\x12,\n\x06\x65xpand\x18\x15 \x01(\x0b\x32\x1c.klein_api.v1.ImageExpansion\x12\x1e\n\x11preserve_unmasked\x18\x16 \x01(\x08H\x0c\x88\x01\x01\x42\x12\n\x10_negative_promptB\x0b\n\t_width_pxB\x0c\n\n_height_pxB\r\n\x0b_step_countB\x11\n\x0f_guidance_scaleB\x07\n\x05_seedB\x0e\n\x0c_image_countB\n\n\x08_qualityB\x10\n\x0e_initial_imageB\x07\n\x05_maskB\x0b\n\t_strengthB\x12\n\x10_mask_padding_pxB\x14\n\x12_preserve_unmasked\"=\n\x14GenerateImageRequest\x12%\n\x04spec\x18\x01 \x01(\x0b\x32\x17.klein_api.v1.ImageSpec\"w\n\x15GenerateImageResponse\x12,\n\x06images\x18\x01 \x03(\x0b\x32\x1c.klein_api.v1.GeneratedImage\x12\x30\n\x07summary\x18\x02 \x01(\x0b\x32\x1f.klein_api.v1.GenerationSummary\"c\n\x1aStreamGenerateImageRequest\x12%\n\x04spec\x18\x01 \x01(\x0b\x32\x17.klein_api.v1.ImageSpec\x12\x1e\n\x16preview_interval_steps\x18\x02 \x01(\x05\"\x9a\x02\n\x1bStreamGenerateImageResponse\x12\x30\n\x06queued\x18\x01 \x01(\x0b\x32\x1e.klein_api.v1.GenerationQueuedH\x00\x12,\n\x04step\x18\x02 \x01(\x0b\x32\x1c.klein_api.v1.GenerationStepH\x00\x12/\n\x07preview\x18\x03 \x01(\x0b\x32\x1c.klein_api.v1.GeneratedImageH\x00\x12-\n\x05image\x18\x04 \x01(\x0b\x32\x1c.klein_api.v1.GeneratedImageH\x00\x12\x32\n\x07summary\x18\x05 \x01(\x0b\x32\x1f.klein_api.v1.GenerationSummaryH\x00\x42\x07\n\x05\x65vent\"o\n\x10GenerationQueued\x12\x10\n\x08position\x18\x01 \x01(\x05\x12\x36\n\x0e\x65stimated_wait\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationH\x00\x88\x01\x01\x42\x11\n\x0f_estimated_wait\"2\n\x0eGenerationStep\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\x12\n\nstep_count\x18\x02 \x01(\x05\"\x99\x01\n\x0eGeneratedImage\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04seed\x18\x02 \x01(\x03\x12\x10\n\x08width_px\x18\x03 \x01(\x05\x12\x11\n\theight_px\x18\x04 \x01(\x05\x12)\n\x06\x66ormat\x18\x05 \x01(\x0e\x32\x19.klein_api.v1.ImageFormat\x12\x0c\n\x04\x64\x61ta\x18\x06 \x01(\x0c\x12\x0c\n\x04step\x18\x07 \x01(\x05\"\xd2\x02\n\x11GenerationSummary\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0c\n\x04\x66low\x18\x03 \x01(\t\x12\x1a\n\x12prompt_token_count\x18\x04 \x01(\x05\x12\x18\n\x10prompt_truncated\x18\x05 \x01(\x08\x12\x18\n\x10input_megapixels\x18\x06 \x01(\x01\x12\x19\n\x11output_megapixels\x18\x07 \x01(\x01\x12\x12\n\nstep_count\x18\x08 \x01(\x05\x12\x16\n\x0eguidance_scale\x18\t \x01(\x02\x12\x30\n\rstage_timings\x18\n \x03(\x0b\x32\x19.klein_api.v1.StageTiming\x12\x31\n\x0etotal_duration\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08warnings\x18\x0c \x03(\t\"\xdd\x01\n\x0bStageTiming\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x11\n\toperation\x18\x02 \x01(\t\x12\x12\n\ncall_count\x18\x03 \x01(\x05\x12\x31\n\x0equeue_duration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x10\x63ompute_duration\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\rcall_duration\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x13\n\x11ListModelsRequest\"V\n\x12ListModelsResponse\x12)\n\x06models\x18\x01 \x03(\x0b\x32\x19.klein_api.v1.RoutedModel\x12\x15\n\rdefault_model\x18\x02 \x01(\t\"\x9a\x02\n\x0bRoutedModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07serving\x18\x02 \x01(\x08\x12\x11\n\tdistilled\x18\x03 \x01(\x08\x12\x1a\n\x12\x64\x65\x66\x61ult_step_count\x18\x04 \x01(\x05\x12\x1e\n\x16\x64\x65\x66\x61ult_guidance_scale\x18\x05 \x01(\x02\x12)\n\x06limits\x18\x06 \x01(\x0b\x32\x19.klein_api.v1.ModelLimits\x12)\n\x06stages\x18\x07 \x03(\x0b\x32\x19.klein_api.v1.RoutedStage\x12\x32\n\x08\x61\x64\x61pters\x18\x08 \x03(\x0b\x32 .klein_api.v1.AdapterDescription\x12\x13\n\x0b\x64\x65scription\x18\t \x01(\t\"\xad\x01\n\x0bModelLimits\x12\x17\n\x0freference_count\x18\x01 \x01(\x05\x12\x17\n\x0freference_bytes\x18\x02 \x01(\x03\x12\x13\n\x0bpixel_count\x18\x03 \x01(\x03\x12\x13\n\x0bimage_count\x18\x04 \x01(\x05\x12\x12\n\nstep_count\x18\x05 \x01(\x05\x12\x17\n\x0f\x64\x65\x66\x61ult_size_px\x18\x06 \x01(\x05\x12\x15\n\radapter_count\x18\x07 \x01(\x05\"h\n\x0bRoutedStage\x12\x0e\n\x06target\x18\x01 \x01(\t\x12\x38\n\x0b\x64\x65scription\x18\x02 \x01(\x0b\x32#.klein_api.v1.DescribeStageResponse\x12\x0f\n\x07problem\x18\x03 \x01(\t2\xa7\x02\n\x0cImageService\x12X\n\rGenerateImage\x12\".klein_api.v1.GenerateImageRequest\x1a#.klein_api.v1.GenerateImageResponse\x12l\n\x13StreamGenerateImage\x12(.klein_api.v1.StreamGenerateImageRequest\x1a).klein_api.v1.StreamGenerateImageResponse0\x01\x12O\n\nListModels\x12\x1f.klein_api.v1.ListModelsRequest\x1a .klein_api.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,35 +35,35 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'klein_api.v1.image_service_
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_IMAGESPEC']._serialized_start=143
-  _globals['_IMAGESPEC']._serialized_end=669
-  _globals['_GENERATEIMAGEREQUEST']._serialized_start=671
-  _globals['_GENERATEIMAGEREQUEST']._serialized_end=732
-  _globals['_GENERATEIMAGERESPONSE']._serialized_start=734
-  _globals['_GENERATEIMAGERESPONSE']._serialized_end=853
-  _globals['_STREAMGENERATEIMAGEREQUEST']._serialized_start=855
-  _globals['_STREAMGENERATEIMAGEREQUEST']._serialized_end=954
-  _globals['_STREAMGENERATEIMAGERESPONSE']._serialized_start=957
-  _globals['_STREAMGENERATEIMAGERESPONSE']._serialized_end=1239
-  _globals['_GENERATIONQUEUED']._serialized_start=1241
-  _globals['_GENERATIONQUEUED']._serialized_end=1352
-  _globals['_GENERATIONSTEP']._serialized_start=1354
-  _globals['_GENERATIONSTEP']._serialized_end=1404
-  _globals['_GENERATEDIMAGE']._serialized_start=1407
-  _globals['_GENERATEDIMAGE']._serialized_end=1560
-  _globals['_GENERATIONSUMMARY']._serialized_start=1563
-  _globals['_GENERATIONSUMMARY']._serialized_end=1901
-  _globals['_STAGETIMING']._serialized_start=1904
-  _globals['_STAGETIMING']._serialized_end=2125
-  _globals['_LISTMODELSREQUEST']._serialized_start=2127
-  _globals['_LISTMODELSREQUEST']._serialized_end=2146
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2148
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2234
-  _globals['_ROUTEDMODEL']._serialized_start=2237
-  _globals['_ROUTEDMODEL']._serialized_end=2519
-  _globals['_MODELLIMITS']._serialized_start=2522
-  _globals['_MODELLIMITS']._serialized_end=2695
-  _globals['_ROUTEDSTAGE']._serialized_start=2697
-  _globals['_ROUTEDSTAGE']._serialized_end=2801
-  _globals['_IMAGESERVICE']._serialized_start=2804
-  _globals['_IMAGESERVICE']._serialized_end=3099
+  _globals['_IMAGESPEC']._serialized_end=952
+  _globals['_GENERATEIMAGEREQUEST']._serialized_start=954
+  _globals['_GENERATEIMAGEREQUEST']._serialized_end=1015
+  _globals['_GENERATEIMAGERESPONSE']._serialized_start=1017
+  _globals['_GENERATEIMAGERESPONSE']._serialized_end=1136
+  _globals['_STREAMGENERATEIMAGEREQUEST']._serialized_start=1138
+  _globals['_STREAMGENERATEIMAGEREQUEST']._serialized_end=1237
+  _globals['_STREAMGENERATEIMAGERESPONSE']._serialized_start=1240
+  _globals['_STREAMGENERATEIMAGERESPONSE']._serialized_end=1522
+  _globals['_GENERATIONQUEUED']._serialized_start=1524
+  _globals['_GENERATIONQUEUED']._serialized_end=1635
+  _globals['_GENERATIONSTEP']._serialized_start=1637
+  _globals['_GENERATIONSTEP']._serialized_end=1687
+  _globals['_GENERATEDIMAGE']._serialized_start=1690
+  _globals['_GENERATEDIMAGE']._serialized_end=1843
+  _globals['_GENERATIONSUMMARY']._serialized_start=1846
+  _globals['_GENERATIONSUMMARY']._serialized_end=2184
+  _globals['_STAGETIMING']._serialized_start=2187
+  _globals['_STAGETIMING']._serialized_end=2408
+  _globals['_LISTMODELSREQUEST']._serialized_start=2410
+  _globals['_LISTMODELSREQUEST']._serialized_end=2429
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2431
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2517
+  _globals['_ROUTEDMODEL']._serialized_start=2520
+  _globals['_ROUTEDMODEL']._serialized_end=2802
+  _globals['_MODELLIMITS']._serialized_start=2805
+  _globals['_MODELLIMITS']._serialized_end=2978
+  _globals['_ROUTEDSTAGE']._serialized_start=2980
+  _globals['_ROUTEDSTAGE']._serialized_end=3084
+  _globals['_IMAGESERVICE']._serialized_start=3087
+  _globals['_IMAGESERVICE']._serialized_end=3382
 # @@protoc_insertion_point(module_scope)

@@ -42,6 +42,13 @@ class ImageSpec(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
     EMBED_PROMPT_FIELD_NUMBER: _builtins.int
+    INITIAL_IMAGE_FIELD_NUMBER: _builtins.int
+    MASK_FIELD_NUMBER: _builtins.int
+    STRENGTH_FIELD_NUMBER: _builtins.int
+    MASK_IS_ALPHA_FIELD_NUMBER: _builtins.int
+    MASK_PADDING_PX_FIELD_NUMBER: _builtins.int
+    EXPAND_FIELD_NUMBER: _builtins.int
+    PRESERVE_UNMASKED_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name from ListModels; empty means the default model. Another name is NOT_FOUND."""
     prompt: _builtins.str
@@ -72,6 +79,22 @@ class ImageSpec(_message.Message):
     """Whether the prompts are stored in the image files: as text chunks `prompt` and `negative_prompt` of a PNG, in the
     EXIF comment of other formats. Raw images hold none.
     """
+    initial_image: _builtins.bytes
+    """Image file that is painted over, at most `ModelLimits.reference_bytes`. It decides the size, so `width_px` and
+    `height_px` must be unset, and it is the first reference, too. Unset means that nothing is painted over.
+    """
+    mask: _builtins.bytes
+    """Mask file of the initial image's aspect: white is made anew. Unset means all of the image."""
+    strength: _builtins.float
+    """Share of the steps that are run on the initial image, above 0 and at most 1; unset means 0.8."""
+    mask_is_alpha: _builtins.bool
+    """Whether the mask's alpha channel counts, where 0 is made anew."""
+    mask_padding_px: _builtins.int
+    """Denoises only the mask's bounding box, widened by so many pixels [0, 1024]; unset means the whole image."""
+    preserve_unmasked: _builtins.bool
+    """Whether the initial image's own pixels stand outside the mask. Unset means true for PNG and raw images and false
+    for the others, and true in any case with `mask_padding_px`.
+    """
     @_builtins.property
     def references(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """Image files, at most `ModelLimits.reference_count` of `ModelLimits.reference_bytes` each."""
@@ -81,6 +104,10 @@ class ImageSpec(_message.Message):
         """Adapters to apply, each name once, at most `ModelLimits.adapter_count`; names are those of ListModels. An unknown
         name is NOT_FOUND, an adapter that does not fit the model FAILED_PRECONDITION.
         """
+
+    @_builtins.property
+    def expand(self) -> _image_pb2.ImageExpansion:
+        """Sides that are added to the initial image and made anew."""
 
     def __init__(
         self,
@@ -100,10 +127,17 @@ class ImageSpec(_message.Message):
         priority: _image_pb2.Priority.ValueType = ...,
         adapters: _abc.Iterable[_image_pb2.Adapter] | None = ...,
         embed_prompt: _builtins.bool = ...,
+        initial_image: _builtins.bytes | None = ...,
+        mask: _builtins.bytes | None = ...,
+        strength: _builtins.float | None = ...,
+        mask_is_alpha: _builtins.bool = ...,
+        mask_padding_px: _builtins.int | None = ...,
+        expand: _image_pb2.ImageExpansion | None = ...,
+        preserve_unmasked: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_image_count", b"_image_count", "_negative_prompt", b"_negative_prompt", "_quality", b"_quality", "_seed", b"_seed", "_step_count", b"_step_count", "_width_px", b"_width_px", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "image_count", b"image_count", "negative_prompt", b"negative_prompt", "quality", b"quality", "seed", b"seed", "step_count", b"step_count", "width_px", b"width_px"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_image_count", b"_image_count", "_initial_image", b"_initial_image", "_mask", b"_mask", "_mask_padding_px", b"_mask_padding_px", "_negative_prompt", b"_negative_prompt", "_preserve_unmasked", b"_preserve_unmasked", "_quality", b"_quality", "_seed", b"_seed", "_step_count", b"_step_count", "_strength", b"_strength", "_width_px", b"_width_px", "expand", b"expand", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "image_count", b"image_count", "initial_image", b"initial_image", "mask", b"mask", "mask_padding_px", b"mask_padding_px", "negative_prompt", b"negative_prompt", "preserve_unmasked", b"preserve_unmasked", "quality", b"quality", "seed", b"seed", "step_count", b"step_count", "strength", b"strength", "width_px", b"width_px"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_image_count", b"_image_count", "_negative_prompt", b"_negative_prompt", "_quality", b"_quality", "_seed", b"_seed", "_step_count", b"_step_count", "_width_px", b"_width_px", "adapters", b"adapters", "embed_prompt", b"embed_prompt", "format", b"format", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "image_count", b"image_count", "model", b"model", "negative_prompt", b"negative_prompt", "priority", b"priority", "prompt", b"prompt", "quality", b"quality", "references", b"references", "seed", b"seed", "step_count", b"step_count", "width_px", b"width_px"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_image_count", b"_image_count", "_initial_image", b"_initial_image", "_mask", b"_mask", "_mask_padding_px", b"_mask_padding_px", "_negative_prompt", b"_negative_prompt", "_preserve_unmasked", b"_preserve_unmasked", "_quality", b"_quality", "_seed", b"_seed", "_step_count", b"_step_count", "_strength", b"_strength", "_width_px", b"_width_px", "adapters", b"adapters", "embed_prompt", b"embed_prompt", "expand", b"expand", "format", b"format", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "image_count", b"image_count", "initial_image", b"initial_image", "mask", b"mask", "mask_is_alpha", b"mask_is_alpha", "mask_padding_px", b"mask_padding_px", "model", b"model", "negative_prompt", b"negative_prompt", "preserve_unmasked", b"preserve_unmasked", "priority", b"priority", "prompt", b"prompt", "quality", b"quality", "references", b"references", "seed", b"seed", "step_count", b"step_count", "strength", b"strength", "width_px", b"width_px"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
@@ -111,14 +145,24 @@ class ImageSpec(_message.Message):
     _WhichOneofArgType__height_px: _TypeAlias = _typing.Literal["_height_px", b"_height_px"]  # noqa: Y015
     _WhichOneofReturnType__image_count: _TypeAlias = _typing.Literal["image_count"]  # noqa: Y015
     _WhichOneofArgType__image_count: _TypeAlias = _typing.Literal["_image_count", b"_image_count"]  # noqa: Y015
+    _WhichOneofReturnType__initial_image: _TypeAlias = _typing.Literal["initial_image"]  # noqa: Y015
+    _WhichOneofArgType__initial_image: _TypeAlias = _typing.Literal["_initial_image", b"_initial_image"]  # noqa: Y015
+    _WhichOneofReturnType__mask: _TypeAlias = _typing.Literal["mask"]  # noqa: Y015
+    _WhichOneofArgType__mask: _TypeAlias = _typing.Literal["_mask", b"_mask"]  # noqa: Y015
+    _WhichOneofReturnType__mask_padding_px: _TypeAlias = _typing.Literal["mask_padding_px"]  # noqa: Y015
+    _WhichOneofArgType__mask_padding_px: _TypeAlias = _typing.Literal["_mask_padding_px", b"_mask_padding_px"]  # noqa: Y015
     _WhichOneofReturnType__negative_prompt: _TypeAlias = _typing.Literal["negative_prompt"]  # noqa: Y015
     _WhichOneofArgType__negative_prompt: _TypeAlias = _typing.Literal["_negative_prompt", b"_negative_prompt"]  # noqa: Y015
+    _WhichOneofReturnType__preserve_unmasked: _TypeAlias = _typing.Literal["preserve_unmasked"]  # noqa: Y015
+    _WhichOneofArgType__preserve_unmasked: _TypeAlias = _typing.Literal["_preserve_unmasked", b"_preserve_unmasked"]  # noqa: Y015
     _WhichOneofReturnType__quality: _TypeAlias = _typing.Literal["quality"]  # noqa: Y015
     _WhichOneofArgType__quality: _TypeAlias = _typing.Literal["_quality", b"_quality"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
     _WhichOneofReturnType__step_count: _TypeAlias = _typing.Literal["step_count"]  # noqa: Y015
     _WhichOneofArgType__step_count: _TypeAlias = _typing.Literal["_step_count", b"_step_count"]  # noqa: Y015
+    _WhichOneofReturnType__strength: _TypeAlias = _typing.Literal["strength"]  # noqa: Y015
+    _WhichOneofArgType__strength: _TypeAlias = _typing.Literal["_strength", b"_strength"]  # noqa: Y015
     _WhichOneofReturnType__width_px: _TypeAlias = _typing.Literal["width_px"]  # noqa: Y015
     _WhichOneofArgType__width_px: _TypeAlias = _typing.Literal["_width_px", b"_width_px"]  # noqa: Y015
     @_typing.overload
@@ -128,13 +172,23 @@ class ImageSpec(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__image_count) -> _WhichOneofReturnType__image_count | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__initial_image) -> _WhichOneofReturnType__initial_image | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mask) -> _WhichOneofReturnType__mask | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mask_padding_px) -> _WhichOneofReturnType__mask_padding_px | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__negative_prompt) -> _WhichOneofReturnType__negative_prompt | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__preserve_unmasked) -> _WhichOneofReturnType__preserve_unmasked | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__quality) -> _WhichOneofReturnType__quality | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__step_count) -> _WhichOneofReturnType__step_count | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__strength) -> _WhichOneofReturnType__strength | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__width_px) -> _WhichOneofReturnType__width_px | None: ...
 
@@ -397,7 +451,7 @@ class GenerationSummary(_message.Message):
     model: _builtins.str
     """The model that was used."""
     flow: _builtins.str
-    """`text-to-image`, `edit` or `multi-reference`."""
+    """`text-to-image`, `edit`, `multi-reference` or `masked-edit`."""
     prompt_token_count: _builtins.int
     """Tokens of the prompt, chat template included."""
     prompt_truncated: _builtins.bool

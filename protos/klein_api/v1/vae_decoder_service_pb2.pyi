@@ -148,6 +148,106 @@ class ReferenceSummary(_message.Message):
 Global___ReferenceSummary: _TypeAlias = ReferenceSummary  # noqa: Y015
 
 @_typing.final
+class EncodeInitialImageRequest(_message.Message):
+    """One message of the request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPEC_FIELD_NUMBER: _builtins.int
+    IMAGE_CHUNK_FIELD_NUMBER: _builtins.int
+    MASK_CHUNK_FIELD_NUMBER: _builtins.int
+    image_chunk: _builtins.bytes
+    """Then the bytes of the image's file, at most 1 MiB a chunk."""
+    mask_chunk: _builtins.bytes
+    """Then those of the mask's file, if there is one."""
+    @_builtins.property
+    def spec(self) -> Global___InitialImageSpec:
+        """First, once."""
+
+    def __init__(
+        self,
+        *,
+        spec: Global___InitialImageSpec | None = ...,
+        image_chunk: _builtins.bytes = ...,
+        mask_chunk: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["image_chunk", b"image_chunk", "mask_chunk", b"mask_chunk", "part", b"part", "spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["image_chunk", b"image_chunk", "mask_chunk", b"mask_chunk", "part", b"part", "spec", b"spec"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["spec", "image_chunk", "mask_chunk"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
+Global___EncodeInitialImageRequest: _TypeAlias = EncodeInitialImageRequest  # noqa: Y015
+
+@_typing.final
+class InitialImageSpec(_message.Message):
+    """Parameters of the encoding."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    INPAINTING_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The vae-decoder's model name; empty means the one that the stage serves. Another name is NOT_FOUND."""
+    @_builtins.property
+    def inpainting(self) -> _image_pb2.InpaintingSpec:
+        """How both files are prepared."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        inpainting: _image_pb2.InpaintingSpec | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["inpainting", b"inpainting"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inpainting", b"inpainting", "model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InitialImageSpec: _TypeAlias = InitialImageSpec  # noqa: Y015
+
+@_typing.final
+class EncodeInitialImageResponse(_message.Message):
+    """One message of the response."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUMMARY_FIELD_NUMBER: _builtins.int
+    INITIAL_LATENTS_FIELD_NUMBER: _builtins.int
+    MASK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def summary(self) -> Global___ReferenceSummary:
+        """First, once. Its size is that of the image that is denoised."""
+
+    @_builtins.property
+    def initial_latents(self) -> _tensor_pb2.TensorFrame:
+        """Then the frames of the latents, shape [height / 16, width / 16, latent channels]."""
+
+    @_builtins.property
+    def mask(self) -> _tensor_pb2.TensorFrame:
+        """Then the frames of the mask, float32 in [0, 1], shape [height / 16, width / 16, 1]; 1 is made anew."""
+
+    def __init__(
+        self,
+        *,
+        summary: Global___ReferenceSummary | None = ...,
+        initial_latents: _tensor_pb2.TensorFrame | None = ...,
+        mask: _tensor_pb2.TensorFrame | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "initial_latents", b"initial_latents", "mask", b"mask", "summary", b"summary"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "initial_latents", b"initial_latents", "mask", b"mask", "summary", b"summary"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["summary", "initial_latents", "mask"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___EncodeInitialImageResponse: _TypeAlias = EncodeInitialImageResponse  # noqa: Y015
+
+@_typing.final
 class DecodeLatentsRequest(_message.Message):
     """One message of the request."""
 
@@ -155,6 +255,12 @@ class DecodeLatentsRequest(_message.Message):
 
     SPEC_FIELD_NUMBER: _builtins.int
     LATENTS_FIELD_NUMBER: _builtins.int
+    INITIAL_IMAGE_CHUNK_FIELD_NUMBER: _builtins.int
+    MASK_CHUNK_FIELD_NUMBER: _builtins.int
+    initial_image_chunk: _builtins.bytes
+    """Only with `DecodeSpec.overlay`, and before the latents: the bytes of the initial image's file, at most 1 MiB a chunk."""
+    mask_chunk: _builtins.bytes
+    """Then those of the mask's file, if there is one."""
     @_builtins.property
     def spec(self) -> Global___DecodeSpec:
         """First, once."""
@@ -168,12 +274,14 @@ class DecodeLatentsRequest(_message.Message):
         *,
         spec: Global___DecodeSpec | None = ...,
         latents: _tensor_pb2.TensorFrame | None = ...,
+        initial_image_chunk: _builtins.bytes = ...,
+        mask_chunk: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["latents", b"latents", "part", b"part", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["initial_image_chunk", b"initial_image_chunk", "latents", b"latents", "mask_chunk", b"mask_chunk", "part", b"part", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["latents", b"latents", "part", b"part", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["initial_image_chunk", b"initial_image_chunk", "latents", b"latents", "mask_chunk", b"mask_chunk", "part", b"part", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["spec", "latents"]  # noqa: Y015
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["spec", "latents", "initial_image_chunk", "mask_chunk"]  # noqa: Y015
     _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
 
@@ -209,6 +317,7 @@ class DecodeSpec(_message.Message):
     FORMAT_FIELD_NUMBER: _builtins.int
     QUALITY_FIELD_NUMBER: _builtins.int
     METADATA_FIELD_NUMBER: _builtins.int
+    OVERLAY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The vae-decoder's model name; empty means the one that the stage serves. Another name is NOT_FOUND."""
     format: _image_pb2.ImageFormat.ValueType
@@ -219,6 +328,10 @@ class DecodeSpec(_message.Message):
     def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Text that is stored in the file where the format allows it, for example the seed."""
 
+    @_builtins.property
+    def overlay(self) -> _image_pb2.InpaintingSpec:
+        """Set: the initial image's own pixels stand outside the mask; both files follow, prepared like this."""
+
     def __init__(
         self,
         *,
@@ -226,10 +339,11 @@ class DecodeSpec(_message.Message):
         format: _image_pb2.ImageFormat.ValueType = ...,
         quality: _builtins.int | None = ...,
         metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        overlay: _image_pb2.InpaintingSpec | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_quality", b"_quality", "quality", b"quality"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_quality", b"_quality", "overlay", b"overlay", "quality", b"quality"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_quality", b"_quality", "format", b"format", "metadata", b"metadata", "model", b"model", "quality", b"quality"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_quality", b"_quality", "format", b"format", "metadata", b"metadata", "model", b"model", "overlay", b"overlay", "quality", b"quality"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__quality: _TypeAlias = _typing.Literal["quality"]  # noqa: Y015
     _WhichOneofArgType__quality: _TypeAlias = _typing.Literal["_quality", b"_quality"]  # noqa: Y015

@@ -40,6 +40,11 @@ class VaeDecoderServiceStub:
                 request_serializer=klein__api_dot_v1_dot_vae__decoder__service__pb2.EncodeReferenceRequest.SerializeToString,
                 response_deserializer=klein__api_dot_v1_dot_vae__decoder__service__pb2.EncodeReferenceResponse.FromString,
                 _registered_method=True)
+        self.EncodeInitialImage = channel.stream_stream(
+                '/klein_api.v1.VaeDecoderService/EncodeInitialImage',
+                request_serializer=klein__api_dot_v1_dot_vae__decoder__service__pb2.EncodeInitialImageRequest.SerializeToString,
+                response_deserializer=klein__api_dot_v1_dot_vae__decoder__service__pb2.EncodeInitialImageResponse.FromString,
+                _registered_method=True)
         self.DecodeLatents = channel.stream_stream(
                 '/klein_api.v1.VaeDecoderService/DecodeLatents',
                 request_serializer=klein__api_dot_v1_dot_vae__decoder__service__pb2.DecodeLatentsRequest.SerializeToString,
@@ -54,6 +59,14 @@ class VaeDecoderServiceServicer:
     def EncodeReference(self, request_iterator, context):
         """Encodes one reference image. The request is one `spec`, then the image file in chunks. The response is one
         `summary`, then the frames of the latents. Deterministic; safe to retry.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EncodeInitialImage(self, request_iterator, context):
+        """Encodes an initial image and its mask. The request is one `spec`, then both files in chunks, the image's first. The
+        response is one `summary`, then the frames of the latents and of the mask. Deterministic; safe to retry.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -74,6 +87,11 @@ def add_VaeDecoderServiceServicer_to_server(servicer, server):
                     servicer.EncodeReference,
                     request_deserializer=klein__api_dot_v1_dot_vae__decoder__service__pb2.EncodeReferenceRequest.FromString,
                     response_serializer=klein__api_dot_v1_dot_vae__decoder__service__pb2.EncodeReferenceResponse.SerializeToString,
+            ),
+            'EncodeInitialImage': grpc.stream_stream_rpc_method_handler(
+                    servicer.EncodeInitialImage,
+                    request_deserializer=klein__api_dot_v1_dot_vae__decoder__service__pb2.EncodeInitialImageRequest.FromString,
+                    response_serializer=klein__api_dot_v1_dot_vae__decoder__service__pb2.EncodeInitialImageResponse.SerializeToString,
             ),
             'DecodeLatents': grpc.stream_stream_rpc_method_handler(
                     servicer.DecodeLatents,
@@ -109,6 +127,33 @@ class VaeDecoderService:
             '/klein_api.v1.VaeDecoderService/EncodeReference',
             klein__api_dot_v1_dot_vae__decoder__service__pb2.EncodeReferenceRequest.SerializeToString,
             klein__api_dot_v1_dot_vae__decoder__service__pb2.EncodeReferenceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EncodeInitialImage(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/klein_api.v1.VaeDecoderService/EncodeInitialImage',
+            klein__api_dot_v1_dot_vae__decoder__service__pb2.EncodeInitialImageRequest.SerializeToString,
+            klein__api_dot_v1_dot_vae__decoder__service__pb2.EncodeInitialImageResponse.FromString,
             options,
             channel_credentials,
             insecure,

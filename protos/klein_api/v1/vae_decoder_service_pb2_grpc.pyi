@@ -37,6 +37,10 @@ class VaeDecoderServiceStub:
     """Encodes one reference image. The request is one `spec`, then the image file in chunks. The response is one
     `summary`, then the frames of the latents. Deterministic; safe to retry.
     """
+    EncodeInitialImage: _grpc.StreamStreamMultiCallable[_vae_decoder_service_pb2.EncodeInitialImageRequest, _vae_decoder_service_pb2.EncodeInitialImageResponse]
+    """Encodes an initial image and its mask. The request is one `spec`, then both files in chunks, the image's first. The
+    response is one `summary`, then the frames of the latents and of the mask. Deterministic; safe to retry.
+    """
     DecodeLatents: _grpc.StreamStreamMultiCallable[_vae_decoder_service_pb2.DecodeLatentsRequest, _vae_decoder_service_pb2.DecodeLatentsResponse]
     """Decodes latents into one image. The request is one `spec`, then the frames of the latents. The response is one
     `summary`, then the image in chunks. Deterministic; safe to retry.
@@ -50,6 +54,10 @@ class VaeDecoderServiceAsyncStub(VaeDecoderServiceStub):
     EncodeReference: _aio.StreamStreamMultiCallable[_vae_decoder_service_pb2.EncodeReferenceRequest, _vae_decoder_service_pb2.EncodeReferenceResponse]  # type: ignore[assignment]
     """Encodes one reference image. The request is one `spec`, then the image file in chunks. The response is one
     `summary`, then the frames of the latents. Deterministic; safe to retry.
+    """
+    EncodeInitialImage: _aio.StreamStreamMultiCallable[_vae_decoder_service_pb2.EncodeInitialImageRequest, _vae_decoder_service_pb2.EncodeInitialImageResponse]  # type: ignore[assignment]
+    """Encodes an initial image and its mask. The request is one `spec`, then both files in chunks, the image's first. The
+    response is one `summary`, then the frames of the latents and of the mask. Deterministic; safe to retry.
     """
     DecodeLatents: _aio.StreamStreamMultiCallable[_vae_decoder_service_pb2.DecodeLatentsRequest, _vae_decoder_service_pb2.DecodeLatentsResponse]  # type: ignore[assignment]
     """Decodes latents into one image. The request is one `spec`, then the frames of the latents. The response is one
@@ -67,6 +75,16 @@ class VaeDecoderServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_vae_decoder_service_pb2.EncodeReferenceResponse], _abc.AsyncIterator[_vae_decoder_service_pb2.EncodeReferenceResponse]]:
         """Encodes one reference image. The request is one `spec`, then the image file in chunks. The response is one
         `summary`, then the frames of the latents. Deterministic; safe to retry.
+        """
+
+    @_abc_1.abstractmethod
+    def EncodeInitialImage(
+        self,
+        request_iterator: _MaybeAsyncIterator[_vae_decoder_service_pb2.EncodeInitialImageRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_vae_decoder_service_pb2.EncodeInitialImageResponse], _abc.AsyncIterator[_vae_decoder_service_pb2.EncodeInitialImageResponse]]:
+        """Encodes an initial image and its mask. The request is one `spec`, then both files in chunks, the image's first. The
+        response is one `summary`, then the frames of the latents and of the mask. Deterministic; safe to retry.
         """
 
     @_abc_1.abstractmethod
