@@ -99,7 +99,8 @@ def serialized_tensor_frames(tensor: torch.Tensor, envelope: FrameEnvelope) -> I
 
 def _bytes_of(tensor: torch.Tensor) -> tuple[memoryview, TensorSpec]:
     host = host_tensor(tensor)
-    view = memoryview(host.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
+    # Flat first: a contiguous tensor whose last extent is 1 may have any stride there, which a view as bytes refuses.
+    view = memoryview(host.reshape(-1).view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
     return view, TensorSpec(data_type_of(host.dtype), tuple(host.shape))
 
 

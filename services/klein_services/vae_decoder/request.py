@@ -1,4 +1,4 @@
-"""Validation and reading of the two streamed requests, EncodeReference and DecodeLatents."""
+"""Validation and reading of the streamed requests: EncodeReference, EncodeInitialImage and DecodeLatents."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from klein_api.v1 import vae_decoder_service_pb2 as pb
 from klein_core.errors import InvalidInput
 from klein_core.image_format import format_size_violations, format_violations, metadata_violations
 from klein_core.params import SIZE_MULTIPLE_PX, Limits, size_violations
-from klein_services.runtime.frames import MAX_FRAME_BYTES, FrameReader, shown_shape
+from klein_core.vae_decoder.image_io import ReferenceLimits
+from klein_core.vae_decoder.initial_image import InitialImage
+from klein_services.runtime.frames import FrameReader, shown_shape
 from klein_services.runtime.request_parts import RequestParts
 from klein_services.runtime.stage import require_model
 from klein_services.runtime.tensors import frames_tensor
+from klein_services.vae_decoder.uploads import FileReader, InitialImageFiles, Preparation
 
 MAX_FIELD_NAME_CHARACTERS = 64
 _LARGEST_ELEMENT_BYTES = 4
@@ -62,33 +65,47 @@ def reference_field(spec: pb.ReferenceSpec, model_name: str) -> str:
 
 async def read_file(
     parts: RequestParts[pb.EncodeReferenceRequest], field: str, limit_bytes: int
-) -> list[bytes]:
+) -> FileReader:
     """Reads the chunks of a reference's file.
 
     Args:
         parts: the request after its spec.
         field: name of the reference in errors.
-        limit_bytes: largest file; the stream is refused as soon as it sends more.
+        limit_bytes: largest file.
 
     Raises:
         InvalidInput: a chunk has the wrong size, or the file is empty or too large.
         ReceiveTimeout: the stream is not complete in time.
     """
-    chunks: list[bytes] = []
-    received = 0
+    file = FileReader(field, limit_bytes)
     async for part in parts:
-        chunk = part.image_chunk
-        if not 1 <= len(chunk) <= MAX_FRAME_BYTES:
-            raise InvalidInput.of(
-                field, f"has a chunk of {len(chunk)} bytes; must be in [1, {MAX_FRAME_BYTES}]"
-            )
-        received += len(chunk)
-        if received > limit_bytes:
-            raise InvalidInput.of(field, f"is larger than {limit_bytes} bytes, the most allowed")
-        chunks.append(chunk)
-    if not chunks:
-        raise InvalidInput.of(field, "is empty; the image's bytes must follow the spec")
-    return chunks
+        file.add(part.image_chunk)
+    file.require_data()
+    return file
+
+
+async def read_initial_image(
+    parts: RequestParts[pb.EncodeInitialImageRequest], preparation: Preparation, limit_bytes: int
+) -> InitialImageFiles:
+    """Reads the chunks of an initial image's file and of its mask's, if there is one.
+
+    Args:
+        parts: the request after its spec.
+        preparation: how the files are prepared.
+        limit_bytes: largest file, each.
+
+    Raises:
+        InvalidInput: a file has the wrong size, or one that is needed is missing.
+        ReceiveTimeout: the stream is not complete in time.
+    """
+    files = InitialImageFiles(preparation, limit_bytes)
+    async for part in parts:
+        if part.WhichOneof("part") == "mask_chunk":
+            files.add_mask(part.mask_chunk)
+        else:
+            files.add_image(part.image_chunk)
+    files.require_complete()
+    return files
 
 
 def image_encoding(spec: pb.DecodeSpec, model_name: str) -> Encoding:
@@ -110,31 +127,67 @@ def image_encoding(spec: pb.DecodeSpec, model_name: str) -> Encoding:
 
 
 async def read_latents(
-    parts: RequestParts[pb.DecodeLatentsRequest], encoding: Encoding, channels: int, limits: Limits
+    parts: RequestParts[pb.DecodeLatentsRequest],
+    encoding: Encoding,
+    channels: int,
+    limits: Limits,
+    overlay: InitialImageFiles | None = None,
 ) -> FrameReader:
-    """Reads the frames of the latents; their size is checked with the first one.
+    """Reads the files of an overlay and the frames of the latents; their size is checked with the first one.
 
     Args:
         parts: the request after its spec.
         encoding: the image's file format, which may bound its size.
         channels: packed latent channels of the model.
         limits: bounds of the image's size.
+        overlay: receives the overlay's files, which precede the latents; `None` refuses such files.
 
     Returns:
         All frames of one tensor of shape (rows, columns, channels).
 
     Raises:
-        InvalidInput: the latents are incomplete or have a shape that is not allowed.
+        InvalidInput: the latents are incomplete or have a shape that is not allowed, or files do not fit the overlay.
         ReceiveTimeout: the stream is not complete in time.
     """
     token_count = limits.pixel_count // SIZE_MULTIPLE_PX**2
     reader = FrameReader("latents", limit_bytes=token_count * channels * _LARGEST_ELEMENT_BYTES)
     async for part in parts:
-        if part.latents.HasField("spec"):
-            _check_size(part.latents.spec.shape, encoding, channels, limits)
-        reader.add(part.latents)
+        arm = part.WhichOneof("part")
+        if arm == "latents":
+            if part.latents.HasField("spec"):
+                _check_size(part.latents.spec.shape, encoding, channels, limits)
+            reader.add(part.latents)
+            continue
+        field = "mask" if arm == "mask_chunk" else "initial_image"
+        if overlay is None:
+            raise InvalidInput.of(field, "is not expected: the spec has no overlay")
+        if reader.has_spec:
+            raise InvalidInput.of(field, "has chunks after the latents; it must come before them")
+        if arm == "mask_chunk":
+            overlay.add_mask(part.mask_chunk)
+        else:
+            overlay.add_image(part.initial_image_chunk)
+    if overlay is not None:
+        overlay.require_complete()
     reader.require_finished()
     return reader
+
+
+def overlay_image(files: InitialImageFiles, limits: ReferenceLimits, latents: FrameReader) -> InitialImage:
+    """Returns the prepared initial image that decoded latents are laid into. Slow: call it off the event loop.
+
+    Raises:
+        InvalidInput: as `prepare_initial_image`; or the latents are of an image of another size.
+    """
+    image = files.prepare(limits)
+    rows, columns, _ = latents.spec.shape
+    made, expected = (columns * SIZE_MULTIPLE_PX, rows * SIZE_MULTIPLE_PX), (image.width_px, image.height_px)
+    if made != expected:
+        raise InvalidInput.of(
+            "latents",
+            f"are of a {made[0]} × {made[1]} image; the overlay's is {expected[0]} × {expected[1]}",
+        )
+    return image
 
 
 def latents_tensor(reader: FrameReader) -> torch.Tensor:

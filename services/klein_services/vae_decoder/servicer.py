@@ -16,11 +16,12 @@ from klein_core.checkpoint.weights import weights_digest
 from klein_core.params import SIZE_MULTIPLE_PX, Limits
 from klein_core.vae_decoder.decoder import VaeDecoder, image_tensor
 from klein_core.vae_decoder.image_io import ReferenceLimits, encode_image, prepare_reference
+from klein_core.vae_decoder.initial_image import InitialImage
 from klein_core.vae_decoder.tiling import TilingPolicy
 from klein_services.runtime.admission import ConcurrencyLimit
 from klein_services.runtime.frames import MAX_FRAME_BYTES
 from klein_services.runtime.request_parts import read_parts
-from klein_services.runtime.stage import Loaded, ModelService, deadline_of, duration
+from klein_services.runtime.stage import Loaded, ModelService, deadline_of, duration, require_model
 from klein_services.runtime.tensors import (
     dtype_name,
     host_tensor,
@@ -32,17 +33,23 @@ from klein_services.runtime.tensors import (
 )
 from klein_services.runtime.worker import Completed, Worker
 from klein_services.vae_decoder.request import (
+    Encoding,
     image_encoding,
     latents_tensor,
+    overlay_image,
     read_file,
+    read_initial_image,
     read_latents,
     reference_field,
 )
 from klein_services.vae_decoder.settings import VaeDecoderSettings
+from klein_services.vae_decoder.uploads import InitialImageFiles, Preparation
 
 ENCODE_REFERENCE = "encode-reference"
+ENCODE_INITIAL_IMAGE = "encode-initial-image"
 DECODE = "decode"
 READ_REFERENCE = "read-reference"
+READ_INITIAL_IMAGE = "read-initial-image"
 WRITE_IMAGE = "write-image"
 
 
@@ -61,9 +68,9 @@ class VaeDecoderServicer(vae_decoder_service_pb2_grpc.VaeDecoderServiceServicer)
         async with read_parts(request_iterator, timeout_seconds=settings.receive_timeout_seconds) as parts:
             field = reference_field((await parts.spec_part()).spec, settings.model_name)
             with stage.slots.slot():
-                chunks = await read_file(parts, field, settings.reference_bytes)
+                file = await read_file(parts, field, settings.reference_bytes)
                 read = await stage.files.run(
-                    lambda: stage.read_reference(b"".join(chunks), field),
+                    lambda: stage.read_reference(file.data, field),
                     operation=READ_REFERENCE,
                     deadline=deadline,
                 )
@@ -80,6 +87,37 @@ class VaeDecoderServicer(vae_decoder_service_pb2_grpc.VaeDecoderServiceServicer)
                 for frame in tensor_frames(encoded.value):
                     yield pb.EncodeReferenceResponse(reference_latents=frame)
 
+    async def EncodeInitialImage(
+        self,
+        request_iterator: AsyncIterator[pb.EncodeInitialImageRequest],
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> AsyncIterator[pb.EncodeInitialImageResponse]:
+        stage, settings, deadline = self._stage, self._stage.settings, deadline_of(context)
+        async with read_parts(request_iterator, timeout_seconds=settings.receive_timeout_seconds) as parts:
+            spec = (await parts.spec_part()).spec
+            require_model(spec.model, settings.model_name)
+            preparation = Preparation.from_spec(spec.inpainting)
+            with stage.slots.slot():
+                files = await read_initial_image(parts, preparation, settings.reference_bytes)
+                read = await stage.files.run(
+                    lambda: stage.read_initial_image(files), operation=READ_INITIAL_IMAGE, deadline=deadline
+                )
+                pixels, mask = read.value
+                encoded = await stage.worker.run(
+                    lambda: host_tensor(stage.decoder.encode(pixels)),
+                    operation=ENCODE_INITIAL_IMAGE,
+                    deadline=deadline,
+                )
+                height_px, width_px, _ = pixels.shape
+                summary = pb.ReferenceSummary(
+                    width_px=width_px, height_px=height_px, **_durations(read, encoded)
+                )
+                yield pb.EncodeInitialImageResponse(summary=summary)
+                for frame in tensor_frames(encoded.value):
+                    yield pb.EncodeInitialImageResponse(initial_latents=frame)
+                for frame in tensor_frames(mask):
+                    yield pb.EncodeInitialImageResponse(mask=frame)
+
     async def DecodeLatents(
         self,
         request_iterator: AsyncIterator[pb.DecodeLatentsRequest],
@@ -88,29 +126,52 @@ class VaeDecoderServicer(vae_decoder_service_pb2_grpc.VaeDecoderServiceServicer)
         stage, settings, deadline = self._stage, self._stage.settings, deadline_of(context)
         channels = stage.decoder.config.packed_channels
         async with read_parts(request_iterator, timeout_seconds=settings.receive_timeout_seconds) as parts:
-            encoding = image_encoding((await parts.spec_part()).spec, settings.model_name)
+            spec = (await parts.spec_part()).spec
+            encoding = image_encoding(spec, settings.model_name)
+            overlay = None
+            if spec.HasField("overlay"):
+                preparation = Preparation.from_spec(spec.overlay)
+                overlay = InitialImageFiles(preparation, settings.reference_bytes)
             with stage.slots.slot():
-                frames = await read_latents(parts, encoding, channels, stage.limits)
+                frames = await read_latents(parts, encoding, channels, stage.limits, overlay)
+                done: list[Completed[Any]] = []
+                image: InitialImage | None = None
+                if overlay is not None:
+                    read = await stage.files.run(
+                        lambda: overlay_image(overlay, stage.decoder.reference_limits, frames),
+                        operation=READ_INITIAL_IMAGE,
+                        deadline=deadline,
+                    )
+                    image = read.value
+                    done.append(read)
                 decoded = await stage.worker.run(
                     lambda: stage.decoder.decode(latents_tensor(frames)), operation=DECODE, deadline=deadline
                 )
                 written = await stage.files.run(
-                    lambda: encode_image(decoded.value, encoding.name, encoding.quality, encoding.metadata),
+                    lambda: write_image(decoded.value, encoding, image),
                     operation=WRITE_IMAGE,
                     deadline=deadline,
                 )
-                height_px, width_px, _ = decoded.value.shape
+                data, (height_px, width_px, _) = written.value
                 summary = pb.DecodeSummary(
                     width_px=width_px,
                     height_px=height_px,
                     format=encoding.number,
-                    size_bytes=len(written.value),
-                    **_durations(decoded, written),
+                    size_bytes=len(data),
+                    **_durations(*done, decoded, written),
                 )
                 yield pb.DecodeLatentsResponse(summary=summary)
-                view = memoryview(written.value)
+                view = memoryview(data)
                 for start in range(0, len(view), MAX_FRAME_BYTES):
                     yield pb.DecodeLatentsResponse(image_chunk=bytes(view[start : start + MAX_FRAME_BYTES]))
+
+
+def write_image(
+    made: torch.Tensor, encoding: Encoding, image: InitialImage | None
+) -> tuple[bytes, torch.Size]:
+    """Lays a decoded image into the initial image, if there is one, and encodes it; returns the file and its shape."""
+    pixels = made if image is None else image.laid_over(made)
+    return encode_image(pixels, encoding.name, encoding.quality, encoding.metadata), pixels.shape
 
 
 def _durations(*completed: Completed[Any]) -> dict[str, Duration]:
@@ -126,7 +187,7 @@ class VaeDecoderStage(ModelService):
 
     name = "vae-decoder"
     service_names = ("klein_api.v1.VaeDecoderService",)
-    operations = (ENCODE_REFERENCE, DECODE)
+    operations = (ENCODE_REFERENCE, ENCODE_INITIAL_IMAGE, DECODE)
 
     def __init__(self, settings: VaeDecoderSettings) -> None:
         super().__init__(settings)
@@ -148,6 +209,11 @@ class VaeDecoderStage(ModelService):
     def read_reference(self, data: bytes, field: str) -> torch.Tensor:
         """Returns the pixels of a reference's file as the autoencoder takes them; `field` names it in errors."""
         return image_tensor(prepare_reference(data, field=field, limits=self.decoder.reference_limits))
+
+    def read_initial_image(self, files: InitialImageFiles) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns an initial image's pixels as the autoencoder takes them, and its mask: (rows, columns, 1)."""
+        image = files.prepare(self.decoder.reference_limits)
+        return image_tensor(image.pixels()), image.token_mask()
 
     def load_model(self) -> Loaded:
         set_threads(self.settings.threads)

@@ -5,6 +5,7 @@ import io
 import torch
 from PIL import Image
 
+from klein_api.v1 import image_pb2
 from klein_api.v1 import vae_decoder_service_pb2 as pb
 from klein_services.runtime.frames import MAX_FRAME_BYTES, FrameReader
 from klein_services.runtime.status import explain
@@ -74,3 +75,32 @@ async def decode(stub, parts):
 
 async def refusal(awaitable):
     return explain(await failure(awaitable))
+
+
+def initial_image_parts(image, mask=None, **fields):
+    spec = pb.InitialImageSpec(inpainting=image_pb2.InpaintingSpec(**fields))
+    yield pb.EncodeInitialImageRequest(spec=spec)
+    yield from (pb.EncodeInitialImageRequest(image_chunk=chunk) for chunk in chunks_of(image))
+    yield from (pb.EncodeInitialImageRequest(mask_chunk=chunk) for chunk in chunks_of(mask or b""))
+
+
+def overlay_parts(tensor, image, mask=None, *, decode=None, **fields):
+    first, *frames = decode_parts(tensor, overlay=image_pb2.InpaintingSpec(**fields), **(decode or {}))
+    yield first
+    yield from (pb.DecodeLatentsRequest(initial_image_chunk=chunk) for chunk in chunks_of(image))
+    yield from (pb.DecodeLatentsRequest(mask_chunk=chunk) for chunk in chunks_of(mask or b""))
+    yield from frames
+
+
+def chunks_of(data):
+    return (data[start : start + MAX_FRAME_BYTES] for start in range(0, len(data), MAX_FRAME_BYTES))
+
+
+async def encode_initial_image(stub, parts):
+    """Returns the summary, the latents and the mask."""
+    responses = [response async for response in stub.EncodeInitialImage(parts)]
+    readers = {field: FrameReader(field, limit_bytes=1 << 24) for field in ("initial_latents", "mask")}
+    for response in responses[1:]:
+        field = response.WhichOneof("event")
+        readers[field].add(getattr(response, field))
+    return responses[0].summary, *(frames_tensor(reader) for reader in readers.values())
