@@ -457,7 +457,7 @@ class GenerationSummary(_message.Message):
     prompt_truncated: _builtins.bool
     """True when the prompt was too long and its end was cut off."""
     input_megapixels: _builtins.float
-    """Megapixels (10^6 pixels) of the references as the model saw them."""
+    """Megapixels (10^6 pixels) of the initial image and the references as the model saw them."""
     output_megapixels: _builtins.float
     """Megapixels (10^6 pixels) of the images."""
     step_count: _builtins.int
@@ -466,7 +466,9 @@ class GenerationSummary(_message.Message):
     """Guidance that was used; 1 is none."""
     @_builtins.property
     def stage_timings(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageTiming]:
-        """Durations of each stage, in order of a request's life: encode-prompt, encode-reference, denoise, decode."""
+        """Durations of each stage, in order of a request's life: encode-prompt, encode-initial-image, encode-reference,
+        denoise, decode.
+        """
 
     @_builtins.property
     def total_duration(self) -> _duration_pb2.Duration:
@@ -517,7 +519,7 @@ class StageTiming(_message.Message):
     stage: _builtins.str
     """text-encoder, denoiser or vae-decoder."""
     operation: _builtins.str
-    """The operation: encode-prompt, encode-reference, denoise or decode."""
+    """The operation: encode-prompt, encode-initial-image, encode-reference, denoise or decode."""
     call_count: _builtins.int
     """Calls."""
     @_builtins.property
