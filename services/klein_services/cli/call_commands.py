@@ -58,6 +58,8 @@ class FormatName(StrEnum):
     epilog='[bold]klein generate "a green star" -o star.png[/]\n\n'
     '[bold]klein generate "make the background blue" --reference star.png -o blue.webp[/]\n\n'
     '[bold]klein generate "a star" --adapter watercolor:0.8 -o star.png[/]: adapters are listed by `klein adapters`\n\n'
+    '[bold]klein generate "a blue heart" --initial star.png --mask mask.png -o heart.png[/]: only white parts of the '
+    "mask are made anew\n\n"
     '[bold]klein generate "a ring" --size 128x192 --seed 7 --count 4 -o ring.png[/]: ring-1.png … ring-4.png'
 )
 def generate(
@@ -118,6 +120,49 @@ def generate(
             help="An adapter of the server with its scale, -10 to 10, by default 1; may be repeated.",
         ),
     ] = None,
+    initial: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="An image to paint over; it decides the size; - reads standard input."
+        ),
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="An image of the same aspect: white is made anew, black is kept; by default all is made anew.",
+        ),
+    ] = None,
+    mask_alpha: Annotated[
+        bool,
+        typer.Option("--mask-alpha", help="Take the mask's transparent parts instead of its white ones."),
+    ] = False,
+    strength: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the steps that are run on --initial: above 0, at most 1; by default 0.8."
+        ),
+    ] = None,
+    mask_padding: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PIXELS",
+            help="Make only the mask's surroundings, so many pixels wide, at full resolution.",
+        ),
+    ] = None,
+    expand: Annotated[
+        str | None,
+        typer.Option(
+            metavar="L,T,R,B", help="Add pixels left, top, right and bottom of --initial and make them."
+        ),
+    ] = None,
+    no_preserve: Annotated[
+        bool,
+        typer.Option(
+            "--no-preserve",
+            help="Outside the mask, keep what the model makes of --initial in place of its own pixels.",
+        ),
+    ] = False,
     embed_prompt: Annotated[
         bool, typer.Option("--embed-prompt", help="Store the prompts in the files' metadata.")
     ] = False,
@@ -151,6 +196,13 @@ def generate(
         model=model,
         adapters=tuple(adapter or ()),
         embed_prompt=embed_prompt,
+        initial=initial,
+        mask=mask,
+        mask_alpha=mask_alpha,
+        strength=strength,
+        mask_padding=mask_padding,
+        expand=expand,
+        no_preserve=no_preserve,
         force=force,
         as_json=as_json,
     )

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from klein_api.v1.image_service_pb2_grpc import ImageServiceAsyncStub
 
 
-OPERATIONS = ("encode-prompt", "encode-reference", "denoise", "decode")
+OPERATIONS = ("encode-prompt", "encode-initial-image", "encode-reference", "denoise", "decode")
 """Operations of a request, in the order in which it passes them."""
 
 

@@ -29,10 +29,20 @@ _FLAGS = {
     "model": "--model",
     "adapters": "--adapter",
     "embed_prompt": "--embed-prompt",
+    "initial_image": "--initial",
+    "mask": "--mask",
+    "mask_is_alpha": "--mask-alpha",
+    "strength": "--strength",
+    "mask_padding_px": "--mask-padding",
+    "expand": "--expand",
+    "preserve_unmasked": "--no-preserve",
 }
 _REFERENCE = re.compile(r"references\[(\d{1,3})\]")
 _AREA = "times height_px "
 """Begin of a description of `width_px` that is about the area; on the command line both sides are one flag."""
+_BOTH_SIDES = "and height_px "
+"""Begin of a description of `width_px` that is about both sides."""
+_INITIAL_IMAGE = re.compile(r"\b(an|the) initial_image\b")
 
 
 @dataclass
@@ -115,7 +125,7 @@ def _exhausted(details: StatusDetails) -> CliError:
         return CliError(_sentence(details), f"Try again in {details.retry_after_seconds:.0f} s.")
     if "larger than max" in details.message:
         return CliError(
-            "The references are larger than the server takes.", "Make the files smaller.", MISUSED
+            "The image files are larger than the server takes.", "Make the files smaller.", MISUSED
         )
     return CliError(_sentence(details), "Try again later, or allow more time with --timeout.")
 
@@ -123,15 +133,17 @@ def _exhausted(details: StatusDetails) -> CliError:
 def _named(violation: Violation, reference_names: Sequence[str]) -> str:
     """Returns a violation with the flag of its field, and the file if it is about a reference."""
     field = violation.field.removeprefix("spec.")
-    if violation.description.startswith(_AREA):
-        return "--size " + violation.description.removeprefix(_AREA)
+    description = _INITIAL_IMAGE.sub("--initial", violation.description)
+    for begin in (_AREA, _BOTH_SIDES):
+        if description.startswith(begin):
+            return "--size " + description.removeprefix(begin)
     reference = _REFERENCE.fullmatch(field)
     if reference and int(reference[1]) < len(reference_names):
-        return f"--reference {reference_names[int(reference[1])]} ({field}) {violation.description}"
+        return f"--reference {reference_names[int(reference[1])]} ({field}) {description}"
     name, bracket, index = field.partition("[")
     flag = _FLAGS.get(name, name)
     field_note = "" if flag.lower().lstrip("-").replace("-", "_") == name else f" ({field})"
-    return f"{flag}{bracket}{index}{field_note} {violation.description}"
+    return f"{flag}{bracket}{index}{field_note} {description}"
 
 
 def _sentence(details: StatusDetails) -> str:

@@ -52,6 +52,15 @@ class GenerateOptions:
     adapters: tuple[str, ...] = ()
     """NAME or NAME:SCALE each."""
     embed_prompt: bool = False
+    initial: Path | None = None
+    """Image file that is painted over; `-` reads it from standard input, as with the mask."""
+    mask: Path | None = None
+    mask_alpha: bool = False
+    strength: float | None = None
+    mask_padding: int | None = None
+    expand: str | None = None
+    """LEFT,TOP,RIGHT,BOTTOM in pixels."""
+    no_preserve: bool = False
     force: bool = False
     as_json: bool = False
 
@@ -64,10 +73,10 @@ class GenerateOptions:
         """Returns the request. Only the server knows its limits, so it checks them.
 
         Raises:
-            CliError: a reference cannot be read, a size or an adapter cannot be parsed, a number or a text fits no
-                request.
+            CliError: an image file cannot be read, a size, an expansion or an adapter cannot be parsed, a number or a
+                text fits no request.
         """
-        inputs = [*self.references, Path(self.prompt)]
+        inputs = [*self.references, self.initial, self.mask, Path(self.prompt)]
         if inputs.count(STANDARD_STREAM) > 1:
             raise CliError("Standard input can be read only once.", "Give `-` only once.", MISUSED)
         width_px, height_px = parse_size(self.size) if self.size else (None, None)
@@ -76,7 +85,7 @@ class GenerateOptions:
                 model=self.model,
                 prompt=sys.stdin.buffer.read().decode().rstrip("\r\n") if self.prompt == "-" else self.prompt,
                 negative_prompt=self.negative_prompt,
-                references=[_read(path) for path in self.references],
+                references=[_read("--reference", path) for path in self.references],
                 width_px=width_px,
                 height_px=height_px,
                 step_count=self.steps,
@@ -88,6 +97,13 @@ class GenerateOptions:
                 priority=image_pb2.PRIORITY_INTERACTIVE,
                 adapters=[parse_adapter(text) for text in self.adapters],
                 embed_prompt=self.embed_prompt,
+                initial_image=None if self.initial is None else _read("--initial", self.initial),
+                mask=None if self.mask is None else _read("--mask", self.mask),
+                mask_is_alpha=self.mask_alpha,
+                strength=self.strength,
+                mask_padding_px=self.mask_padding,
+                expand=parse_expansion(self.expand) if self.expand else None,
+                preserve_unmasked=False if self.no_preserve else None,
             )
         except UnicodeError as error:
             raise CliError("The prompt or a name is not valid UTF-8.", exit_code=MISUSED) from error
@@ -223,6 +239,23 @@ def parse_size(text: str) -> tuple[int, int]:
     return width_px, int(match[2]) if match[2] else width_px
 
 
+def parse_expansion(text: str) -> image_pb2.ImageExpansion:
+    """Parses `LEFT,TOP,RIGHT,BOTTOM`, each a number of pixels.
+
+    Raises:
+        CliError: the text is anything else.
+    """
+    sides = text.split(",")
+    if len(sides) != 4 or not all(re.fullmatch(r"\s*\d{1,9}\s*", side, re.ASCII) for side in sides):
+        raise CliError(
+            f"--expand {text!r} is not four numbers of pixels.",
+            "Write LEFT,TOP,RIGHT,BOTTOM, for example 0,0,256,0.",
+            MISUSED,
+        )
+    left, top, right, bottom = map(int, sides)
+    return image_pb2.ImageExpansion(left_px=left, top_px=top, right_px=right, bottom_px=bottom)
+
+
 def parse_adapter(text: str) -> image_pb2.Adapter:
     """Parses `NAME` or `NAME:SCALE`.
 
@@ -238,8 +271,8 @@ def parse_adapter(text: str) -> image_pb2.Adapter:
         ) from None
 
 
-def _read(path: Path) -> bytes:
+def _read(flag: str, path: Path) -> bytes:
     try:
         return sys.stdin.buffer.read() if path == STANDARD_STREAM else path.read_bytes()
     except OSError as error:
-        raise CliError(f"--reference {path} cannot be read: {error.strerror}.", exit_code=MISUSED) from error
+        raise CliError(f"{flag} {path} cannot be read: {error.strerror}.", exit_code=MISUSED) from error

@@ -12,6 +12,7 @@ from klein_api.v1.vae_decoder_service_pb2 import (
     DecodeSpec,
     DecodeSummary,
 )
+from klein_services.orchestrator.masked_edit import MaskedEdit
 from klein_services.orchestrator.routing import DENOISER, StageAddress
 from klein_services.orchestrator.stage_client import (
     DECODE_LATENTS,
@@ -20,10 +21,12 @@ from klein_services.orchestrator.stage_client import (
     StageDisagreement,
 )
 from klein_services.orchestrator.timings import OperationTiming, TransferMetrics
-from klein_services.runtime.protowire import chunk_of
+from klein_services.runtime.protowire import FileChunks, chunk_of
 
 _FRAMES_AT_ONCE = 2
 """Frames that wait between a reader and a writer; a full queue stops the reading, which slows the sender down."""
+_IMAGE_CHUNKS = FileChunks(DecodeLatentsRequest.INITIAL_IMAGE_CHUNK_FIELD_NUMBER)
+_MASK_CHUNKS = FileChunks(DecodeLatentsRequest.MASK_CHUNK_FIELD_NUMBER)
 _IMAGE_BYTES_LIMIT = 64 << 20
 """Most bytes of one encoded image; unencoded, 4 megapixels are 12 MiB."""
 
@@ -73,6 +76,7 @@ async def decode_latents(
     spec: DecodeSpec,
     frames: AsyncIterator[bytes],
     timing: OperationTiming,
+    overlay: MaskedEdit | None = None,
 ) -> DecodedImage:
     """Decodes one image while its latents are still arriving.
 
@@ -82,6 +86,7 @@ async def decode_latents(
         spec: how the image is to be encoded.
         frames: the latents' serialized frames, as `protowire` moves them.
         timing: where the call is counted.
+        overlay: the masked edit whose initial image stands outside its mask; `spec` gets its preparation.
 
     Raises:
         StageDisagreement: the image is not as long as its summary says.
@@ -89,7 +94,12 @@ async def decode_latents(
     """
     with timing.call():
         async with stages.stream_stream(address, DECODE_LATENTS) as call:
+            if overlay is not None:
+                spec.overlay.CopyFrom(overlay.inpainting)
             await call.write(DecodeLatentsRequest(spec=spec).SerializeToString())
+            if overlay is not None:
+                for message in overlay.files(_IMAGE_CHUNKS, _MASK_CHUNKS):
+                    await call.write(message)
             transfer = TransferMetrics(DENOISER, address.stage)
             async for frame in frames:
                 transfer.add(frame)

@@ -11,14 +11,19 @@ from typing import Final
 
 from klein_api.v1.text_encoder_service_pb2 import EncodePromptRequest, EncodePromptResponse, PromptSummary
 from klein_api.v1.vae_decoder_service_pb2 import (
+    EncodeInitialImageRequest,
+    EncodeInitialImageResponse,
     EncodeReferenceRequest,
     EncodeReferenceResponse,
+    InitialImageSpec,
     ReferenceSpec,
 )
 from klein_core.errors import InvalidInput, Violation
+from klein_services.orchestrator.masked_edit import MaskedEdit
 from klein_services.orchestrator.request import ImageRequest
 from klein_services.orchestrator.routing import DENOISER, StageAddress
 from klein_services.orchestrator.stage_client import (
+    ENCODE_INITIAL_IMAGE,
     ENCODE_PROMPT,
     ENCODE_REFERENCE,
     PUBLIC_FIELDS,
@@ -31,6 +36,8 @@ from klein_services.orchestrator.timings import Timings, TransferMetrics
 from klein_services.runtime.byte_lru import ByteLru
 from klein_services.runtime.metrics import CACHE_REQUESTS
 from klein_services.runtime.protowire import (
+    FileChunks,
+    as_initial_image_part,
     as_negative_prompt_embedding,
     as_reference_latents,
     field_number,
@@ -39,16 +46,29 @@ from klein_services.runtime.protowire import (
 
 PROMPT_EMBEDDING: Final = "prompt_embedding"
 REFERENCE_LATENTS: Final = "reference_latents"
-_CHUNK_BYTES = 1 << 20
+INITIAL_IMAGE: Final = "initial_image"
 _SUMMARY_FIELD = 1
+_TENSOR_FIELDS = (2,)
+_INITIAL_IMAGE_FIELDS = (
+    EncodeInitialImageResponse.INITIAL_LATENTS_FIELD_NUMBER,
+    EncodeInitialImageResponse.MASK_FIELD_NUMBER,
+)
 _NEGATIVE_FIELDS = {"prompt": "negative_prompt"}
+_INITIAL_IMAGE_NAMES = {name: name for name in ("initial_image", "mask", "mask_padding_px", "expand")}
+"""Public names of the fields of an initial image's encoding."""
+_REFERENCE_CHUNKS = FileChunks(EncodeReferenceRequest.IMAGE_CHUNK_FIELD_NUMBER)
+_IMAGE_CHUNKS = FileChunks(EncodeInitialImageRequest.IMAGE_CHUNK_FIELD_NUMBER)
+_MASK_CHUNKS = FileChunks(EncodeInitialImageRequest.MASK_CHUNK_FIELD_NUMBER)
+_INITIAL_INDEX = -1
+"""Index of the initial image among a request's input images; the model sees it before the first reference."""
 
 _OpenCall = Callable[[], AbstractAsyncContextManager[ServerStream]]
-_ResponseClass = type[EncodePromptResponse] | type[EncodeReferenceResponse]
+_ImageResponseClass = type[EncodeReferenceResponse] | type[EncodeInitialImageResponse]
+_ResponseClass = type[EncodePromptResponse] | _ImageResponseClass
 
 
 class InputEncoder:
-    """Encodes a request's prompts and references concurrently and relays every frame as it arrives.
+    """Encodes a request's prompts and images concurrently and relays every frame as it arrives.
 
     Args:
         request: the validated request.
@@ -71,14 +91,14 @@ class InputEncoder:
         self._cache = cache
         self._timings = timings
         self._denoiser = denoiser
-        self._undecided = len(request.references)
+        self._undecided = len(request.references) + (request.masked_edit is not None)
+        self._sizes: dict[int, tuple[int, int]] = {}
+        """Width and height in pixels of each input image as the model sees it, once known."""
         self._violations: list[Violation] = []
         self._all_decided = asyncio.Event()
-        self._first_size_known = asyncio.Event()
+        self._size_known = asyncio.Event()
         self._keys: list[CacheKey] = []
         self.prompt_summary = PromptSummary()
-        self.reference_sizes: dict[int, tuple[int, int]] = {}
-        """Width and height in pixels of each reference as the model sees it, once known."""
 
     async def run(self) -> None:
         """Relays everything into the denoiser and closes its input."""
@@ -87,14 +107,25 @@ class InputEncoder:
             group.create_task(self._encode_prompt(params.prompt))
             if params.uses_guidance:
                 group.create_task(self._encode_prompt(params.negative_prompt or "", is_negative=True))
+            if self._request.masked_edit is not None:
+                group.create_task(self._encode_initial_image(self._request.masked_edit))
             for index, data in enumerate(self._request.references):
                 group.create_task(self._encode_reference(index, data))
         await (await asyncio.shield(self._denoiser)).done_writing()
 
-    async def first_reference_size(self) -> tuple[int, int]:
-        """Waits for the first reference's processed width and height in pixels."""
-        await self._first_size_known.wait()
-        return self.reference_sizes[0]
+    async def image_size(self) -> tuple[int, int]:
+        """Waits for the processed width and height in pixels of the input image that decides the size."""
+        await self._size_known.wait()
+        return self._sizes[self._deciding_index]
+
+    @property
+    def pixel_count(self) -> int:
+        """Pixels of all input images as the model sees them, so far."""
+        return sum(width_px * height_px for width_px, height_px in self._sizes.values())
+
+    @property
+    def _deciding_index(self) -> int:
+        return 0 if self._request.masked_edit is None else _INITIAL_INDEX
 
     def discard_cached(self) -> None:
         """Drops this request's tensors from the cache, because the denoiser refused one of them."""
@@ -120,7 +151,6 @@ class InputEncoder:
                 await self._send(as_negative_prompt_embedding(frame) if is_negative else frame)
 
     async def _encode_reference(self, index: int, data: bytes) -> None:
-        """Encodes one reference. If it is refused, waits for the others so that the error names every bad one."""
         address = self._request.route.vae_decoder
         # Files have up to many megabytes, and hashing one must not hold up the event loop.
         version = self._request.info.vae_decoder_version
@@ -132,15 +162,43 @@ class InputEncoder:
             EncodeReferenceResponse,
             lambda: self._send_reference(address, f"references[{index}]", data),
         )
+        await self._relay_image(
+            index, EncodeReferenceResponse, messages, lambda frame: as_reference_latents(index, frame)
+        )
+
+    async def _encode_initial_image(self, edit: MaskedEdit) -> None:
+        address = self._request.route.vae_decoder
+        options = edit.inpainting.SerializeToString(deterministic=True)
+        files = [edit.initial_image] if edit.mask is None else [edit.initial_image, edit.mask]
+        version = self._request.info.vae_decoder_version
+        key = await asyncio.to_thread(CacheKey.of, INITIAL_IMAGE, version, options, *files)
+        messages = self._response(
+            key,
+            address,
+            "encode-initial-image",
+            EncodeInitialImageResponse,
+            lambda: self._send_initial_image(address, edit),
+            _INITIAL_IMAGE_FIELDS,
+        )
+        await self._relay_image(_INITIAL_INDEX, EncodeInitialImageResponse, messages, as_initial_image_part)
+
+    async def _relay_image(
+        self,
+        index: int,
+        response_class: _ImageResponseClass,
+        messages: AsyncGenerator[bytes, None],
+        denoiser_message: Callable[[bytes], bytes],
+    ) -> None:
+        """Relays an image's tensors. If it is refused, waits for the others so that the error names every bad one."""
         try:
             async with aclosing(messages):
-                summary = EncodeReferenceResponse.FromString(await anext(messages)).summary
-                self.reference_sizes[index] = (summary.width_px, summary.height_px)
-                if index == 0:
-                    self._first_size_known.set()
+                summary = response_class.FromString(await anext(messages)).summary
+                self._sizes[index] = (summary.width_px, summary.height_px)
+                if index == self._deciding_index:
+                    self._size_known.set()
                 self._decide()
                 async for frame in messages:
-                    await self._send(as_reference_latents(index, frame))
+                    await self._send(denoiser_message(frame))
         except InvalidInput as error:
             self._violations += error.violations
             self._decide()
@@ -148,7 +206,7 @@ class InputEncoder:
             raise InvalidInput(self._violations) from None
 
     def _decide(self) -> None:
-        """Counts a reference that was accepted or refused."""
+        """Counts an input image that was accepted or refused."""
         self._undecided -= 1
         if not self._undecided:
             self._all_decided.set()
@@ -165,6 +223,7 @@ class InputEncoder:
         operation: str,
         response_class: _ResponseClass,
         open_call: _OpenCall,
+        tensor_fields: tuple[int, ...] = _TENSOR_FIELDS,
     ) -> AsyncGenerator[bytes, None]:
         """Yields an encoder's summary message and then its frames, from the cache or from a call."""
         self._keys.append(key)
@@ -185,7 +244,7 @@ class InputEncoder:
                     if summary is None and field_number(message) == _SUMMARY_FIELD:
                         yield (summary := message)
                         continue
-                    received = frame_field(message)
+                    received = frame_field(message, tensor_fields)
                     if received is None or summary is None:
                         raise _no_tensor(address)
                     transfer.add(received)
@@ -205,9 +264,21 @@ class InputEncoder:
         async with self._stages.stream_stream(address, ENCODE_REFERENCE) as call:
             spec = ReferenceSpec(model=address.model, field_name=field_name)
             await call.write(EncodeReferenceRequest(spec=spec).SerializeToString())
-            for start in range(0, len(data), _CHUNK_BYTES):
-                chunk = EncodeReferenceRequest(image_chunk=data[start : start + _CHUNK_BYTES])
-                await call.write(chunk.SerializeToString())
+            for message in _REFERENCE_CHUNKS.messages(data):
+                await call.write(message)
+            await call.done_writing()
+            yield call
+
+    @asynccontextmanager
+    async def _send_initial_image(
+        self, address: StageAddress, edit: MaskedEdit
+    ) -> AsyncIterator[ServerStream]:
+        """Opens a call and sends the files of a masked edit."""
+        async with self._stages.stream_stream(address, ENCODE_INITIAL_IMAGE, _INITIAL_IMAGE_NAMES) as call:
+            spec = InitialImageSpec(model=address.model, inpainting=edit.inpainting)
+            await call.write(EncodeInitialImageRequest(spec=spec).SerializeToString())
+            for message in edit.files(_IMAGE_CHUNKS, _MASK_CHUNKS):
+                await call.write(message)
             await call.done_writing()
             yield call
 
@@ -227,8 +298,13 @@ class CacheKey:
     """SHA-256 of the content. Clients share the cache, so no client may be able to make two contents collide."""
 
     @classmethod
-    def of(cls, kind: str, model: str, content: bytes) -> CacheKey:
-        return cls(kind, model, hashlib.sha256(content).digest())
+    def of(cls, kind: str, model: str, *content: bytes) -> CacheKey:
+        digest = hashlib.sha256()
+        for part in content:
+            # With its length, so that no two lists of parts make the same bytes.
+            digest.update(len(part).to_bytes(8, "little"))
+            digest.update(part)
+        return cls(kind, model, digest.digest())
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from klein_api.v1.vae_decoder_service_pb2 import DecodeSpec
 from klein_services.orchestrator.decoding import DecodedImage, FrameQueue, decode_latents
 from klein_services.orchestrator.encoding import InputEncoder, TensorCache
 from klein_services.orchestrator.events import EventQueue, ImageEvent
+from klein_services.orchestrator.masked_edit import MaskedEdit
 from klein_services.orchestrator.request import ImageRequest
 from klein_services.orchestrator.routing import DENOISER, VAE_DECODER
 from klein_services.orchestrator.stage_client import (
@@ -88,13 +89,14 @@ class Generation:
         self._preview: asyncio.Task[None] | None = None
         self._preview_latents = FrameQueue()
         self._step = 0
+        self._output_pixel_count = 0
 
     async def run(self) -> None:
         """Makes the images; once more from the start if a stage is lost before the client has got an event.
 
         Raises:
             StagesLost: a stage cannot be used.
-            InvalidInput: a reference cannot be used, or the size that it gives.
+            InvalidInput: a reference, the initial image or the mask cannot be used, or the size that it gives.
             PeerFailure: a stage failed in another way.
             StageDisagreement: a stage broke the protocol.
         """
@@ -141,8 +143,8 @@ class Generation:
     async def _denoise(self, group: asyncio.TaskGroup) -> None:
         """Opens the denoiser's call as soon as the size is known and follows it to its end."""
         if not self._request.size_is_known:
-            self._params = self._request.sized(*await self._inputs.first_reference_size())
-        address, params = self._request.route.denoiser, self._params
+            self._params = self._request.sized(*await self._inputs.image_size())
+        address, params, edit = self._request.route.denoiser, self._params, self._request.masked_edit
         spec = DenoiseSpec(
             model=address.model,
             width_px=params.width_px,
@@ -154,6 +156,7 @@ class Generation:
             priority=self._request.priority,
             preview_interval_steps=self._request.preview_interval_steps,
             adapters=[Adapter(name=adapter.name, scale=adapter.scale) for adapter in params.adapters],
+            strength=None if edit is None else edit.strength,
         )
         with self._timings.of(DENOISER, "denoise").call():
             async with self._stages.stream_stream(address, DENOISE_LATENTS) as call:
@@ -215,9 +218,12 @@ class Generation:
 
     async def _decode_image(self, index: int, latents: FrameQueue) -> None:
         params, metadata = self._params, dict(self._request.embedded_prompts)
+        edit = self._request.masked_edit
         if self._options.image_metadata:
             metadata["model"] = self._request.route.name
             metadata["seed"], metadata["steps"] = str(params.seeds[index]), str(params.steps)
+            if edit is not None:
+                metadata["strength"] = f"{edit.strength:g}"
             if params.adapters:
                 metadata["adapters"] = ", ".join(f"{each.name}:{each.scale:g}" for each in params.adapters)
         spec = DecodeSpec(
@@ -226,7 +232,8 @@ class Generation:
             quality=self._request.quality,
             metadata=metadata,
         )
-        image = await self._decode(spec, latents)
+        image = await self._decode(spec, latents, edit if edit is not None and edit.has_overlay else None)
+        self._output_pixel_count += image.summary.width_px * image.summary.height_px
         if index == 0 and self._preview is not None:
             # A preview of a finished image is of no use.
             self._preview.cancel()
@@ -250,10 +257,12 @@ class Generation:
             description.step = step
             await self._events.put(ImageEvent(description, image.chunks, is_preview=True))
 
-    async def _decode(self, spec: DecodeSpec, latents: FrameQueue) -> DecodedImage:
+    async def _decode(
+        self, spec: DecodeSpec, latents: FrameQueue, overlay: MaskedEdit | None = None
+    ) -> DecodedImage:
         timing = self._timings.of(VAE_DECODER, "decode")
         address = self._request.route.vae_decoder
-        return await decode_latents(self._stages, address, spec, latents.frames(), timing)
+        return await decode_latents(self._stages, address, spec, latents.frames(), timing, overlay)
 
     def _description(self, index: int, image: DecodedImage) -> GeneratedImage:
         return GeneratedImage(
@@ -266,15 +275,14 @@ class Generation:
 
     def _summary(self) -> GenerationSummary:
         params, prompt = self._params, self._inputs.prompt_summary
-        sizes = self._inputs.reference_sizes.values()
         return GenerationSummary(
             request_id=request_id.get(),
             model=self._request.route.name,
             flow=self._request.flow,
             prompt_token_count=prompt.token_count,
             prompt_truncated=prompt.truncated,
-            input_megapixels=sum(width_px * height_px for width_px, height_px in sizes) / 1e6,
-            output_megapixels=params.width_px * params.height_px * len(params.seeds) / 1e6,
+            input_megapixels=self._inputs.pixel_count / 1e6,
+            output_megapixels=self._output_pixel_count / 1e6,
             step_count=params.steps,
             guidance_scale=params.guidance,
             stage_timings=self._timings.messages(),

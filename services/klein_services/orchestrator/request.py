@@ -13,12 +13,19 @@ from klein_api.v1.image_service_pb2 import ImageSpec
 from klein_core.errors import InvalidInput, Violation
 from klein_core.image_format import METADATA_BYTE_LIMIT, format_size_violations, metadata_violations
 from klein_core.params import DEFAULT_LIMITS, AdapterChoice, GenerationParams, Limits, fitted_size
+from klein_services.orchestrator.masked_edit import (
+    MASKED_EDIT,
+    MaskedEdit,
+    file_violations,
+    masked_edit_of,
+    masked_edit_violations,
+)
 from klein_services.orchestrator.routing import Route
 from klein_services.orchestrator.stage_directory import RouteInfo
 
 LOSSY_FORMATS = (ImageFormat.IMAGE_FORMAT_JPEG, ImageFormat.IMAGE_FORMAT_WEBP)
 _OTHER_FIELDS_BYTES = 1 << 20
-"""Room for everything but the references; prompts take most of it."""
+"""Room for everything but the image files; prompts take most of it."""
 _OTHER_METADATA_BYTES = 4096
 """Room in an image file's metadata for what is stored besides the prompts."""
 _WORD = re.compile(r"[^\W_]+")
@@ -34,8 +41,9 @@ class ImageRequest:
     route: Route
     info: RouteInfo
     params: GenerationParams
-    """Parameters with defaults; a side that follows the first reference has the smallest allowed value."""
+    """Parameters with defaults; a side that an input image gives has the smallest allowed value."""
     references: tuple[bytes, ...]
+    masked_edit: MaskedEdit | None
     format: ImageFormat.ValueType
     quality: int | None
     priority: Priority.ValueType
@@ -43,16 +51,16 @@ class ImageRequest:
     embedded_prompts: Mapping[str, str]
     """Prompts to store in the image files, by metadata key; empty unless the client asks for it."""
     follows_width: bool
-    """Whether the first reference gives the width."""
+    """Whether the initial image gives the width, or without one the first reference."""
     follows_height: bool
-    """Whether the first reference gives the height."""
+    """Whether one of them gives the height."""
     flow: str
-    """text-to-image, edit or multi-reference."""
+    """text-to-image, edit, multi-reference or masked-edit."""
 
     @property
     def warnings(self) -> list[str]:
         """Sentences for the client of a valid request that may not give what it wants."""
-        if self.references or names_a_subject(self.params.prompt, self.info.subject_words):
+        if self.has_input_images or names_a_subject(self.params.prompt, self.info.subject_words):
             return []
         shown = ", ".join(self.info.subject_words[:_SHOWN_SUBJECT_WORDS])
         return [
@@ -61,18 +69,25 @@ class ImageRequest:
         ]
 
     @property
+    def has_input_images(self) -> bool:
+        return bool(self.references) or self.masked_edit is not None
+
+    @property
     def size_is_known(self) -> bool:
         return not (self.follows_width or self.follows_height)
 
     def sized(self, width_px: int, height_px: int) -> GenerationParams:
-        """Returns the parameters, with the first reference's processed size where the request gives none.
+        """Returns the parameters, with an input image's processed size where the request gives none.
 
-        A reference that is larger than the model's images may be gives a smaller size of a like aspect ratio.
+        A reference that is larger than the model's images may be gives a smaller size of a like aspect ratio. An
+        initial image is processed to the model's size already.
 
         Raises:
-            InvalidInput: with the side that the request gives, the image would have too many pixels.
+            InvalidInput: with the side that the request gives, the image would have too many pixels; or the initial
+                image has a side below the smallest.
         """
-        width_px, height_px = fitted_size(width_px, height_px, self.params.limits)
+        if self.masked_edit is None:
+            width_px, height_px = fitted_size(width_px, height_px, self.params.limits)
         return replace(
             self.params,
             width_px=width_px if self.follows_width else self.params.width_px,
@@ -91,8 +106,8 @@ class AdmissionLimits:
 
     @property
     def request_bytes(self) -> int:
-        """Most bytes of a request's message. Has room for one reference too many, so that an error can name it."""
-        return (self.reference_count + 1) * self.reference_bytes + _OTHER_FIELDS_BYTES
+        """Most bytes of a request's message: all image files, and one too many, so that an error can name it."""
+        return (self.reference_count + 3) * self.reference_bytes + _OTHER_FIELDS_BYTES
 
     def of(self, route: Route) -> Limits:
         """Returns the limits of requests for `route`'s model."""
@@ -132,20 +147,23 @@ def validated(
         info=info,
         params=params,
         references=tuple(spec.references),
+        masked_edit=masked_edit_of(
+            spec, params.limits.pixel_count, is_lossless=spec.format not in LOSSY_FORMATS
+        ),
         format=spec.format or ImageFormat.IMAGE_FORMAT_PNG,
         quality=spec.quality if spec.HasField("quality") else None,
         priority=spec.priority,
         preview_interval_steps=preview_interval_steps,
         embedded_prompts=_embedded_prompts(spec),
-        follows_width=bool(spec.references) and not spec.HasField("width_px"),
-        follows_height=bool(spec.references) and not spec.HasField("height_px"),
+        follows_width=_has_input_images(spec) and not spec.HasField("width_px"),
+        follows_height=_has_input_images(spec) and not spec.HasField("height_px"),
         flow=flow_of(spec),
     )
 
 
 def _params(spec: ImageSpec, route: Route, info: RouteInfo, limits: AdmissionLimits) -> GenerationParams:
     bounds = limits.of(route)
-    default_side_px = bounds.side_px if spec.references else route.default_size_px
+    default_side_px = bounds.side_px if _has_input_images(spec) else route.default_size_px
     first_seed = spec.seed if spec.HasField("seed") else secrets.randbelow(_RANDOM_SEED_LIMIT)
     # A count outside its limits is a violation that `_violations` names, and may be far too large for a range.
     count = min(max(image_count(spec), 1), limits.image_count)
@@ -175,13 +193,8 @@ def _violations(spec: ImageSpec, preview_interval_steps: int, limits: AdmissionL
     if not 1 <= count <= limits.image_count:
         yield Violation("image_count", f"is {count}; must be in [1, {limits.image_count}]")
     for index, reference in enumerate(spec.references[: limits.reference_count]):
-        field = f"references[{index}]"
-        if not reference:
-            yield Violation(field, "is empty; must be the bytes of an image file")
-        elif len(reference) > limits.reference_bytes:
-            yield Violation(
-                field, f"has {len(reference)} bytes; at most {limits.reference_bytes} are allowed"
-            )
+        yield from file_violations(f"references[{index}]", reference, limits.reference_bytes)
+    yield from masked_edit_violations(spec, limits.reference_bytes)
     if spec.format not in ImageFormat.values():
         yield Violation("format", f"is {spec.format}; must be one of {', '.join(ImageFormat.keys())}")
     if spec.HasField("quality"):
@@ -212,8 +225,14 @@ def _embedded_prompts(spec: ImageSpec) -> dict[str, str]:
     )
 
 
+def _has_input_images(spec: ImageSpec) -> bool:
+    return bool(spec.references) or spec.HasField("initial_image")
+
+
 def flow_of(spec: ImageSpec) -> str:
-    """Returns the flow that the number of references makes: text-to-image, edit or multi-reference."""
+    """Returns masked-edit with an initial image, else text-to-image, edit or multi-reference by the references."""
+    if spec.HasField("initial_image"):
+        return MASKED_EDIT
     return ("text-to-image", "edit", "multi-reference")[min(len(spec.references), 2)]
 
 

@@ -21,6 +21,7 @@ from klein_services.runtime.status import UNKNOWN_ADAPTER, PeerFailure, explain
 
 ENCODE_PROMPT: Final = "/klein_api.v1.TextEncoderService/EncodePrompt"
 ENCODE_REFERENCE: Final = "/klein_api.v1.VaeDecoderService/EncodeReference"
+ENCODE_INITIAL_IMAGE: Final = "/klein_api.v1.VaeDecoderService/EncodeInitialImage"
 DECODE_LATENTS: Final = "/klein_api.v1.VaeDecoderService/DecodeLatents"
 DENOISE_LATENTS: Final = "/klein_api.v1.DenoiserService/DenoiseLatents"
 
@@ -45,6 +46,7 @@ PUBLIC_FIELDS: Mapping[str, str] = {
     "quality": "quality",
     "preview_interval_steps": "preview_interval_steps",
     "adapters": "adapters",
+    "strength": "strength",
 }
 """Public names of the fields that the orchestrator passes on, by their names in stage requests."""
 

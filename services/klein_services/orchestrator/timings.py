@@ -14,7 +14,7 @@ from klein_api.v1.image_service_pb2 import StageTiming
 from klein_services.runtime.metrics import HOP_BYTES, HOP_SECONDS, STAGE_CALL_SECONDS
 from klein_services.runtime.stage import duration
 
-_ORDER = ("encode-prompt", "encode-reference", "denoise", "decode")
+_ORDER = ("encode-prompt", "encode-initial-image", "encode-reference", "denoise", "decode")
 """Operations in the order of a request's life."""
 
 

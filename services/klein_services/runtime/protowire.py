@@ -10,7 +10,8 @@ Reference: https://protobuf.dev/programming-guides/encoding
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from google.protobuf.message import DecodeError, Message
@@ -19,6 +20,8 @@ from klein_api.v1 import tensor_pb2
 
 VARINT = 0
 LENGTH_DELIMITED = 2
+_CONTINUED = 0x80
+"""Bit of a varint's byte that another byte follows."""
 _VARINT_BYTES = 5
 """Most bytes of a varint here: 35 bits hold every key, length and index."""
 _FRAME = tensor_pb2.TensorFrame
@@ -30,6 +33,11 @@ _NEGATIVE_PROMPT_EMBEDDING_KEY = b"\x1a"
 """Key of `DenoiseLatentsRequest.negative_prompt_embedding`."""
 _REFERENCE_LATENTS_KEY = b"\x22"
 """Key of `DenoiseLatentsRequest.reference_latents`."""
+_INITIAL_IMAGE_KEYS = {b"\x12": b"\x32", b"\x1a": b"\x3a"}
+"""Keys of `DenoiseLatentsRequest` by those of `EncodeInitialImageResponse`: of initial latents and mask."""
+_FRAME_FIELD = 2
+_CHUNK_BYTES = 1 << 20
+"""Most bytes of a file in one message."""
 
 
 class UnusualLayout(Exception):
@@ -170,9 +178,14 @@ def field_number(message: bytes) -> int:
     return message[0] >> 3 if message else 0
 
 
-def frame_field(message: bytes) -> bytes | None:
-    """Returns `message` if it is field 2 and nothing else, else `None`."""
-    return message if chunk_of(message) is not None else None
+def frame_field(message: bytes, fields: Collection[int] = (_FRAME_FIELD,)) -> bytes | None:
+    """Returns `message` if it is one of `fields`, numbers below 16, and nothing else, else `None`."""
+    try:
+        number, _, rest = split_field(memoryview(message))
+    except UnusualLayout:
+        return None
+    is_short = message[0] < _CONTINUED
+    return message if is_short and number in fields and not rest else None
 
 
 def chunk_of(message: bytes) -> memoryview | None:
@@ -223,6 +236,24 @@ def as_reference_latents(index: int, frame: bytes) -> bytes:
     """Makes field 2 a `DenoiseLatentsRequest` of reference `index`'s latents."""
     head = _INDEX_KEY + encode_varint(index) if index else b""
     return b"".join((_REFERENCE_LATENTS_KEY, encode_varint(len(head) + len(frame)), head, frame))
+
+
+def as_initial_image_part(frame: bytes) -> bytes:
+    """Makes a frame of `EncodeInitialImageResponse` a `DenoiseLatentsRequest` of the same tensor."""
+    return _INITIAL_IMAGE_KEYS[frame[:1]] + frame[1:]
+
+
+@dataclass(frozen=True)
+class FileChunks:
+    """A field that carries a file in chunks, one in each message."""
+
+    field_number: int
+
+    def messages(self, data: bytes) -> Iterator[bytes]:
+        """Yields a file as serialized messages; each copies its chunk once."""
+        view = memoryview(data)
+        for start in range(0, len(data), _CHUNK_BYTES):
+            yield b"".join(enclosed(self.field_number, [view[start : start + _CHUNK_BYTES]]))
 
 
 def enclosed(field_number: int, parts: Sequence[bytes | memoryview]) -> list[bytes | memoryview]:

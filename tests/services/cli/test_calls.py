@@ -15,7 +15,7 @@ from klein_api.v1 import image_pb2
 from klein_api.v1 import image_service_pb2 as api
 from klein_api.v1 import stage_service_pb2 as stage_api
 from klein_core.errors import InvalidInput, Violation
-from klein_core.params import DEFAULT_LIMITS, size_violations
+from klein_core.params import DEFAULT_LIMITS, Expansion, inpainting_violations, size_violations
 from klein_services.cli.main import main
 from klein_services.cli.ports import ReservedPort
 from klein_services.cli.process import inherited_environment
@@ -89,6 +89,32 @@ def test_every_flag_reaches_the_request(
     assert (tmp_path / "star-2.webp").read_bytes() == b"picture 1"
 
 
+def test_the_flags_of_a_masked_edit_reach_the_request(
+    klein: Klein, target: str, orchestrator: Orchestrator, tmp_path: Path
+) -> None:
+    initial, mask = tmp_path / "initial.png", tmp_path / "mask.png"
+    initial.write_bytes(b"painted over")
+    mask.write_bytes(b"white")
+    flags = f"""--initial {initial} --mask {mask} --mask-alpha --strength 0.3 --mask-padding 0 --expand 1,2,3,40
+        --no-preserve --target {target} -o {tmp_path / "star.png"}"""
+    exit_code, _, err = klein("generate", "a star", *flags.split())
+    assert (exit_code, err) == (0, "")
+    assert orchestrator.specs == [
+        api.ImageSpec(
+            prompt="a star",
+            format=image_pb2.IMAGE_FORMAT_PNG,
+            priority=image_pb2.PRIORITY_INTERACTIVE,
+            initial_image=b"painted over",
+            mask=b"white",
+            mask_is_alpha=True,
+            strength=0.3,
+            mask_padding_px=0,
+            expand=image_pb2.ImageExpansion(left_px=1, top_px=2, right_px=3, bottom_px=40),
+            preserve_unmasked=False,
+        )
+    ]
+
+
 def test_an_option_that_is_not_given_is_left_to_the_server(
     klein: Klein, target: str, orchestrator: Orchestrator, tmp_path: Path
 ) -> None:
@@ -126,6 +152,11 @@ def test_a_dash_writes_only_the_image_to_standard_output(klein: Klein, target: s
         (["-o", "p.png", "--reference", "missing.png"], ["missing.png", "No such file"]),
         (["-o", "p.png", "--size", "large"], ["--size", "1024x768"]),
         (["-o", "p.png", "--size", "64x"], ["--size", "1024x768"]),
+        (["-o", "p.png", "--initial", "missing.png"], ["--initial missing.png", "No such file"]),
+        (["-o", "p.png", "--mask", "missing.png"], ["--mask missing.png", "No such file"]),
+        (["-o", "p.png", "--initial", "-", "--mask", "-"], ["Standard input", "only once"]),
+        (["-o", "p.png", "--expand", "64"], ["--expand '64'", "LEFT,TOP,RIGHT,BOTTOM"]),
+        (["-o", "p.png", "--expand", "0,0,-1,0"], ["--expand '0,0,-1,0'", "LEFT,TOP,RIGHT,BOTTOM"]),
         (["-o", "p.png", "--timeout", "inf"], ["--timeout", "86400"]),
         (["-o", "p.png", "--target", " "], ["--target", "HOST:PORT"]),
         (["-o", "p.png", "--seed", str(2**63)], ["far outside", str(2**63)]),
@@ -305,6 +336,40 @@ def test_nothing_running_is_one_sentence_and_a_hint(klein: Klein, tmp_path: Path
             InvalidInput(size_violations(1024, 1024, replace(DEFAULT_LIMITS, pixel_count=65536))),
             2,
             ["Error: --size is 1024 × 1024 = 1048576 pixels; "],
+        ),
+        (
+            InvalidInput(
+                inpainting_violations(
+                    has_initial_image=False,
+                    has_mask=True,
+                    strength=0.5,
+                    mask_padding_px=1,
+                    expand=Expansion(1),
+                    has_size=False,
+                )
+            ),
+            2,
+            [
+                "4 values",
+                "\n  --mask needs --initial\n",
+                "\n  --strength needs --initial\n",
+                "\n  --mask-padding (mask_padding_px) needs --initial\n",
+                "\n  --expand needs --initial",
+            ],
+        ),
+        (
+            InvalidInput(
+                inpainting_violations(
+                    has_initial_image=True,
+                    has_mask=False,
+                    strength=None,
+                    mask_padding_px=None,
+                    expand=Expansion(),
+                    has_size=True,
+                )
+            ),
+            2,
+            ["Error: --size cannot be given: --initial decides the size."],
         ),
         (UnknownModel("model", "nono", ["pico"]), 2, ["There is no model 'nono'", "pico", "klein status"]),
         (

@@ -93,13 +93,15 @@ class FakeDenoiser(FakeStage, denoiser_service_pb2_grpc.DenoiserServiceServicer)
             part = message.WhichOneof("part")
             value = getattr(message, part)
             name, frame = (
-                (part, value) if part.endswith("embedding") else (f"{part}[{value.index}]", value.frame)
+                (f"{part}[{value.index}]", value.frame) if part == "reference_latents" else (part, value)
             )
             reader = readers.setdefault(name, FrameReader(name, limit_bytes=64 << 20))
             reader.add(frame)
         expected = {"prompt_embedding", *(f"reference_latents[{i}]" for i in range(spec.reference_count))}
         if not self.distilled and spec.guidance_scale > 1:
             expected.add("negative_prompt_embedding")
+        if spec.HasField("strength"):
+            expected |= {"initial_latents", "mask"}
         if expected != readers.keys():
             raise InvalidInput.of("spec", f"expected {expected}, got {readers.keys()}")
         for reader in readers.values():
@@ -122,6 +124,13 @@ class FakeDenoiser(FakeStage, denoiser_service_pb2_grpc.DenoiserServiceServicer)
 
     def _latents(self, spec, index, tensors, arm) -> list[denoiser_pb2.DenoiseLatentsResponse]:
         references = [tensors[f"reference_latents[{i}]"] for i in range(spec.reference_count)]
+        if spec.HasField("strength"):
+            references = [
+                tensors["initial_latents"],
+                tensors["mask"],
+                repr(spec.strength).encode(),
+                *references,
+            ]
         data = self.large_latents or image_latents(
             spec.width_px,
             spec.height_px,

@@ -22,9 +22,12 @@ from tests.services.fakes.fake_tensors import (
     TEXT_CHANNELS,
     encoded_image,
     frames,
+    initial_latents,
+    overlaid,
     prompt_embedding,
     reference_latents,
     reference_size_px,
+    token_mask,
 )
 
 MODEL = "fake"
@@ -159,6 +162,8 @@ class FakeVaeDecoder(FakeStage, vae_decoder_service_pb2_grpc.VaeDecoderServiceSe
     chunk_gate: asyncio.Event | None = None
     """Holds an image back, but not its summary, until it is set."""
     references: list[bytes] = field(default_factory=list)
+    initial_images: list[tuple[bytes, bytes | None]] = field(default_factory=list)
+    """Files of the initial images and masks that were encoded."""
     decode_specs: list[vae_pb2.DecodeSpec] = field(default_factory=list)
     announced_extra_bytes: int = 0
     padding: bytes = b""
@@ -186,6 +191,38 @@ class FakeVaeDecoder(FakeStage, vae_decoder_service_pb2_grpc.VaeDecoderServiceSe
             for frame in frames(reference_latents(data), height_px // 16, width_px // 16, LATENT_CHANNELS):
                 yield vae_pb2.EncodeReferenceResponse(reference_latents=frame)
 
+    async def EncodeInitialImage(self, requests, context):
+        messages = requests.__aiter__()
+        spec = (await anext(messages)).spec
+        async with self.handling(context, spec.model):
+            image, mask = self._files([message async for message in messages], "image_chunk")
+            self.initial_images.append((image, mask))
+            if self.encode_error is not None:
+                raise self.encode_error
+            if not image.startswith(b"image:"):
+                raise InvalidInput.of("initial_image", "is not an image")
+            if mask is not None and not mask.startswith(b"mask:"):
+                raise InvalidInput.of("mask", "is not an image")
+            width_px, height_px = reference_size_px(image)
+            rows, columns = height_px // 16, width_px // 16
+            summary = vae_pb2.ReferenceSummary(width_px=width_px, height_px=height_px)
+            yield vae_pb2.EncodeInitialImageResponse(summary=summary)
+            for frame in frames(
+                initial_latents(spec.inpainting, image, mask), rows, columns, LATENT_CHANNELS
+            ):
+                yield vae_pb2.EncodeInitialImageResponse(initial_latents=frame)
+            for frame in frames(token_mask(spec.inpainting, image, mask), rows, columns, 1):
+                yield vae_pb2.EncodeInitialImageResponse(mask=frame)
+
+    def _files(self, messages, image_part: str) -> tuple[bytes, bytes | None]:
+        """Joins the chunks of an initial image and its mask, which must come in this order."""
+        parts = [message.WhichOneof("part") for message in messages]
+        if parts != sorted(parts, key=[image_part, "mask_chunk"].index):
+            raise InvalidInput.of("spec", f"is followed by {parts}")
+        image = b"".join(getattr(message, image_part) for message in messages)
+        mask = b"".join(message.mask_chunk for message in messages)
+        return image, mask if "mask_chunk" in parts else None
+
     async def DecodeLatents(self, requests, context):
         messages = requests.__aiter__()
         spec = (await anext(messages)).spec
@@ -194,15 +231,26 @@ class FakeVaeDecoder(FakeStage, vae_decoder_service_pb2_grpc.VaeDecoderServiceSe
             if self.reading_gate is not None:
                 await self.reading_gate.wait()
             reader = FrameReader("latents", limit_bytes=64 << 20)
+            files = []
             async for message in messages:
-                reader.add(message.latents)
+                if message.WhichOneof("part") == "latents":
+                    reader.add(message.latents)
+                elif reader.data:
+                    raise InvalidInput.of("initial_image", "comes after latents")
+                else:
+                    files.append(message)
             reader.require_finished()
             if self.decode_gate is not None:
                 await self.decode_gate.wait()
             if self.decode_error is not None:
                 raise self.decode_error
             quality = spec.quality if spec.HasField("quality") else None
-            image = encoded_image(bytes(reader.data), spec.format, quality) + self.padding
+            latents = bytes(reader.data)
+            if spec.HasField("overlay"):
+                latents = overlaid(latents, spec.overlay, *self._files(files, "initial_image_chunk"))
+            elif files:
+                raise InvalidInput.of("overlay", "is not set, and files came")
+            image = encoded_image(latents, spec.format, quality) + self.padding
             rows, columns, _ = reader.spec.shape
             yield vae_pb2.DecodeLatentsResponse(
                 summary=vae_pb2.DecodeSummary(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
+from klein_api.v1.image_pb2 import InpaintingSpec
 from klein_api.v1.tensor_pb2 import DATA_TYPE_F32, TensorFrame
 from klein_services.runtime.frames import TensorSpec, split_frames
 
@@ -23,6 +24,30 @@ def prompt_embedding(prompt: str, tokens: int) -> bytes:
 def reference_latents(data: bytes) -> bytes:
     width_px, height_px = reference_size_px(data)
     return tensor_bytes(b"reference:" + data, width_px // 16 * (height_px // 16) * LATENT_CHANNELS * 4)
+
+
+def initial_latents(inpainting: InpaintingSpec, image: bytes, mask: bytes | None) -> bytes:
+    width_px, height_px = reference_size_px(image)
+    return tensor_bytes(
+        b"initial:" + _edit_bytes(inpainting, image, mask),
+        width_px // 16 * (height_px // 16) * LATENT_CHANNELS * 4,
+    )
+
+
+def token_mask(inpainting: InpaintingSpec, image: bytes, mask: bytes | None) -> bytes:
+    width_px, height_px = reference_size_px(image)
+    return tensor_bytes(
+        b"mask:" + _edit_bytes(inpainting, image, mask), width_px // 16 * (height_px // 16) * 4
+    )
+
+
+def overlaid(latents: bytes, inpainting: InpaintingSpec, image: bytes, mask: bytes | None) -> bytes:
+    """Bytes in place of `latents` where the initial image is laid over what is decoded from them."""
+    return latents + b"|overlay:" + _edit_bytes(inpainting, image, mask)
+
+
+def _edit_bytes(inpainting: InpaintingSpec, image: bytes, mask: bytes | None) -> bytes:
+    return b"|".join([inpainting.SerializeToString(deterministic=True), image, repr(mask).encode()])
 
 
 def reference_file(width_px: int, height_px: int, content: str = "") -> bytes:

@@ -11,6 +11,7 @@ import grpc
 
 from klein_api.v1.image_service_pb2 import GenerateImageRequest, ImageSpec
 from klein_api.v1.image_service_pb2_grpc import ImageServiceStub
+from klein_services.orchestrator.masked_edit import MaskedEdit
 from klein_services.orchestrator.servicer import Orchestrator
 from klein_services.orchestrator.settings import OrchestratorSettings
 from klein_services.runtime.server import running_server
@@ -20,8 +21,11 @@ from tests.services.fakes.fake_stages import MODEL, FakeTextEncoder, FakeVaeDeco
 from tests.services.fakes.fake_tensors import (
     encoded_image,
     image_latents,
+    initial_latents,
+    overlaid,
     prompt_embedding,
     reference_latents,
+    token_mask,
 )
 from tests.services.fakes.runtime_toy import failure, until
 
@@ -78,17 +82,24 @@ class FakeSuite:
         negative: str | None = None,
         image_format: int = 1,
         quality: int | None = None,
+        edit: MaskedEdit | None = None,
     ) -> bytes:
         """What a request must give, worked out without any server."""
         tokens = self.text_encoder.tokens
         negative_embedding = b"" if negative is None else prompt_embedding(negative, tokens)
+        painted = []
+        if edit is not None:
+            files = edit.inpainting, edit.initial_image, edit.mask
+            painted = [initial_latents(*files), token_mask(*files), repr(edit.strength).encode()]
         latents = image_latents(
             *size_px,
             seed,
             prompt_embedding(prompt, tokens),
             negative_embedding,
-            [reference_latents(data) for data in references],
+            [*painted, *(reference_latents(data) for data in references)],
         )
+        if edit is not None and edit.has_overlay:
+            latents = overlaid(latents, edit.inpainting, edit.initial_image, edit.mask)
         return encoded_image(latents, image_format, quality)
 
 
