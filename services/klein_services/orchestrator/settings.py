@@ -48,7 +48,10 @@ class OrchestratorSettings(ServerSettings):
         DEFAULT_LIMITS.reference_count, help="Most references of one request", minimum=0, maximum=10
     )
     maximum_reference_bytes: int = setting(
-        20 * 1024 * 1024, help="Most bytes of one reference's file", minimum=1024, maximum=64 * 1024 * 1024
+        20 * 1024 * 1024,
+        help="Most bytes of the file of a reference, an initial image or a mask",
+        minimum=1024,
+        maximum=64 * 1024 * 1024,
     )
     maximum_image_count: int = setting(
         DEFAULT_LIMITS.image_count, help="Most images of one request", minimum=1, maximum=64
@@ -61,7 +64,7 @@ class OrchestratorSettings(ServerSettings):
     )
     cache_bytes: int = setting(
         256 * 1024 * 1024,
-        help="Bytes of prompt embeddings and reference latents kept; 0 keeps none",
+        help="Bytes of prompt embeddings and latents of references and initial images kept; 0 keeps none",
         minimum=0,
     )
     describe_ttl_seconds: float = setting(
