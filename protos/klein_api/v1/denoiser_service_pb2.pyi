@@ -153,7 +153,7 @@ class DenoiseSpec(_message.Message):
     checkpoint_interval_steps: _builtins.int
     """A checkpoint after every so many steps; 0 means none."""
     resume_step: _builtins.int
-    """Steps already done in `resume_latents`; 0 means from noise."""
+    """Steps already done in `resume_latents`; 0 means from noise, or with `strength` from the initial image."""
     strength: _builtins.float
     """Share of the steps that are run on the initial image, above 0 and at most 1; set if and only if `initial_latents` and
     `mask` follow.
@@ -307,7 +307,7 @@ class DenoiseStarted(_message.Message):
     QUEUE_DURATION_FIELD_NUMBER: _builtins.int
     STEP_COUNT_FIELD_NUMBER: _builtins.int
     step_count: _builtins.int
-    """Steps of the whole schedule; those before `resume_step` count, though they are not run again."""
+    """Steps of the whole schedule; those before `resume_step` or left out by `strength` count, though they are not run."""
     @_builtins.property
     def queue_duration(self) -> _duration_pb2.Duration:
         """Time in the queue."""
@@ -335,7 +335,7 @@ class DenoiseStep(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     STEP_COUNT_FIELD_NUMBER: _builtins.int
     step: _builtins.int
-    """Steps done so far, from 1."""
+    """Steps done so far, from 1; those that are not run count."""
     step_count: _builtins.int
     """Steps of the whole schedule."""
     def __init__(
@@ -362,7 +362,7 @@ class DenoiseSummary(_message.Message):
     COMPUTE_DURATION_FIELD_NUMBER: _builtins.int
     STEP_COUNT_FIELD_NUMBER: _builtins.int
     step_count: _builtins.int
-    """Steps run here, those before `resume_step` excluded."""
+    """Steps run here, those before `resume_step` or left out by `strength` excluded."""
     @_builtins.property
     def queue_duration(self) -> _duration_pb2.Duration:
         """Time in the queue."""

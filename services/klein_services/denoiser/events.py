@@ -125,7 +125,7 @@ class Responses:
 
     Args:
         step_count: steps of the whole schedule.
-        first_step: steps already done before this request resumed.
+        first_step: steps that are not run: those done before the request resumed, or left out by its strength.
     """
 
     def __init__(self, step_count: int, first_step: int) -> None:

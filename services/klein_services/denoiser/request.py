@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from klein_api.v1 import denoiser_service_pb2, image_pb2
+from klein_core.denoiser.inpainting import first_step
 from klein_core.errors import InvalidInput, Violation
 from klein_core.params import DEFAULT_LIMITS, AdapterChoice, GenerationParams, Limits
 from klein_core.variants import PUBLISHED_SCHEDULE, NoiseSchedule, default_step_count
@@ -66,6 +67,15 @@ class DenoiseParams:
     preview_interval_steps: int
     checkpoint_interval_steps: int
     resume_step: int
+    strength: float | None
+    """Share of the steps that are run on an initial image; `None` without one."""
+    first_step: int
+    """Steps of the schedule that are not run: those before `resume_step`, or those that `strength` leaves out."""
+
+    @property
+    def initial_tokens(self) -> int:
+        """Tokens of the initial image, which is as large as the images that are made."""
+        return 0 if self.strength is None else self.generation.rows * self.generation.columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +86,9 @@ class RequestTensors:
     """(text tokens, embedding channels)"""
     negative_prompt_embedding: Tensor | None
     references: tuple[Tensor, ...]
-    """(rows, columns, latent channels) each"""
+    """(rows, columns, latent channels) each; those of the initial image, if there is one, come first"""
+    mask: Tensor | None
+    """(rows, columns, 1), in [0, 1]: 1 is made anew. `None` without an initial image."""
     resume_latents: tuple[Tensor, ...]
     """(rows, columns, latent channels) for each seed; empty without a resume step"""
 
@@ -116,12 +128,16 @@ def parse_spec(
     violations += _denoiser_violations(spec, model)
     if violations:
         raise InvalidInput(violations)
+    strength = spec.strength if spec.HasField("strength") else None
+    left_out = 0 if strength is None else first_step(generation.steps, strength)
     return DenoiseParams(
         generation=generation,
         urgency=_URGENCIES[spec.priority],
         preview_interval_steps=spec.preview_interval_steps,
         checkpoint_interval_steps=spec.checkpoint_interval_steps,
         resume_step=spec.resume_step,
+        strength=strength,
+        first_step=spec.resume_step or left_out,
     )
 
 
@@ -132,8 +148,15 @@ def _denoiser_violations(spec: denoiser_service_pb2.DenoiseSpec, model: ServedMo
             yield Violation(name, f"is {getattr(spec, name)}; must be at least 0, and 0 means none")
     default = default_step_count(model.is_distilled)
     step_count = spec.step_count if spec.HasField("step_count") else default
-    if spec.resume_step and not 0 < spec.resume_step < step_count:
-        yield Violation("resume_step", f"is {spec.resume_step}; must be in [0, {step_count - 1}]")
+    left_out = 0
+    if spec.HasField("strength"):
+        try:
+            left_out = first_step(max(step_count, 1), spec.strength)
+        except InvalidInput as error:
+            yield from error.violations
+    if spec.resume_step and not max(left_out, 1) <= spec.resume_step < step_count:
+        allowed = f"0 or in [{left_out}, {step_count - 1}]" if left_out else f"in [0, {step_count - 1}]"
+        yield Violation("resume_step", f"is {spec.resume_step}; must be {allowed}")
     if spec.priority not in _URGENCIES:
         known = ", ".join(image_pb2.Priority.Name(number) for number in _URGENCIES)
         yield Violation("priority", f"is {spec.priority}; must be one of {known}")
@@ -201,20 +224,27 @@ class TensorReader:
         tensors: dict[str, Tensor] = {}
         for field, reader in self._readers.items():
             try:
-                tensors[field] = frames_tensor(reader, dtypes=(self._dtype,))
+                tensors[field] = frames_tensor(reader, dtypes=(self._expected[field].dtype,))
             except InvalidInput as error:
                 violations += error.violations
                 continue
             if not torch.isfinite(tensors[field]).all():
                 violations.append(Violation(field, "holds NaN or infinity; all elements must be finite"))
+            elif field == "mask" and not 0 <= tensors[field].min() <= tensors[field].max() <= 1:
+                violations.append(Violation(field, "holds elements outside [0, 1]"))
         if violations:
             raise InvalidInput(violations)
         generation = self._params.generation
         resume_count = len(generation.seeds) if self._params.resume_step else 0
+        references = [tensors[f"reference_latents[{i}]"] for i in range(generation.reference_count)]
+        if self._params.strength is not None:
+            references.insert(0, tensors["initial_latents"])
+            tensors["mask"] = tensors["mask"].to(self._dtype)
         return RequestTensors(
             prompt_embedding=tensors["prompt_embedding"],
             negative_prompt_embedding=tensors.get("negative_prompt_embedding"),
-            references=tuple(tensors[f"reference_latents[{i}]"] for i in range(generation.reference_count)),
+            references=tuple(references),
+            mask=tensors.get("mask"),
             resume_latents=tuple(tensors[f"resume_latents[{i}]"] for i in range(resume_count)),
         )
 
@@ -230,7 +260,9 @@ class TensorReader:
         tokens = sum(math.prod(shape[:-1]) for shape in pooled)
         if tokens > expected.token_limit:
             name = expected.pool or expected.field
-            raise InvalidInput.of(name, f"has {tokens} tokens; at most {expected.token_limit} are allowed")
+            included = ", those of initial_latents included" if "initial_latents" in self._expected else ""
+            description = f"has {tokens} tokens{included}; at most {expected.token_limit} are allowed"
+            raise InvalidInput.of(name, description)
         # Compared when the second of the two arrives, whichever that is.
         for field, tensor in self._expected.items():
             other = tensor.same_shape_as
@@ -253,18 +285,25 @@ def _expected_tensors(
     yield prompt
     if generation.uses_guidance:
         yield replace(prompt, field="negative_prompt_embedding", same_shape_as="prompt_embedding")
+    reference = ExpectedTensor(
+        field="reference_latents",
+        shape=(None, None, model.latent_channels),
+        token_limit=limits.reference_tokens,
+        dtype=model.dtype,
+        pool="reference_latents",
+    )
     for index in range(generation.reference_count):
-        yield ExpectedTensor(
-            field=f"reference_latents[{index}]",
-            shape=(None, None, model.latent_channels),
-            token_limit=limits.reference_tokens,
-            dtype=model.dtype,
-            pool="reference_latents",
-        )
+        yield replace(reference, field=f"reference_latents[{index}]")
+    image = ExpectedTensor(
+        field="resume_latents",
+        shape=(generation.rows, generation.columns, model.latent_channels),
+        token_limit=generation.rows * generation.columns,
+        dtype=model.dtype,
+    )
     for index in range(len(generation.seeds) if params.resume_step else 0):
-        yield ExpectedTensor(
-            field=f"resume_latents[{index}]",
-            shape=(generation.rows, generation.columns, model.latent_channels),
-            token_limit=generation.rows * generation.columns,
-            dtype=model.dtype,
-        )
+        yield replace(image, field=f"resume_latents[{index}]")
+    if params.strength is not None:
+        # The initial image is the first reference, too.
+        yield replace(reference, field="initial_latents", shape=image.shape)
+        mask_shape = (generation.rows, generation.columns, 1)
+        yield replace(image, field="mask", shape=mask_shape, dtype=torch.float32)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from klein_core.denoiser.adapters.adapter import ScaledAdapter
+from klein_core.denoiser.inpainting import Inpainting
 from klein_core.denoiser.sampler import Trajectory, initial_noise
 from klein_core.params import SIZE_MULTIPLE_PX
 from klein_core.variants import default_guidance_scale
@@ -41,7 +44,7 @@ class RequestPlanner:
     text_tokens: int
 
     def scheduled_request(self, params: DenoiseParams, deadline: float | None) -> ScheduledRequest:
-        """Returns the request with a lower bound of its cost: the sizes of its references are not known yet.
+        """Returns the request with a lower bound of its cost: of its references only the initial image's size is known.
 
         Args:
             params: the validated spec.
@@ -49,13 +52,13 @@ class RequestPlanner:
         """
         generation = params.generation
         return ScheduledRequest(
-            image_tokens=self._image_tokens(params, self.text_tokens, attended_tokens=0),
+            image_tokens=self._image_tokens(params, self.text_tokens, params.initial_tokens),
             step_count=generation.steps,
             image_count=len(generation.seeds),
-            first_step=params.resume_step,
+            first_step=params.first_step,
             urgency=params.urgency,
             deadline=deadline,
-            memory_bytes=self._memory_bytes(params, self.text_tokens, reference_tokens=0),
+            memory_bytes=self._memory_bytes(params, self.text_tokens, params.initial_tokens),
         )
 
     def request_state(
@@ -64,12 +67,13 @@ class RequestPlanner:
         """Moves the tensors to the device and generates the noise. Slow: call it off the event loop."""
         reference_tokens = sum(latents.shape[0] * latents.shape[1] for latents in tensors.references)
         cache = self._cache_spec(tensors.references, reference_tokens, adapters)
-        attended_tokens = reference_tokens if cache is None else reference_tokens // CACHED_TOKENS_PER_TOKEN
         text_tokens = len(tensors.prompt_embedding)
         references = tuple(reference.to(self.device) for reference in tensors.references)
         return RequestState(
-            trajectories=self._trajectories(params, tensors, () if cache else references, adapters),
-            image_tokens=self._image_tokens(params, text_tokens, attended_tokens),
+            trajectories=self._trajectories(
+                params, tensors, references, adapters, is_cached=cache is not None
+            ),
+            image_tokens=self._image_tokens(params, text_tokens, reference_tokens),
             memory_bytes=self._memory_bytes(params, text_tokens, reference_tokens),
             cache=cache,
             cached_references=references if cache else (),
@@ -123,46 +127,72 @@ class RequestPlanner:
         tensors: RequestTensors,
         references: tuple[Tensor, ...],
         adapters: tuple[ScaledAdapter, ...],
+        *,
+        is_cached: bool,
     ) -> list[Trajectory]:
-        """Returns one trajectory per image."""
+        """Returns one trajectory per image.
+
+        Args:
+            params: the validated spec.
+            tensors: the request's, in host memory.
+            references: those of `tensors`, on the device.
+            adapters: of the trajectories.
+            is_cached: whether the trajectories get a cache in place of the references.
+        """
         generation = params.generation
         negative = tensors.negative_prompt_embedding
-        prompt = tensors.prompt_embedding.to(self.device)
-        negative = None if negative is None else negative.to(self.device)
-        channels, dtype = self.model.latent_channels, self.model.dtype
-        initial_latents = tensors.resume_latents or [
-            initial_noise(seed, generation.rows, generation.columns, channels, dtype)
-            for seed in generation.seeds
-        ]
-        return [
-            Trajectory(
-                latents=latents.to(self.device),
-                step_count=generation.steps,
-                step_index=params.resume_step,
-                prompt_embedding=prompt,
-                negative_prompt_embedding=negative,
-                guidance_scale=generation.guidance,
-                references=references,
-                adapters=adapters,
-                schedule=self.model.schedule,
-            )
-            for latents in initial_latents
-        ]
+        conditioning: dict[str, Any] = {
+            "step_count": generation.steps,
+            "prompt_embedding": tensors.prompt_embedding.to(self.device),
+            "negative_prompt_embedding": None if negative is None else negative.to(self.device),
+            "guidance_scale": generation.guidance,
+            "references": () if is_cached else references,
+            "adapters": adapters,
+            "schedule": self.model.schedule,
+        }
 
-    def _image_tokens(self, params: DenoiseParams, text_tokens: int, attended_tokens: int) -> int:
-        """Returns the tokens of one step of one image, which attends to `attended_tokens` of references."""
+        def noise(seed: int) -> Tensor:
+            shape = generation.rows, generation.columns, self.model.latent_channels
+            return initial_noise(seed, *shape, self.model.dtype, self.device)
+
+        inpaintings: list[Inpainting] = []
+        if tensors.mask is not None:
+            mask = tensors.mask.to(self.device)
+            inpaintings = [Inpainting(references[0], mask, noise(seed)) for seed in generation.seeds]
+        if params.resume_step:
+            return [
+                Trajectory(
+                    latents=latents.to(self.device),
+                    step_index=params.resume_step,
+                    inpainting=inpainting,
+                    **conditioning,
+                )
+                for latents, inpainting in zip_longest(tensors.resume_latents, inpaintings)
+            ]
+        if params.strength is not None:
+            return [
+                Trajectory.from_image(inpainting=inpainting, strength=params.strength, **conditioning)
+                for inpainting in inpaintings
+            ]
+        return [Trajectory(latents=noise(seed), **conditioning) for seed in generation.seeds]
+
+    def _image_tokens(self, params: DenoiseParams, text_tokens: int, reference_tokens: int) -> int:
+        """Returns the tokens of one step of one image; where references are cached, theirs count less."""
+        cached = CACHED_TOKENS_PER_TOKEN if self.model.cached_token_bytes else 1
+        attended_tokens = reference_tokens // cached
         generation = params.generation
         target = generation.rows * generation.columns
         return (text_tokens + target + attended_tokens) * (2 if generation.uses_guidance else 1)
 
     def _memory_bytes(self, params: DenoiseParams, text_tokens: int, reference_tokens: int) -> int:
-        """Returns the bytes of a request's embeddings, references and latents."""
+        """Returns the bytes of a request's embeddings, references, latents, and of a masked edit's noise and mask."""
         generation = params.generation
         spans = 2 if generation.uses_guidance else 1
         latent_tokens = (
             reference_tokens + spans * len(generation.seeds) * generation.rows * generation.columns
         )
-        elements = spans * text_tokens * self.model.embedding_channels
+        latent_tokens += len(generation.seeds) * params.initial_tokens
+        elements = params.initial_tokens + spans * text_tokens * self.model.embedding_channels
         elements += latent_tokens * self.model.latent_channels
         return elements * self.model.dtype.itemsize
 

@@ -45,7 +45,7 @@ class ScheduledRequest:
     """Steps of the whole schedule."""
     image_count: int = 1
     first_step: int = 0
-    """Steps already done before this request resumes."""
+    """Steps that are not run: those done before this request resumes, or left out by its strength."""
     urgency: Urgency = Urgency.STANDARD
     deadline: float | None = None
     memory_bytes: int = 0

@@ -63,7 +63,7 @@ class DenoiserServicer(denoiser_service_pb2_grpc.DenoiserServiceServicer):
             channel = EventChannel(asyncio.get_running_loop())
             with _admitted(denoiser.engine, request, channel, context):
                 await _submit(denoiser, request, params, parts)
-                responses = Responses(params.generation.steps, params.resume_step)
+                responses = Responses(params.generation.steps, params.first_step)
                 is_finished = False
                 while not is_finished:
                     for event in await channel.take():

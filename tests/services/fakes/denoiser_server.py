@@ -25,8 +25,9 @@ from klein_core.checkpoint.key_maps import checkpoint_names
 from klein_core.denoiser.adapters.adapter import ScaledAdapter
 from klein_core.denoiser.adapters.key_mapping import layer_targets
 from klein_core.denoiser.adapters.reader import read_adapter
+from klein_core.denoiser.inpainting import Inpainting
 from klein_core.denoiser.reference_cache import ReferenceCache
-from klein_core.denoiser.sampler import Trajectory, packed_step
+from klein_core.denoiser.sampler import Trajectory, initial_noise, packed_step
 from klein_core.denoiser.transformer import FlowTransformer
 from klein_core.variants import TransformerConfig
 from klein_services.denoiser import application
@@ -93,6 +94,9 @@ def save_checkpoint(folder: Path, *, distilled: bool, reference_cache: bool = Fa
     if reference_cache:
         index["_class_name"] = "Flux2KleinKVPipeline"
     (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "scheduler").mkdir()
+    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
     (folder / "text_encoder").mkdir()
     (folder / "text_encoder" / "config.json").write_text(json.dumps({"max_sequence_length": TEXT_TOKENS}))
     return folder
@@ -214,18 +218,26 @@ class Tensors:
     negative_prompt_embedding: Tensor | None = None
     references: tuple[Tensor, ...] = ()
     resume: tuple[Tensor, ...] = ()
+    initial_latents: Tensor | None = None
+    mask: Tensor | None = None
 
     def parts(self) -> Iterator[api.DenoiseLatentsRequest]:
         for frame in tensor_frames(self.prompt_embedding):
             yield api.DenoiseLatentsRequest(prompt_embedding=frame)
-        if self.negative_prompt_embedding is not None:
-            for frame in tensor_frames(self.negative_prompt_embedding):
-                yield api.DenoiseLatentsRequest(negative_prompt_embedding=frame)
+        for name in ("negative_prompt_embedding", "initial_latents", "mask"):
+            tensor = getattr(self, name)
+            for frame in () if tensor is None else tensor_frames(tensor):
+                yield api.DenoiseLatentsRequest(**{name: frame})
         for name, tensors in (("reference_latents", self.references), ("resume_latents", self.resume)):
             for index, tensor in enumerate(tensors):
                 for frame in tensor_frames(tensor):
                     part = api.IndexedTensorFrame(index=index, frame=frame)
                     yield api.DenoiseLatentsRequest(**{name: part})
+
+    @property
+    def all_references(self) -> tuple[Tensor, ...]:
+        """The references, the initial image first."""
+        return self.references if self.initial_latents is None else (self.initial_latents, *self.references)
 
 
 def request(wish: api.DenoiseSpec, tensors: Tensors | None = None) -> list[api.DenoiseLatentsRequest]:
@@ -314,9 +326,9 @@ def histories(
     """Denoises in this process; returns latents and previews after each step, for each seed."""
     with one_thread():
         transformer = FlowTransformer.from_folder(folder)
-        is_cached = read_pipeline_index(folder).uses_reference_cache and tensors.references
+        is_cached = read_pipeline_index(folder).uses_reference_cache and tensors.all_references
         adapters = _adapters(transformer, wish, adapters_folder)
-        cache = transformer.reference_cache(tensors.references, adapters) if is_cached else None
+        cache = transformer.reference_cache(tensors.all_references, adapters) if is_cached else None
         return [
             _history(transformer, wish, tensors, seed, steps, scale, cache, adapters) for seed in wish.seeds
         ]
@@ -347,19 +359,22 @@ def _history(
     cache: ReferenceCache | None,
     adapters: tuple[ScaledAdapter, ...],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    trajectory = Trajectory.from_noise(
-        seed=seed,
-        rows=wish.height_px // 16,
-        columns=wish.width_px // 16,
-        channels=LATENT_CHANNELS,
-        step_count=steps,
-        prompt_embedding=tensors.prompt_embedding,
-        negative_prompt_embedding=tensors.negative_prompt_embedding,
-        guidance_scale=scale,
-        references=() if cache else tensors.references,
-        reference_cache=cache,
-        adapters=adapters,
-    )
+    conditioning: dict[str, Any] = {
+        "step_count": steps,
+        "prompt_embedding": tensors.prompt_embedding,
+        "negative_prompt_embedding": tensors.negative_prompt_embedding,
+        "guidance_scale": scale,
+        "references": () if cache else tensors.all_references,
+        "reference_cache": cache,
+        "adapters": adapters,
+    }
+    dtype = tensors.prompt_embedding.dtype
+    noise = initial_noise(seed, wish.height_px // 16, wish.width_px // 16, LATENT_CHANNELS, dtype)
+    if tensors.initial_latents is None or tensors.mask is None:
+        trajectory = Trajectory(latents=noise, **conditioning)
+    else:
+        inpainting = Inpainting(tensors.initial_latents, tensors.mask.to(dtype), noise)
+        trajectory = Trajectory.from_image(inpainting=inpainting, strength=wish.strength, **conditioning)
     states, previews = [], []
     while not trajectory.finished:
         packed_step(transformer, [trajectory])
