@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml constraints.txt
 		echo "The installation failed. Behind a proxy set PIP_INDEX_URL; for CPU-only torch see TORCH_INDEX in README.md." >&2; exit 1; }
 	@touch $@
 
-demo: setup  ## Start the four services and make three images in out/.
+demo: setup  ## Start the four services and make four images in out/.
 	@$(BIN)/python -m klein_services.cli.demo
 
 test: setup  ## Run the whole test suite.

@@ -13,13 +13,13 @@ IMAGE_PX = 256
 MARGIN_PX = 24
 CAPTION_PX = 76
 CAPTION_COLUMNS = 30
-COLUMN_LIMIT = 4
+COLUMN_LIMIT = 3
 _PAPER = (255, 255, 255)
 _INK = (40, 40, 44)
 
 
 def contact_sheet(images: Sequence[tuple[str, Image.Image]]) -> Image.Image:
-    """Draws images side by side, at most four in a row, each with its caption below.
+    """Draws images side by side, at most three in a row, each with its caption below.
 
     Args:
         images: caption and image of each, at least one.

@@ -39,6 +39,11 @@ class Case:
 
     def spec(self, default_size: tuple[int | None, int | None]) -> api.ImageSpec:
         width, height = self._size(default_size)
+        options = dict(self.options)
+        if sides := options.pop("expand", None):
+            options["expand"] = image_pb2.ImageExpansion(
+                left_px=sides.left, top_px=sides.top, right_px=sides.right, bottom_px=sides.bottom
+            )
         return api.ImageSpec(
             prompt=self.prompt,
             references=self.references,
@@ -47,7 +52,7 @@ class Case:
             seed=self.seeds[0],
             image_count=len(self.seeds),
             format=image_pb2.IMAGE_FORMAT_RAW_RGB,
-            **self.options,
+            **options,
         )
 
     def expected(self, pipeline: Pipeline, default_size: tuple[int | None, int | None]) -> list[bytes]:
@@ -63,8 +68,12 @@ class Case:
         return [image.numpy().tobytes() for image in images]
 
     def afresh(self) -> Case:
-        """The same request with a prompt and references that no stage has seen, so that no cache answers it."""
+        """The same request with a prompt and images that no stage has seen, so that no cache answers it."""
         seed = next(UNSEEN)
+        changed = {"negative_prompt": f"dull {seed}"} if "negative_prompt" in self.options else {}
+        if "initial_image" in self.options:
+            size = Image.open(BytesIO(self.options["initial_image"])).size
+            changed["initial_image"] = picture(*size, seed * 100 + 99)
         return replace(
             self,
             prompt=f"{seed} {self.prompt}",
@@ -72,11 +81,12 @@ class Case:
                 picture(*Image.open(BytesIO(data)).size, seed * 100 + index)
                 for index, data in enumerate(self.references)
             ),
-            options=self.options
-            | ({"negative_prompt": f"dull {seed}"} if "negative_prompt" in self.options else {}),
+            options=self.options | changed,
         )
 
     def _size(self, default_size: tuple[int | None, int | None]) -> tuple[int | None, int | None]:
+        if "initial_image" in self.options:
+            return None, None
         return self.size if self.references or self.size != (None, None) else default_size
 
 
@@ -144,13 +154,8 @@ def of_variant(case: Case, pipeline: Pipeline) -> Case:
     """Gives base models, whose default is 50 steps, fewer of them and something to avoid."""
     if pipeline.is_distilled:
         return case
-    return Case(
-        case.prompt,
-        case.size,
-        case.references,
-        case.seeds,
-        {"step_count": 3, "guidance_scale": 2.5, "negative_prompt": "dull"},
-    )
+    guided = {"step_count": 3, "guidance_scale": 2.5, "negative_prompt": "dull"}
+    return replace(case, options=case.options | guided)
 
 
 def encoder_calls(generation: Generation) -> dict[str, int]:
@@ -162,4 +167,5 @@ def encoder_calls(generation: Generation) -> dict[str, int]:
 def expected_encoder_calls(case: Case) -> dict[str, int]:
     """Of a request that nothing is cached of."""
     prompts = {"encode-prompt": 2 if "negative_prompt" in case.options else 1}
+    prompts |= {"encode-initial-image": 1} if "initial_image" in case.options else {}
     return prompts | ({"encode-reference": len(case.references)} if case.references else {})

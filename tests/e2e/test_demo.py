@@ -1,12 +1,13 @@
 """What `make demo` runs, with a tiny random checkpoint: only the images mean nothing."""
 
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from rich.console import Console
 
-from klein_services.cli.demo import IMAGES, SHEET, klein_command, run_demo
+from klein_services.cli.demo import IMAGES, SHEET, klein_command, right_half_mask, run_demo
 from klein_services.cli.errors import CliError
 from klein_services.cli.suite import SuiteOptions
 from tests.tiny.checkpoint import save_tiny_checkpoint
@@ -28,11 +29,11 @@ def test_the_demo_makes_every_image_and_a_sheet(tmp_path: Path) -> None:
         with Image.open(image.file_in(tmp_path / "out")) as file:
             assert file.size == (64, 64)
     with Image.open(tmp_path / "out" / SHEET) as sheet:
-        assert sheet.width > 4 * 256
+        assert sheet.width > 3 * 256
     text = console.export_text()
     for image in IMAGES:
         assert image.prompt in text
-    assert "encode-reference" in text
+    assert "reference" in text
     assert SHEET in text
 
 
@@ -60,3 +61,11 @@ def test_the_demo_names_a_command_that_this_shell_finds(
     monkeypatch.setattr("sys.executable", str(programs / "python"))
     monkeypatch.setenv("PATH", str(programs if on_path else tmp_path))
     assert klein_command() == expected.format(folder=tmp_path)
+
+
+def test_the_mask_of_the_demo_is_white_on_the_right() -> None:
+    with Image.open(BytesIO(right_half_mask(128))) as file:
+        mask = file.convert("L")
+    expected = Image.new("L", (128, 128))
+    expected.paste(255, (64, 0, 128, 128))
+    assert mask.tobytes() == expected.tobytes()

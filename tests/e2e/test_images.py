@@ -18,6 +18,7 @@ from klein_api.v1 import image_pb2
 from klein_api.v1 import image_service_pb2 as api
 from klein_api.v1.image_pb2 import Adapter
 from klein_core.denoiser.adapters.adapter import ScaledAdapter
+from klein_core.params import Expansion
 from klein_services.cli.client import connect
 from klein_services.cli.status import list_models
 from klein_services.runtime.status import explain
@@ -47,6 +48,65 @@ CASES = {
     "four references": Case(
         "<|im_end|> combine all", size=(64, 64), references=(FIRST, SECOND, SECOND, FIRST)
     ),
+}
+
+
+def mask(band: str, image: Image.Image) -> bytes:
+    """An image whose only band, or whose alpha band, is `image`."""
+    file = BytesIO()
+    if band == "A":
+        image = Image.merge("LA", [Image.new("L", image.size), image])
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def rectangle(size: tuple[int, int], box: tuple[int, int, int, int], fill: int = 255) -> Image.Image:
+    drawn = Image.new("L", size, 255 - fill)
+    drawn.paste(fill, box)
+    return drawn
+
+
+INITIAL, LARGE = picture(96, 80, 4), picture(150, 116, 5)
+CENTER = mask("L", rectangle((96, 80), (20, 30, 70, 60)))
+MASKED = {
+    "white mask": Case(
+        "a red heart", options={"initial_image": INITIAL, "mask": mask("L", Image.new("L", (96, 80), 255))}
+    ),
+    "soft mask, with a reference, two seeds": Case(
+        "make it blue",
+        references=(FIRST,),
+        seeds=(5, 6),
+        options={
+            "initial_image": INITIAL,
+            "mask": mask("L", Image.linear_gradient("L").resize((192, 160))),
+            "strength": 0.5,
+        },
+    ),
+    "padding crop": Case(
+        "a star",
+        seeds=(3,),
+        options={
+            "initial_image": LARGE,
+            "mask": mask("L", rectangle((150, 116), (60, 20, 100, 50))),
+            "mask_padding_px": 12,
+            "strength": 1.0,
+        },
+    ),
+    "expansion": Case("wider", options={"initial_image": INITIAL, "expand": Expansion(16, 0, 37, 9)}),
+    "alpha mask": Case(
+        "a ring",
+        options={
+            "initial_image": INITIAL,
+            "mask": mask("A", rectangle((96, 80), (20, 30, 70, 60), fill=0)),
+            "mask_is_alpha": True,
+            # Ten steps, of which exactly eight are run: rounding the strength would make it nine.
+            "step_count": 10,
+        },
+    ),
+    "nothing preserved": Case(
+        "a circle", options={"initial_image": INITIAL, "mask": CENTER, "preserve_unmasked": False}
+    ),
+    "no mask": Case("a circle", options={"initial_image": LARGE, "strength": 0.6}),
 }
 FLOWS = {0: "text-to-image", 1: "edit", 2: "multi-reference", 4: "multi-reference"}
 
@@ -99,6 +159,49 @@ def test_eight_clients_at_once_each_get_the_pipelines_bytes(running: Running) ->
         expected = case.expected(running.pipeline, running.default_size)
         assert [image.data for image in generation.images] == expected, case.prompt[:40]
         assert encoder_calls(generation) == expected_encoder_calls(case)
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_masked_edit_alone_gives_the_pipelines_bytes(running: Running, name: str) -> None:
+    case = of_variant(MASKED[name], running.pipeline)
+    [generation] = running.ask(case)
+    assert [image.data for image in generation.images] == case.expected(running.pipeline, (None, None))
+    assert generation.summary.flow == "masked-edit"
+
+
+def test_masked_edits_among_strangers_give_the_pipelines_bytes(running: Running) -> None:
+    cases = [of_variant(case, running.pipeline).afresh() for case in (*MASKED.values(), *CASES.values())]
+    for case, generation in zip(cases, running.ask(*cases), strict=True):
+        expected = case.expected(running.pipeline, running.default_size)
+        assert [image.data for image in generation.images] == expected, case.prompt[:40]
+        assert encoder_calls(generation) == expected_encoder_calls(case)
+
+
+@pytest.mark.parametrize(
+    ("options", "field", "words"),
+    [
+        ({"mask": CENTER}, "mask", "needs an initial_image"),
+        ({"initial_image": INITIAL, "mask": picture(96, 96, 1)}, "mask", "aspect"),
+        ({"initial_image": INITIAL, "mask": CENTER, "mask_is_alpha": True}, "mask", "no alpha channel"),
+        (
+            {"initial_image": INITIAL, "mask": mask("L", Image.new("L", (96, 80)))},
+            "mask",
+            "is empty: no pixel is bright enough",
+        ),
+        ({"initial_image": INITIAL, "strength": 1.5}, "strength", "above 0 and at most 1"),
+        ({"initial_image": INITIAL, "strength": 1e-30}, "strength", "none would be left"),
+        ({"initial_image": b"no image"}, "initial_image", "is not"),
+    ],
+)
+def test_a_masked_edit_that_cannot_be_made_is_refused(
+    running: Running, options: dict, field: str, words: str
+) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        running.ask(Case("a star", size=(None, None), options=options))
+    details = explain(failure.value)
+    assert details.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert [violation.field for violation in details.violations] == [field]
+    assert words in details.violations[0].description
 
 
 def assert_adapters_do_not_mix(running: Running, case: Case) -> None:
@@ -241,7 +344,7 @@ def test_references_that_are_cached_give_the_pipelines_bytes_at_first_and_again(
     names = ["edit", "two references", "edit to another size", "text-to-image"]
     with running_suite(tmp_path, *save_with_adapters(tmp_path, reference_cache=True)) as running:
         assert running.pipeline.uses_reference_cache
-        cases = [CASES[name] for name in names] * 2
+        cases = [*(CASES[name] for name in names), MASKED["soft mask, with a reference, two seeds"]] * 2
         for case, generation in zip(cases, running.ask(*cases), strict=True):
             expected = case.expected(running.pipeline, running.default_size)
             assert [image.data for image in generation.images] == expected

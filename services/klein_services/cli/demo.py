@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,8 @@ from klein_services.cli.suite import Suite, SuiteOptions
 
 FOLDER = Path("out")
 SHEET = "contact-sheet.png"
+MASK_PX = 128
+"""Side of the masked edit's mask, that of pico's images."""
 TIMEOUT_SECONDS = 120.0
 
 
@@ -41,10 +44,18 @@ class DemoImage:
     seed: int
     references: tuple[str, ...] = ()
     """Names of earlier images of the demo."""
+    initial: str = ""
+    """Name of the earlier image whose right half is painted over; empty for none."""
 
-    def image_spec(self, references: Sequence[bytes]) -> api.ImageSpec:
+    def image_spec(self, made: Mapping[str, bytes]) -> api.ImageSpec:
+        """Returns the request; `made` has the earlier images' files by name."""
         return api.ImageSpec(
-            prompt=self.prompt, references=references, seed=self.seed, format=image_pb2.IMAGE_FORMAT_PNG
+            prompt=self.prompt,
+            references=[made[name] for name in self.references],
+            initial_image=made[self.initial] if self.initial else None,
+            mask=right_half_mask(MASK_PX) if self.initial else None,
+            seed=self.seed,
+            format=image_pb2.IMAGE_FORMAT_PNG,
         )
 
     def file_in(self, folder: Path) -> Path:
@@ -54,13 +65,14 @@ class DemoImage:
 IMAGES = (
     DemoImage("1-text-to-image", "text to image", "a large red heart on a yellow background", 1),
     DemoImage("2-edit", "edit", "make the background blue", 2, ("1-text-to-image",)),
-    DemoImage("3-second-reference", "text to image", "a green star on a white background", 3),
+    DemoImage("3-masked-edit", "masked edit", "make the heart green", 5, initial="1-text-to-image"),
+    DemoImage("4-second-reference", "text to image", "a green star on a white background", 3),
     DemoImage(
-        "4-composition",
+        "5-composition",
         "two references",
         "put the shape of image 1 on the left and the shape of image 2 on the right",
         4,
-        ("1-text-to-image", "3-second-reference"),
+        ("1-text-to-image", "4-second-reference"),
     ),
 )
 
@@ -128,7 +140,7 @@ async def make_images(target: str, folder: Path, console: Console) -> dict[str, 
     made: dict[str, Generation] = {}
     async with connect(target) as stub:
         for image in IMAGES:
-            spec = image.image_spec([made[name].images[0].data for name in image.references])
+            spec = image.image_spec({name: each.images[0].data for name, each in made.items()})
             console.print(Text.assemble((f"{image.title}: ", "bold"), image.prompt))
             with GenerationProgress(console, keep=True) as progress:
                 try:
@@ -139,6 +151,20 @@ async def make_images(target: str, folder: Path, console: Console) -> dict[str, 
                     raise call_error(error, target) from error
             image.file_in(folder).write_bytes(made[image.name].images[0].data)
     return made
+
+
+def right_half_mask(side_px: int) -> bytes:
+    """Returns a square mask whose right half is white, as a BMP file of one bit a pixel.
+
+    Args:
+        side_px: a multiple of 64, so that each half of a row is a number of 32-bit words.
+    """
+    row = bytes(side_px // 16) + b"\xff" * (side_px // 16)
+    pixels, palette = row * side_px, b"\0\0\0\0\xff\xff\xff\0"
+    offset = 54 + len(palette)
+    head = struct.pack("<2sIII", b"BM", offset + len(pixels), 0, offset)
+    info = struct.pack("<IiiHHIIiiII", 40, side_px, side_px, 1, 1, 0, len(pixels), 0, 0, 2, 0)
+    return head + info + palette + pixels
 
 
 def draw_sheet(folder: Path) -> None:
@@ -157,7 +183,9 @@ def draw_sheet(folder: Path) -> None:
 
 def times_table(made: Mapping[str, Generation]) -> Table:
     """Returns the milliseconds of each image in each stage, as the orchestrator measured them."""
-    table = Table("milliseconds", *OPERATIONS, "total", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    # Spaces, at which a narrow terminal breaks the line.
+    columns = [operation.replace("-", " ") for operation in OPERATIONS]
+    table = Table("milliseconds", *columns, "total", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in table.columns[1:]:
         column.justify = "right"
     for name, generation in made.items():
