@@ -79,7 +79,10 @@ class DenoiserSettings(StageSettings):
     image_limit: int = setting(8, help="Images of one request", minimum=1, maximum=64)
     reference_limit: int = setting(10, help="References of one request", minimum=0, maximum=64)
     reference_token_limit: int = setting(
-        40960, help="Tokens of all references of one request; 4096 are a megapixel", minimum=0, maximum=10**6
+        40960,
+        help="Tokens of all references of one request, the initial image included; 4096 are a megapixel",
+        minimum=0,
+        maximum=10**6,
     )
     text_token_limit: int = setting(512, help="Tokens of a prompt embedding", minimum=1, maximum=65536)
     warmup_sizes: str = setting(

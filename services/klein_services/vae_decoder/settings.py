@@ -15,7 +15,10 @@ class VaeDecoderSettings(StageSettings):
     port: int = setting(50053, help="Port of the gRPC server; 0 takes a free one", minimum=0, maximum=65535)
     metrics_port: int = metrics_port_setting(9466)
     reference_bytes: int = setting(
-        20 << 20, help="Most bytes of a reference's file", minimum=1, maximum=1 << 30
+        20 << 20,
+        help="Most bytes of the file of a reference, an initial image or a mask",
+        minimum=1,
+        maximum=1 << 30,
     )
     maximum_pixel_count: int = setting(
         DEFAULT_LIMITS.pixel_count, help="Most pixels of a decoded image", minimum=4096, maximum=1 << 30
