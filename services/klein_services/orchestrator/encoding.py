@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Final
 
 from klein_api.v1.text_encoder_service_pb2 import EncodePromptRequest, EncodePromptResponse, PromptSummary
@@ -155,12 +156,15 @@ class InputEncoder:
         # Files have up to many megabytes, and hashing one must not hold up the event loop.
         version = self._request.info.vae_decoder_version
         key = await asyncio.to_thread(CacheKey.of, REFERENCE_LATENTS, version, data)
+        spec = EncodeReferenceRequest(
+            spec=ReferenceSpec(model=address.model, field_name=f"references[{index}]")
+        ).SerializeToString()
         messages = self._response(
             key,
             address,
             "encode-reference",
             EncodeReferenceResponse,
-            lambda: self._send_reference(address, f"references[{index}]", data),
+            lambda: self._upload(address, ENCODE_REFERENCE, chain([spec], _REFERENCE_CHUNKS.messages(data))),
         )
         await self._relay_image(
             index, EncodeReferenceResponse, messages, lambda frame: as_reference_latents(index, frame)
@@ -172,12 +176,20 @@ class InputEncoder:
         files = [edit.initial_image] if edit.mask is None else [edit.initial_image, edit.mask]
         version = self._request.info.vae_decoder_version
         key = await asyncio.to_thread(CacheKey.of, INITIAL_IMAGE, version, options, *files)
+        spec = EncodeInitialImageRequest(
+            spec=InitialImageSpec(model=address.model, inpainting=edit.inpainting)
+        ).SerializeToString()
         messages = self._response(
             key,
             address,
             "encode-initial-image",
             EncodeInitialImageResponse,
-            lambda: self._send_initial_image(address, edit),
+            lambda: self._upload(
+                address,
+                ENCODE_INITIAL_IMAGE,
+                chain([spec], edit.files(_IMAGE_CHUNKS, _MASK_CHUNKS)),
+                _INITIAL_IMAGE_NAMES,
+            ),
             _INITIAL_IMAGE_FIELDS,
         )
         await self._relay_image(_INITIAL_INDEX, EncodeInitialImageResponse, messages, as_initial_image_part)
@@ -257,27 +269,16 @@ class InputEncoder:
         timing.report(response_class.FromString(summary).summary)
 
     @asynccontextmanager
-    async def _send_reference(
-        self, address: StageAddress, field_name: str, data: bytes
+    async def _upload(
+        self,
+        address: StageAddress,
+        method: str,
+        messages: Iterable[bytes],
+        fields: Mapping[str, str] = PUBLIC_FIELDS,
     ) -> AsyncIterator[ServerStream]:
-        """Opens a call and sends a reference's file."""
-        async with self._stages.stream_stream(address, ENCODE_REFERENCE) as call:
-            spec = ReferenceSpec(model=address.model, field_name=field_name)
-            await call.write(EncodeReferenceRequest(spec=spec).SerializeToString())
-            for message in _REFERENCE_CHUNKS.messages(data):
-                await call.write(message)
-            await call.done_writing()
-            yield call
-
-    @asynccontextmanager
-    async def _send_initial_image(
-        self, address: StageAddress, edit: MaskedEdit
-    ) -> AsyncIterator[ServerStream]:
-        """Opens a call and sends the files of a masked edit."""
-        async with self._stages.stream_stream(address, ENCODE_INITIAL_IMAGE, _INITIAL_IMAGE_NAMES) as call:
-            spec = InitialImageSpec(model=address.model, inpainting=edit.inpainting)
-            await call.write(EncodeInitialImageRequest(spec=spec).SerializeToString())
-            for message in edit.files(_IMAGE_CHUNKS, _MASK_CHUNKS):
+        """Opens a call and sends its serialized messages: the spec, then the files."""
+        async with self._stages.stream_stream(address, method, fields) as call:
+            for message in messages:
                 await call.write(message)
             await call.done_writing()
             yield call

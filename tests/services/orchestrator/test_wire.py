@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -39,6 +40,29 @@ def test_reference_latents_move_into_the_denoiser(frame, index):
     moved = denoiser_pb2.DenoiseLatentsRequest.FromString(wire.as_reference_latents(index, field))
     indexed = denoiser_pb2.IndexedTensorFrame(index=index, frame=frame)
     assert moved == denoiser_pb2.DenoiseLatentsRequest(reference_latents=indexed)
+
+
+@given(frames)
+def test_an_initial_image_and_its_mask_move_into_the_denoiser(frame):
+    for arm in ("initial_latents", "mask"):
+        message = vae_pb2.EncodeInitialImageResponse(**{arm: frame}).SerializeToString()
+        field = wire.frame_field(message, (2, 3))
+        moved = denoiser_pb2.DenoiseLatentsRequest.FromString(wire.as_initial_image_part(field))
+        assert moved == denoiser_pb2.DenoiseLatentsRequest(**{arm: frame})
+        assert wire.frame_field(message, (4,)) is None
+        assert wire.frame_field(message + b"\x12\x00", (2, 3)) is None
+
+
+@pytest.mark.parametrize("byte_count", [0, 1, 127, 128, 1 << 20, (1 << 20) + 1, (2 << 20) + 5])
+def test_a_file_in_chunks_is_the_messages_that_protobuf_makes(byte_count):
+    data = (bytes(range(251)) * (byte_count // 251 + 1))[:byte_count]
+    for arm in ("image_chunk", "mask_chunk"):
+        field = vae_pb2.EncodeInitialImageRequest.DESCRIPTOR.fields_by_name[arm]
+        messages = list(wire.FileChunks(field.number).messages(data))
+        parsed = [vae_pb2.EncodeInitialImageRequest.FromString(message) for message in messages]
+        assert all(message.WhichOneof("part") == arm for message in parsed)
+        assert b"".join(getattr(message, arm) for message in parsed) == data
+        assert all(len(getattr(message, arm)) <= 1 << 20 for message in parsed)
 
 
 @given(frames, indices)
