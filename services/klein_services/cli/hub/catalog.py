@@ -6,8 +6,14 @@ import difflib
 import re
 from dataclasses import dataclass, replace
 
-from klein_core.model_families import other_family
-from klein_core.model_registry import PUBLISHED_MODELS, SMALL_DECODER, HubFile, PublishedModel, PublishedVae
+from klein_core.model_registry import (
+    PUBLISHED_MODELS,
+    SMALL_DECODER,
+    HubFile,
+    PublishedModel,
+    PublishedVae,
+    other_family,
+)
 from klein_services.cli.errors import CliError
 from klein_services.cli.exit_codes import MISUSED
 

@@ -16,8 +16,7 @@ from klein_core.checkpoint.config import (
     read_text_encoder_config,
 )
 from klein_core.checkpoint.key_maps import is_past
-from klein_core.model_families import family_among
-from klein_core.model_registry import HubFile
+from klein_core.model_registry import HubFile, family_among
 from klein_core.variants import read_json
 from klein_services.cli.errors import CliError
 from klein_services.cli.hub.catalog import Choice
