@@ -54,7 +54,7 @@ _TILE_MULTIPLE_PX = 32
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a model is sampled, as `model_index.json` declares it."""
+    """Sampling of a model as `model_index.json` declares it."""
 
     is_distilled: bool
     uses_reference_cache: bool

@@ -37,7 +37,7 @@ from klein_core.model_registry import variants_of_shape
 from klein_core.params import DEFAULT_LIMITS, size_violations
 from klein_services.cli.errors import CliError
 from klein_services.cli.exit_codes import FAILED, MISUSED
-from klein_services.cli.hub.catalog import Choice, choose, is_known
+from klein_services.cli.hub.catalog import choose, is_known
 from klein_services.cli.model_store import PICO, model_path, pulled_folder
 from klein_services.cli.output import memory_size
 from klein_services.cli.ports import DEFAULT_PORT, LOOPBACK
@@ -161,7 +161,21 @@ def planned_model(model: str) -> PlannedModel:
         CliError: there is no such model, or its files are not of a klein model.
     """
     if model != PICO and is_known(model) and not Path(model).exists():
-        return _published(choose(model))
+        choice = choose(model)
+        row = choice.variant
+        if row is None:
+            raise TypeError(f"{choice.name} is no published model")
+        stored = next((name for name, file in row.quantized.items() if file == choice.transformer), "bf16")
+        return PlannedModel(
+            name=choice.name,
+            text_encoder=row.text_encoder,
+            transformer=row.transformer,
+            vae=row.vae if choice.vae is None else choice.vae.vae,
+            is_distilled=row.is_distilled,
+            uses_reference_cache=row.uses_reference_cache,
+            transformer_stored=stored,
+            published=tuple(row.quantized) if stored == "bf16" else (),
+        )
     try:
         path = model_path(model)
         return _in_folder(model, path) if path.is_dir() else _bare_transformer(path)
@@ -170,23 +184,6 @@ def planned_model(model: str) -> PlannedModel:
         raise CliError(
             f"--model cannot be planned: {error}.", "`klein inspect` shows what it is.", MISUSED
         ) from error
-
-
-def _published(choice: Choice) -> PlannedModel:
-    row = choice.variant
-    if row is None:
-        raise TypeError(f"{choice.name} is no published model")
-    stored = next((name for name, file in row.quantized.items() if file == choice.transformer), "bf16")
-    return PlannedModel(
-        name=choice.name,
-        text_encoder=row.text_encoder,
-        transformer=row.transformer,
-        vae=row.vae if choice.vae is None else choice.vae.vae,
-        is_distilled=row.is_distilled,
-        uses_reference_cache=row.uses_reference_cache,
-        transformer_stored=stored,
-        published=tuple(row.quantized) if stored == "bf16" else (),
-    )
 
 
 def _in_folder(name: str, folder: Path) -> PlannedModel:
