@@ -102,6 +102,9 @@ def run_adapters(target: str, timeout_seconds: float, console: Console) -> int:
             console.print(adapters_table(model))
         else:
             console.print(f"{model.name} offers no adapters.", highlight=False)
+        for adapter in model.adapters:
+            for note in adapter.notes:
+                console.print(Text(f"{adapter.name}: {note}", "yellow"), soft_wrap=True)
     for line in adapter_problems(answer):
         console.print(Text(line, "red"), soft_wrap=True)
     return FAILED if adapter_problems(answer) else 0
