@@ -96,18 +96,18 @@ TEXT_ENCODER = ConfigKeys(
     # Those of Qwen3Config are used by transformers' own Qwen3Model; the last three are read by this suite.
     honored=_keys(
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-        "hidden_act rms_norm_eps rope_parameters rope_theta rope_scaling attention_bias use_sliding_window "
+        "hidden_act rms_norm_eps rope_parameters rope_theta rope_scaling is_causal use_sliding_window "
         "sliding_window max_window_layers layer_types max_position_embeddings "
         "text_encoder_out_layers max_sequence_length quantization_config"
     ),
-    fixed={"model_type": "qwen3"},
+    fixed={"model_type": "qwen3", "attention_bias": False, "partial_rotary_factor": 1.0},
     without_effect=_keys(
         # Training, generation and bookkeeping.
         "attention_dropout initializer_range use_cache tie_word_embeddings pad_token_id bos_token_id eos_token_id "
         "transformers_version architectures dtype torch_dtype is_encoder_decoder id2label label2id problem_type "
         "chunk_size_feed_forward "
-        # Set for every call.
-        "output_hidden_states output_attentions return_dict"
+        # Set for every call, or by this suite.
+        "attn_implementation output_hidden_states output_attentions return_dict"
     ),
 )
 TOKENIZER = ConfigKeys(
