@@ -76,7 +76,10 @@ def read_variant(files: ModelFiles | Path | str) -> Variant:
         vae=read_vae_config(files),
         is_distilled=sampling.is_distilled,
         uses_reference_cache=sampling.uses_reference_cache,
-        schedule=sampling.schedule,
+        # A whole model names its scheduler, as diffusers requires; one stage may be mounted without it.
+        schedule=sampling.schedule
+        if files.index_path is None
+        else read_noise_schedule(files.index_path.parent),
     )
     _check_fit(files, variant)
     return variant
@@ -98,7 +101,7 @@ def read_pipeline_index(folder: Path | str) -> Sampling:
     uses_reference_cache = index.values["_class_name"] == _REFERENCE_CACHE_PIPELINE
     # The default of a missing key depends on the pipeline class.
     is_distilled = index.flag("is_distilled", uses_reference_cache)
-    return Sampling(is_distilled, uses_reference_cache, read_noise_schedule(folder))
+    return Sampling(is_distilled, uses_reference_cache, _schedule_of(Path(folder)))
 
 
 def read_sampling(files: ModelFiles | Path | str) -> Sampling:
@@ -121,8 +124,13 @@ def read_sampling(files: ModelFiles | Path | str) -> Sampling:
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error} (setting: variant)") from None
     index = files.index_path
-    schedule = PUBLISHED_SCHEDULE if index is None else read_noise_schedule(index.parent)
+    schedule = PUBLISHED_SCHEDULE if index is None else _schedule_of(index.parent)
     return Sampling(row.is_distilled, row.uses_reference_cache, schedule)
+
+
+def _schedule_of(folder: Path) -> NoiseSchedule:
+    """Returns the schedule of a model's folder; the published one where only a stage's own component is mounted."""
+    return read_noise_schedule(folder) if (folder / SCHEDULER_FOLDER).exists() else PUBLISHED_SCHEDULE
 
 
 def read_text_encoder_config(files: ModelFiles | Path | str) -> TextEncoderConfig:
