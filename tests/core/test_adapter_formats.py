@@ -94,6 +94,18 @@ def test_alpha_of_some_layers_by_name(tmp_path: Path):
     assert relative_error(velocity((adapter, 1.0)), expected((written.deltas, 1.0))) < TOLERANCE
 
 
+@pytest.mark.filterwarnings("ignore:While injecting the PEFT adapters")
+def test_a_peft_configuration_without_alpha_has_pefts_default(tmp_path: Path):
+    form = FORMATS["diffusers-metadata"]
+    metadata = {key: value for key, value in form.metadata.items() if not key.endswith("lora_alpha")}
+    path = replace(form, metadata=metadata).write(ORACLE).save(tmp_path / "silent.safetensors")
+    pipeline = tiny_pipeline()
+    pipeline.register_modules(transformer=merged(ORACLE))
+    pipeline.load_lora_weights(str(path), adapter_name="silent")
+    theirs = oracle_velocity(pipeline.transformer, SPAN)
+    assert relative_error(velocity((read(path), 1.0)), theirs) < TOLERANCE
+
+
 def test_rank_stabilized(tmp_path: Path):
     form = FORMATS["diffusers-metadata"]
     metadata = {**form.metadata, "transformer.use_rslora": True}

@@ -30,6 +30,8 @@ PEFT_KEY = "lora_adapter_metadata"
 _IGNORED_ALPHAS = ("lora_alpha", "alpha", "network_alpha", "ss_network_alpha")
 _IGNORED_FLAGS = ("use_rslora", "rank_stabilized")
 """Header entries of some trainers that would change the factor, and that diffusers ignores."""
+_PEFT_ALPHA = 8
+"""Alpha of a PEFT configuration without one."""
 _COMPONENT_PREFIX = "transformer."
 _PLAIN_NAME = re.compile(r"\^?[A-Za-z0-9_.]+\$?")
 _LORA = ("down", "up")
@@ -124,7 +126,7 @@ class Alphas:
             for name, value in patterns.items()
         }
         # A bare entry `lora_alpha` is ignored, as by diffusers.
-        default = config.get("lora_alpha")
+        default = config.get("lora_alpha", _PEFT_ALPHA if config else None)
         return cls(
             None if default is None else _number("lora_alpha", default, problems),
             by_layer,
