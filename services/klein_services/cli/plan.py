@@ -268,11 +268,15 @@ def commands(model: PlannedModel, ways: Sequence[StageMemory], *, own_devices: b
     quoted, file = shlex.quote(name), shlex.quote(model.transformer_file)
     if is_one_command:
         transformer = [f"--transformer {file}"] * bool(model.transformer_file)
-        return [*result, " ".join(["klein up --model", quoted, *transformer, "--device cuda", *flags[0]])]
+        # `klein up` has no flag for tiles; its processes inherit the variable.
+        tiling = ["KLEIN_TILING=on"] * any(way.is_tiled for way in ways)
+        start = [*tiling, "klein up --model", quoted, *transformer, "--device cuda", *flags[0]]
+        return [*result, " ".join(start)]
     for index, (way, given) in enumerate(zip(ways, flags, strict=True)):
         device = "cpu" if way.is_on_cpu else f"cuda:{index}" if own_devices else "cuda"
         weights = [f"--weights-path {file}"] * bool(way.stage == DENOISER and model.transformer_file)
-        words = [f"klein serve {way.stage} --model", quoted, *weights, f"--device {device}", *given]
+        tiling = ["--tiling on"] * way.is_tiled
+        words = [f"klein serve {way.stage} --model", quoted, *weights, f"--device {device}", *given, *tiling]
         result.append(" ".join([*words, f"--port {_PORTS[way.stage]}"]))
     targets = (f"--{stage}-target {LOOPBACK}:{_PORTS[stage]}" for stage in STAGES)
     served = shlex.quote(model_name(name))
