@@ -81,6 +81,11 @@ class ParsedHeader:
         shapes = {name: stored.shape for name, stored in header.tensors.items()}
         adapted = _adapted_layers(shapes, layers, problems)
         alphas = Alphas.of(header.metadata, problems)
+        if PEFT_KEY in header.metadata:
+            # diffusers would multiply both factors, which no trainer means.
+            for layer in adapted:
+                if "alpha" in layer.tensors:
+                    problems.add(f"alpha given twice, by {PEFT_KEY} too:", layer.tensors["alpha"])
         problems.raise_if_any(header.path)
         return cls(adapted, alphas, tuple(_ignored_entries(header.metadata, adapted)))
 
@@ -102,7 +107,7 @@ class AdaptedLayer:
 
 @dataclass(frozen=True)
 class Alphas:
-    """Alpha values from the file's header. A layer's alpha tensor takes precedence."""
+    """Alpha values from the file's header, of files without alpha tensors."""
 
     default: float | None = None
     """Alpha of every other layer; `None` means the layer's rank."""
