@@ -66,7 +66,7 @@ class DescribeStageResponse(_message.Message):
     version: _builtins.str
     """Version of the software."""
     weights_digest: _builtins.str
-    """Identifies the weights, whatever precision they are held in; equal on all replicas of a checkpoint. A client that
+    """Identifies the weights and the precision they are held in; equal on all replicas of a checkpoint. A client that
     caches a stage's responses must drop them when the digest changes. Empty until the model is loaded.
     """
     @_builtins.property
