@@ -16,7 +16,7 @@ from klein_core.denoiser.adapters.adapter import Adapter, ScaledAdapter
 from klein_core.denoiser.adapters.key_mapping import layer_targets
 from klein_core.denoiser.adapters.reader import read_adapter
 from klein_core.denoiser.inpainting import Inpainting
-from klein_core.denoiser.sampler import Trajectory, initial_noise, packed_step
+from klein_core.denoiser.sampler import Trajectory, initial_noise, packed_step, received
 from klein_core.denoiser.transformer import FlowTransformer
 from klein_core.errors import InvalidInput, Violation
 from klein_core.model_description import ModelDescription, read_description
@@ -43,13 +43,15 @@ from klein_core.variants import PUBLISHED_SCHEDULE, NoiseSchedule
 DEFAULT_SIDE_PX = 1024
 """Width and height when neither they, a reference nor the model's description give one."""
 
+_EMBEDDING_FIELDS = ("prompt_embedding", "negative_prompt_embedding")
+
 StepCallback = Callable[[int, int, int], None]
 """Called after each step with the image's index, the steps done and the steps in all."""
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A whole klein model."""
+    """A whole klein model. Its parts may have different dtypes: the transformer and the VAE cast what they receive."""
 
     text_encoder: TextEncoder
     transformer: FlowTransformer
@@ -242,14 +244,22 @@ class Pipeline:
         strength: float,
     ) -> Iterator[Trajectory]:
         prompts = [params.prompt, params.negative_prompt or ""] if params.uses_guidance else [params.prompt]
+        dtype = self.transformer.dtype
         # One prompt a call, as the services do: the row count of a matrix product may change its last bit.
-        embeddings = [self.text_encoder.encode([prompt], params.limits)[0].embedding for prompt in prompts]
-        latents = tuple(reference.latents for reference in references)
+        embeddings = [
+            received(self.text_encoder.encode([prompt], params.limits)[0].embedding, dtype, field)
+            for prompt, field in zip(prompts, _EMBEDDING_FIELDS, strict=False)
+        ]
+        latents = tuple(
+            received(reference.latents, dtype, f"reference_latents[{index}]")
+            for index, reference in enumerate(references)
+        )
         like = embeddings[0]
         if painted is not None:
             # The initial image is the first reference, too.
-            initial = self.vae_decoder.encode(image_tensor(painted.pixels())).to(like.device, like.dtype)
-            mask = painted.token_mask().to(like.device, like.dtype)
+            encoded = self.vae_decoder.encode(image_tensor(painted.pixels()))
+            initial = received(encoded, dtype, "initial_image").to(like.device)
+            mask = painted.token_mask().to(like.device, dtype)
             latents = (initial, *latents)
         is_cached = self.uses_reference_cache and bool(latents)
         cache = self.transformer.reference_cache(latents, adapters) if is_cached else None

@@ -87,7 +87,7 @@ class VaeConfig:
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """How `scheduler/scheduler_config.json` shifts the noise levels of a trajectory.
+    """Shift of the noise levels of a trajectory, as `scheduler/scheduler_config.json` declares it.
 
     The defaults are those of the published klein models, and of files without a scheduler. diffusers' own default for
     a missing `use_dynamic_shifting` is false.

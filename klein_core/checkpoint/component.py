@@ -92,7 +92,7 @@ class Component:
 
 @dataclass(frozen=True)
 class Match:
-    """Which tensors make which parameters, and what does not fit; names are the checkpoint's."""
+    """The tensors that make each parameter, and what does not fit; names are the checkpoint's."""
 
     plan: Mapping[str, tuple[TensorSlice, ...]]
     """Parameter → the slices that make it."""

@@ -5,18 +5,17 @@ A value that is missing, wrong or not supported raises CheckpointError, which na
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from klein_core.checkpoint import config_keys, infer_config
+from klein_core.checkpoint.config_keys import LARGEST_INTEGER, LARGEST_LAYER_COUNT, ConfigFile, check_class
 from klein_core.checkpoint.files import ModelFiles
 from klein_core.checkpoint.key_mapping import TEXT_ENCODER, TRANSFORMER, VAE
 from klein_core.errors import CheckpointError
-from klein_core.model_families import other_family
 from klein_core.model_registry import (
     PUBLISHED_MODELS,
+    other_family,
     published_model,
     variant_of_bare_file,
     variants_of_shape,
@@ -31,13 +30,6 @@ from klein_core.variants import (
     Variant,
     read_json,
 )
-
-LARGEST_INTEGER = 1 << 20
-"""Largest count or width: above that of every model, and too small to exhaust memory before tensors are compared."""
-LARGEST_LAYER_COUNT = 1024
-"""Largest number of layers, which are built one by one."""
-LARGEST_NUMBER = 1e12
-_SHOWN_CHARACTERS = 200
 
 TEXT_ENCODER_FOLDER = "text_encoder"
 TOKENIZER_FOLDER = "tokenizer"
@@ -62,7 +54,7 @@ _TILE_MULTIPLE_PX = 32
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a model is sampled, as `model_index.json` declares it."""
+    """Sampling of a model as `model_index.json` declares it."""
 
     is_distilled: bool
     uses_reference_cache: bool
@@ -84,7 +76,10 @@ def read_variant(files: ModelFiles | Path | str) -> Variant:
         vae=read_vae_config(files),
         is_distilled=sampling.is_distilled,
         uses_reference_cache=sampling.uses_reference_cache,
-        schedule=sampling.schedule,
+        # A whole model names its scheduler, as diffusers requires; one stage may be mounted without it.
+        schedule=sampling.schedule
+        if files.index_path is None
+        else read_noise_schedule(files.index_path.parent),
     )
     _check_fit(files, variant)
     return variant
@@ -97,16 +92,16 @@ def read_pipeline_index(folder: Path | str) -> Sampling:
         CheckpointError: it is missing or malformed, or names a class that is not supported.
     """
     index = ConfigFile.read(Path(folder) / "model_index.json")
-    _check_class(index.path, "_class_name", index.values.get("_class_name"), _PIPELINES)
+    check_class(index.path, "_class_name", index.values.get("_class_name"), _PIPELINES)
     for component, classes in _CLASSES.items():
         entry = index.values.get(component)
         if not isinstance(entry, list) or len(entry) != 2:
             raise CheckpointError(f"{index.path}: {component} must be [library, class], not {entry!r}")
-        _check_class(index.path, component, entry[1], classes)
+        check_class(index.path, component, entry[1], classes)
     uses_reference_cache = index.values["_class_name"] == _REFERENCE_CACHE_PIPELINE
     # The default of a missing key depends on the pipeline class.
     is_distilled = index.flag("is_distilled", uses_reference_cache)
-    return Sampling(is_distilled, uses_reference_cache, read_noise_schedule(folder))
+    return Sampling(is_distilled, uses_reference_cache, _schedule_of(Path(folder)))
 
 
 def read_sampling(files: ModelFiles | Path | str) -> Sampling:
@@ -129,8 +124,13 @@ def read_sampling(files: ModelFiles | Path | str) -> Sampling:
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error} (setting: variant)") from None
     index = files.index_path
-    schedule = PUBLISHED_SCHEDULE if index is None else read_noise_schedule(index.parent)
+    schedule = PUBLISHED_SCHEDULE if index is None else _schedule_of(index.parent)
     return Sampling(row.is_distilled, row.uses_reference_cache, schedule)
+
+
+def _schedule_of(folder: Path) -> NoiseSchedule:
+    """Returns the schedule of a model's folder; the published one where only a stage's own component is mounted."""
+    return read_noise_schedule(folder) if (folder / SCHEDULER_FOLDER).exists() else PUBLISHED_SCHEDULE
 
 
 def read_text_encoder_config(files: ModelFiles | Path | str) -> TextEncoderConfig:
@@ -322,77 +322,6 @@ def _check_fit(files: ModelFiles, variant: Variant) -> None:
         )
 
 
-@dataclass(frozen=True)
-class ConfigFile:
-    """A JSON file and its values. Methods raise CheckpointError for a missing or wrong value, naming file and key."""
-
-    path: Path
-    values: Mapping[str, Any]
-
-    @classmethod
-    def read(cls, path: Path) -> ConfigFile:
-        """Reads a file. Raises CheckpointError when it is missing or not a JSON object."""
-        return cls(path, read_json(path))
-
-    def error(self, key: str, value: object, needed: str) -> CheckpointError:
-        """Returns the error for a wrong value; `needed` is the requirement that it breaks."""
-        shown = repr(value)[:_SHOWN_CHARACTERS]
-        return CheckpointError(f"{self.path}: {key} is {shown}; {needed}")
-
-    def require_only(self, supported: Mapping[str, Any]) -> None:
-        """Rejects keys whose value is not the supported one; missing keys are accepted."""
-        for key, value in supported.items():
-            if key in self.values and self.values[key] != value:
-                raise self.error(key, self.values[key], f"only {value!r} is supported")
-
-    def require_class(self, supported: Collection[str]) -> None:
-        """Rejects an unsupported `_class_name`; a missing one is accepted."""
-        name = self.values.get("_class_name")
-        if name is not None:
-            _check_class(self.path, "_class_name", name, supported)
-
-    def integer(self, key: str, default: int | None = None, largest: int = LARGEST_INTEGER) -> int:
-        """Returns a whole number in 1 … largest."""
-        return self._integer(key, self.values.get(key, default), largest)
-
-    def integers(self, key: str, default: tuple[int, ...] = ()) -> tuple[int, ...]:
-        """Returns 1 to `LARGEST_LAYER_COUNT` whole numbers in 1 … `LARGEST_INTEGER`."""
-        value = self.values.get(key, default)
-        if not isinstance(value, list | tuple) or not 1 <= len(value) <= LARGEST_LAYER_COUNT:
-            raise self.error(key, value, f"it must be a list of 1 to {LARGEST_LAYER_COUNT} whole numbers")
-        return tuple(self._integer(key, item, LARGEST_INTEGER) for item in value)
-
-    def number(self, key: str, default: float) -> float:
-        """Returns a number above 0 and up to `LARGEST_NUMBER`."""
-        value = self.values.get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= LARGEST_NUMBER:
-            raise self.error(key, value, f"it must be a number above 0 and up to {LARGEST_NUMBER:g}")
-        return float(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        """Returns a boolean."""
-        value = self.values.get(key, default)
-        if not isinstance(value, bool):
-            raise self.error(key, value, "it must be true or false")
-        return value
-
-    def _integer(self, key: str, value: object, largest: int) -> int:
-        if value is None:
-            raise CheckpointError(f"{self.path}: {key} is missing")
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
-            raise self.error(key, value, f"it must be a whole number in 1 … {largest}")
-        return value
-
-
-def _check_class(path: Path, key: str, name: object, supported: Collection[str]) -> None:
-    if name in supported:
-        return
-    family = other_family(name) if isinstance(name, str) else None
-    if family is not None:
-        raise CheckpointError(f"{path}: {key} is {name}: this is {family}")
-    raise CheckpointError(f"{path}: {key} is {name}; only {' or '.join(supported)} is supported")
-
-
 def refuse_other_family(files: ModelFiles) -> None:
     """Raises CheckpointError when `model_index.json` has the pipeline class of another family of models.
 
@@ -403,4 +332,4 @@ def refuse_other_family(files: ModelFiles) -> None:
         return
     name = read_json(path).get("_class_name")
     if isinstance(name, str) and other_family(name) is not None:
-        _check_class(path, "_class_name", name, _PIPELINES)
+        check_class(path, "_class_name", name, _PIPELINES)

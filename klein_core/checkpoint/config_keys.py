@@ -1,5 +1,7 @@
 """Keys of every configuration file of a checkpoint: which are honored, which must have one value, which mean nothing.
 
+`ConfigFile` reads the values of one file and rejects wrong ones by file and key.
+
 A key that changes an image and is neither honored nor refused would change it silently. The table covers every key that
 diffusers 0.42 and transformers 5.23 read for the classes of a klein checkpoint; a test walks the signatures of those
 classes, so that a key which a later version adds fails it. Torch-free.
@@ -7,11 +9,22 @@ classes, so that a key which a later version adds fails it. Torch-free.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from klein_core.errors import CheckpointError
+from klein_core.model_registry import other_family
+from klein_core.variants import read_json
+
 VAE_LEVELS = 4
+LARGEST_INTEGER = 1 << 20
+"""Largest count or width: above that of every model, and too small to exhaust memory before tensors are compared."""
+LARGEST_LAYER_COUNT = 1024
+"""Largest number of layers, which are built one by one."""
+LARGEST_NUMBER = 1e12
+_SHOWN_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
@@ -83,18 +96,18 @@ TEXT_ENCODER = ConfigKeys(
     # Those of Qwen3Config are used by transformers' own Qwen3Model; the last three are read by this suite.
     honored=_keys(
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-        "hidden_act rms_norm_eps rope_parameters rope_theta rope_scaling attention_bias use_sliding_window "
+        "hidden_act rms_norm_eps rope_parameters rope_theta rope_scaling is_causal use_sliding_window "
         "sliding_window max_window_layers layer_types max_position_embeddings "
         "text_encoder_out_layers max_sequence_length quantization_config"
     ),
-    fixed={"model_type": "qwen3"},
+    fixed={"model_type": "qwen3", "attention_bias": False, "partial_rotary_factor": 1.0},
     without_effect=_keys(
         # Training, generation and bookkeeping.
         "attention_dropout initializer_range use_cache tie_word_embeddings pad_token_id bos_token_id eos_token_id "
         "transformers_version architectures dtype torch_dtype is_encoder_decoder id2label label2id problem_type "
         "chunk_size_feed_forward "
-        # Set for every call.
-        "output_hidden_states output_attentions return_dict"
+        # Set for every call, or by this suite.
+        "attn_implementation output_hidden_states output_attentions return_dict"
     ),
 )
 TOKENIZER = ConfigKeys(
@@ -122,3 +135,75 @@ CONFIG_KEYS: Mapping[str, ConfigKeys] = {
     "text_encoder/config.json": TEXT_ENCODER,
     "tokenizer/tokenizer_config.json": TOKENIZER,
 }
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """A JSON file and its values. Methods raise CheckpointError for a missing or wrong value, naming file and key."""
+
+    path: Path
+    values: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> ConfigFile:
+        """Reads a file. Raises CheckpointError when it is missing or not a JSON object."""
+        return cls(path, read_json(path))
+
+    def error(self, key: str, value: object, needed: str) -> CheckpointError:
+        """Returns the error for a wrong value; `needed` is the requirement that it breaks."""
+        shown = repr(value)[:_SHOWN_CHARACTERS]
+        return CheckpointError(f"{self.path}: {key} is {shown}; {needed}")
+
+    def require_only(self, supported: Mapping[str, Any]) -> None:
+        """Rejects keys whose value is not the supported one; missing keys are accepted."""
+        for key, value in supported.items():
+            if key in self.values and self.values[key] != value:
+                raise self.error(key, self.values[key], f"only {value!r} is supported")
+
+    def require_class(self, supported: Collection[str]) -> None:
+        """Rejects an unsupported `_class_name`; a missing one is accepted."""
+        name = self.values.get("_class_name")
+        if name is not None:
+            check_class(self.path, "_class_name", name, supported)
+
+    def integer(self, key: str, default: int | None = None, largest: int = LARGEST_INTEGER) -> int:
+        """Returns a whole number in 1 … largest."""
+        return self._integer(key, self.values.get(key, default), largest)
+
+    def integers(self, key: str, default: tuple[int, ...] = ()) -> tuple[int, ...]:
+        """Returns 1 to `LARGEST_LAYER_COUNT` whole numbers in 1 … `LARGEST_INTEGER`."""
+        value = self.values.get(key, default)
+        if not isinstance(value, list | tuple) or not 1 <= len(value) <= LARGEST_LAYER_COUNT:
+            raise self.error(key, value, f"it must be a list of 1 to {LARGEST_LAYER_COUNT} whole numbers")
+        return tuple(self._integer(key, item, LARGEST_INTEGER) for item in value)
+
+    def number(self, key: str, default: float) -> float:
+        """Returns a number above 0 and up to `LARGEST_NUMBER`."""
+        value = self.values.get(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= LARGEST_NUMBER:
+            raise self.error(key, value, f"it must be a number above 0 and up to {LARGEST_NUMBER:g}")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """Returns a boolean."""
+        value = self.values.get(key, default)
+        if not isinstance(value, bool):
+            raise self.error(key, value, "it must be true or false")
+        return value
+
+    def _integer(self, key: str, value: object, largest: int) -> int:
+        if value is None:
+            raise CheckpointError(f"{self.path}: {key} is missing")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
+            raise self.error(key, value, f"it must be a whole number in 1 … {largest}")
+        return value
+
+
+def check_class(path: Path, key: str, name: object, supported: Collection[str]) -> None:
+    """Rejects an unsupported class name; the error describes the family of a class of another one."""
+    if name in supported:
+        return
+    family = other_family(name) if isinstance(name, str) else None
+    if family is not None:
+        raise CheckpointError(f"{path}: {key} is {name}: this is {family}")
+    raise CheckpointError(f"{path}: {key} is {name}; only {' or '.join(supported)} is supported")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from klein_core.checkpoint.files import Checkpoint
 from klein_core.errors import CheckpointError, listed
-from klein_core.model_families import FLUX_3, family_of_header, other_family
+from klein_core.model_registry import FLUX_3, family_of_header, other_family
 
 TEXT_ENCODER = "text_encoder"
 TRANSFORMER = "transformer"

@@ -88,7 +88,14 @@ _LAYER_NUMBER = re.compile(r"(?:.*\.)?layers\.(\d+)\.")
 
 def transformer_key_map(config: TransformerConfig, style: str) -> dict[str, tuple[TensorSlice, ...]]:
     """Returns every parameter of the transformer with the slices that make it in this style, without any prefix."""
-    authors = _authors_names(config)
+    authors = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in _WHOLE.items()}
+    for kind, their_kind, count, table in (
+        ("transformer_blocks", "double_blocks", config.num_layers, _DOUBLE),
+        ("single_transformer_blocks", "single_blocks", config.num_single_layers, _SINGLE),
+    ):
+        for block in range(count):
+            for ours, theirs in table.items():
+                authors[f"{kind}.{block}.{ours}"] = f"{their_kind}.{block}.{theirs}"
     slices: dict[str, tuple[TensorSlice, ...]]
     if style != BFL:
         slices = {parameter: (TensorSlice(parameter),) for parameter in authors}
@@ -105,20 +112,6 @@ def transformer_key_map(config: TransformerConfig, style: str) -> dict[str, tupl
     return slices | {HEAD: (TensorSlice(head, size, 2 * size), TensorSlice(head, 0, size))}
 
 
-def _authors_names(config: TransformerConfig) -> dict[str, str]:
-    """Returns parameter → the authors' name of the tensor that holds it."""
-    names = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in _WHOLE.items()}
-    for kind, their_kind, count, table in (
-        ("transformer_blocks", "double_blocks", config.num_layers, _DOUBLE),
-        ("single_transformer_blocks", "single_blocks", config.num_single_layers, _SINGLE),
-    ):
-        for block in range(count):
-            names |= {
-                f"{kind}.{block}.{ours}": f"{their_kind}.{block}.{theirs}" for ours, theirs in table.items()
-            }
-    return names
-
-
 def checkpoint_names(config: TransformerConfig) -> dict[str, tuple[str, ...]]:
     """Returns fused parameter → diffusers' names of its parts; the other parameters have the same name there."""
     return {
@@ -130,7 +123,15 @@ def checkpoint_names(config: TransformerConfig) -> dict[str, tuple[str, ...]]:
 
 def vae_key_map(config: VaeConfig, style: str) -> dict[str, tuple[TensorSlice, ...]]:
     """Returns every parameter and needed buffer of the autoencoder with its slice in this style, without any prefix."""
-    names = [f"{module}.{kind}" for module in _modules(config) for kind in ("weight", "bias")]
+    widths = config.block_out_channels
+    decoder_widths = tuple(reversed(config.decoder_block_out_channels or widths))
+    modules = [
+        *_half("encoder", "down", widths, config.layers_per_block, config),
+        *_half("decoder", "up", decoder_widths, config.layers_per_block + 1, config),
+        *(["quant_conv"] if config.use_quant_conv else []),
+        *(["post_quant_conv"] if config.use_post_quant_conv else []),
+    ]
+    names = [f"{module}.{kind}" for module in modules for kind in ("weight", "bias")]
     if style != BFL:
         return {name: (TensorSlice(name),) for name in (*names, *STATISTICS)}
     last_level = len(config.block_out_channels) - 1
@@ -140,18 +141,6 @@ def vae_key_map(config: VaeConfig, style: str) -> dict[str, tuple[TensorSlice, .
 def is_unneeded(name: str) -> bool:
     """Whether a stored tensor only counts the batches of training."""
     return name == _BATCH_COUNT or name.endswith("." + _BATCH_COUNT)
-
-
-def _modules(config: VaeConfig) -> Iterator[str]:
-    """Yields the path of every module with weights; each has a bias, too."""
-    widths = config.block_out_channels
-    yield from _half("encoder", "down", widths, config.layers_per_block, config)
-    widths = tuple(reversed(config.decoder_block_out_channels or widths))
-    yield from _half("decoder", "up", widths, config.layers_per_block + 1, config)
-    if config.use_quant_conv:
-        yield "quant_conv"
-    if config.use_post_quant_conv:
-        yield "post_quant_conv"
 
 
 def _half(
@@ -176,6 +165,7 @@ def _half(
 
 
 def _authors_slice(name: str, last_level: int) -> TensorSlice:
+    """Returns the authors' slice of a parameter; they count the decoder's levels from the other end."""
     module, _, kind = name.rpartition(".")
     attention = re.fullmatch(r"(encoder|decoder)\.mid_block\.attentions\.0\.(.+)", module)
     if attention:
@@ -183,19 +173,14 @@ def _authors_slice(name: str, last_level: int) -> TensorSlice:
         # The authors' projections are 1×1 convolutions.
         is_pointwise = kind == "weight" and part != "norm"
         return TensorSlice(f"{attention[1]}.mid.attn_1.{part}.{kind}", is_pointwise=is_pointwise)
-    return TensorSlice(f"{_authors_module(module, last_level)}.{kind}")
-
-
-def _authors_module(module: str, last_level: int) -> str:
-    """Returns the authors' name of a module; they count the decoder's levels from the other end."""
     if module in ("quant_conv", "post_quant_conv"):
-        return f"{'encoder' if module == 'quant_conv' else 'decoder'}.{module}"
+        return TensorSlice(f"{'encoder' if module == 'quant_conv' else 'decoder'}.{module}.{kind}")
     module = module.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
     module = re.sub(r"mid_block\.resnets\.(\d)", lambda found: f"mid.block_{int(found[1]) + 1}", module)
     module = re.sub(r"down_blocks\.(\d+)", r"down.\1", module)
     module = re.sub(r"up_blocks\.(\d+)", lambda found: f"up.{last_level - int(found[1])}", module)
     module = module.replace("downsamplers.0", "downsample").replace("upsamplers.0", "upsample")
-    return module.replace(".resnets.", ".block.")
+    return TensorSlice(f"{module.replace('.resnets.', '.block.')}.{kind}")
 
 
 def text_encoder_key_map(config: TextEncoderConfig) -> dict[str, tuple[TensorSlice, ...]]:

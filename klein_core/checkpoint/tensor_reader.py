@@ -53,7 +53,10 @@ class TensorReader:
     def __enter__(self) -> TensorReader:
         with ExitStack() as stack:
             for path in self._paths:
-                self._files[path] = stack.enter_context(self._opened(path))
+                file = self._files[path] = stack.enter_context(open_regular(path))
+                # Offsets come from the header, so the file must still be the one whose header was read.
+                if FileState.of_open(file.fileno()) != self.checkpoint.header(path).state:
+                    raise CheckpointError(f"{path} changed since its header was read; try again")
             self._stack = stack.pop_all()
         return self
 
@@ -106,14 +109,6 @@ class TensorReader:
             part = chunk[: count - begin]
             self._fill(rows.name, first + begin, part)
             values[begin : begin + len(part)].copy_(part)
-
-    def _opened(self, path: Path) -> FileIO:
-        """Opens a file and checks that it is still the one whose header, and so whose offsets, were read."""
-        file = open_regular(path)
-        if FileState.of_open(file.fileno()) != self.checkpoint.header(path).state:
-            file.close()
-            raise CheckpointError(f"{path} changed since its header was read; try again")
-        return file
 
     def _fill(self, name: str, first: int, values: Tensor) -> None:
         """Fills `values` with the tensor's elements from index `first` on."""

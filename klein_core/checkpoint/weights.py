@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from klein_core.checkpoint.component import Component
 from klein_core.checkpoint.files import Checkpoint
 from klein_core.checkpoint.header import PLAIN_DTYPES
-from klein_core.checkpoint.key_mapping import KeyMap, TensorSlice
+from klein_core.checkpoint.key_mapping import KeyMap
 from klein_core.checkpoint.tensor_reader import TORCH_DTYPES, TensorReader
 from klein_core.errors import listed, raise_if_problems
 from klein_core.quantization.loading import QuantizedLoader
@@ -114,7 +114,14 @@ def _check_shapes(
     taken: Counter[str] = Counter()
     for target, slices in plan.items():
         expected = tuple(targets[target].shape)
-        if not _fits(slices, expected, shapes):
+        parts = [each.shape(shapes[each.name]) for each in slices]
+        if len(parts) > 1 and all(parts):
+            # Several slices are stacked: their rows add up, their other dimensions agree.
+            rows = sum(part[0] for part in parts)
+            fits = rows == expected[0] and all(part[1:] == expected[1:] for part in parts)
+        else:
+            fits = parts == [expected]
+        if not fits:
             found = ", ".join(f"{each.name} {shapes[each.name]}" for each in slices)
             wrong.append(f"{found} instead of {expected}")
         for each in slices:
@@ -124,16 +131,6 @@ def _check_shapes(
         if shapes[name] and shapes[name][0] != count:
             wrong.append(f"{name} {shapes[name]} instead of {count} rows")
     raise_if_problems(path, [("of another shape than the configuration requires:", wrong)])
-
-
-def _fits(
-    slices: tuple[TensorSlice, ...], expected: tuple[int, ...], stored: Mapping[str, tuple[int, ...]]
-) -> bool:
-    shapes = [each.shape(stored[each.name]) for each in slices]
-    if len(shapes) == 1 or not all(shapes):
-        return shapes == [expected]
-    rows = sum(shape[0] for shape in shapes)
-    return (rows, *expected[1:]) == expected and all(shape[1:] == expected[1:] for shape in shapes)
 
 
 def weights_digest(module: nn.Module, *salt: str) -> str:

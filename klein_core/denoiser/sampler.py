@@ -209,6 +209,31 @@ def packed_step(transformer: FlowTransformer, trajectories: Sequence[Trajectory]
         trajectory.advance([next(velocities) for _ in each])
 
 
+def received(tensor: Tensor, dtype: torch.dtype, field: str) -> Tensor:
+    """Returns an input of the denoiser in the transformer's dtype, in which noise is drawn and steps are taken.
+
+    Other stages may hold their weights in another dtype and send tensors of that one.
+
+    Args:
+        tensor: as its sender made it.
+        dtype: the transformer's.
+        field: name of the tensor in errors.
+
+    Raises:
+        InvalidInput: values are NaN or infinite, or too large for `dtype`.
+    """
+    cast = tensor.to(dtype)
+    if not bool(cast.isfinite().all()):
+        if bool(tensor.isfinite().all()):
+            name, largest = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
+            raise InvalidInput.of(
+                field,
+                f"holds values outside ±{largest:g}, the range of {name}, in which the transformer computes",
+            )
+        raise InvalidInput.of(field, "holds NaN or infinity; all elements must be finite")
+    return cast
+
+
 def empirical_mu(token_count: int, step_count: int) -> float:
     """Returns the logarithm of the shift for `token_count` target tokens (references do not count).
 

@@ -130,8 +130,15 @@ def make_plan(
         device_bytes: memory of one device.
         precisions: allowed precisions of the denoiser's weights; empty allows all that the model can have.
     """
-    denoiser = _denoiser_ways(model, workload, list(precisions) or _transformer_precisions(model))
-    text = [_text_way(model, name) for name in _with_int8(_precisions(model.text_stored))]
+    possible = _precisions(model.transformer_stored)
+    if not PRECISIONS[model.transformer_stored].is_quantized:
+        possible = _with_int8(list(dict.fromkeys((*possible, *model.published))))
+    denoiser = _denoiser_ways(model, workload, list(precisions) or possible)
+    text = []
+    for precision in map(model.in_precision, _with_int8(_precisions(model.text_stored))):
+        weights = weight_bytes.text_encoder_bytes(model.text_encoder, precision)
+        activations = prompt_activations(model.text_encoder, precision).byte_count
+        text.append(StageMemory(TEXT_ENCODER, precision.name, weights, activations))
     vae = _vae_ways(model, workload)
     ways = (*text, *denoiser, *vae)
     combinations = _combinations(model, text, denoiser, vae)
@@ -146,21 +153,9 @@ def _precisions(stored: str) -> list[str]:
     return [stored] if PRECISIONS[stored].is_quantized else [stored, "fp8"]
 
 
-def _transformer_precisions(model: PlannedModel) -> list[str]:
-    if PRECISIONS[model.transformer_stored].is_quantized:
-        return [model.transformer_stored]
-    return _with_int8(list(dict.fromkeys((*_precisions(model.transformer_stored), *model.published))))
-
-
 def _with_int8(names: list[str]) -> list[str]:
     """Appends int8 to the precisions of plain matrices: last, as it is as large as fp8 and slower."""
     return names if PRECISIONS[names[0]].is_quantized else [*names, "int8"]
-
-
-def _text_way(model: PlannedModel, name: str) -> StageMemory:
-    config, precision = model.text_encoder, model.in_precision(name)
-    weights = weight_bytes.text_encoder_bytes(config, precision)
-    return StageMemory(TEXT_ENCODER, name, weights, prompt_activations(config, precision).byte_count)
 
 
 def _denoiser_ways(model: PlannedModel, workload: Workload, names: Sequence[str]) -> list[StageMemory]:
@@ -218,14 +213,13 @@ def _combinations(
         vaes = [vae[0].on_cpu()] if VAE_DECODER in on_cpu else vae
         for network in denoiser:
             for words in texts:
+                # One `klein up` starts both stages, and its --quantization applies to every plain matrix of either.
                 # Stages on different devices have a command each, and any mix of precisions.
-                if on_cpu or _share_command(model, words, network):
+                has_file = model.has_file(network.precision)
+                if words.precision == model.text_stored:
+                    fits = has_file or PRECISIONS[model.text_stored].is_quantized
+                else:
+                    has_quantized_file = has_file and PRECISIONS[network.precision].is_quantized
+                    fits = network.precision == words.precision or has_quantized_file
+                if on_cpu or fits:
                     yield from ((words, network, images) for images in vaes)
-
-
-def _share_command(model: PlannedModel, words: StageMemory, network: StageMemory) -> bool:
-    """Whether one `klein up` starts both: its --quantization applies to every plain matrix of either."""
-    if words.precision != model.text_stored:
-        has_quantized_file = model.has_file(network.precision) and PRECISIONS[network.precision].is_quantized
-        return network.precision == words.precision or has_quantized_file
-    return model.has_file(network.precision) or PRECISIONS[model.text_stored].is_quantized

@@ -29,24 +29,18 @@ def contact_sheet(images: Sequence[tuple[str, Image.Image]]) -> Image.Image:
     cell_width, cell_height = IMAGE_PX + MARGIN_PX, IMAGE_PX + CAPTION_PX
     size = (column_count * cell_width + MARGIN_PX, row_count * cell_height + MARGIN_PX)
     sheet = Image.new("RGB", size, _PAPER)
+    draw = ImageDraw.Draw(sheet)
     for index, (caption, image) in enumerate(images):
         row, column = divmod(index, COLUMN_LIMIT)
-        _draw_cell(sheet, MARGIN_PX + column * cell_width, MARGIN_PX + row * cell_height, caption, image)
+        left, bottom = MARGIN_PX + column * cell_width, MARGIN_PX + row * cell_height + IMAGE_PX
+        factor = IMAGE_PX / max(image.size)
+        width, height = round(image.width * factor), round(image.height * factor)
+        scaled = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+        sheet.paste(scaled, (left, bottom - height))
+        draw.rectangle((left - 1, bottom - height - 1, left + width, bottom), outline=_INK)
+        text = textwrap.fill(caption, CAPTION_COLUMNS)
+        draw.multiline_text((left, bottom + 8), text, _INK, ImageFont.load_default(16), spacing=4)
     return sheet
-
-
-def _draw_cell(sheet: Image.Image, left: int, top: int, caption: str, image: Image.Image) -> None:
-    scaled = image.convert("RGB")
-    factor = IMAGE_PX / max(scaled.size)
-    scaled = scaled.resize(
-        (round(scaled.width * factor), round(scaled.height * factor)), Image.Resampling.LANCZOS
-    )
-    sheet.paste(scaled, (left, top + IMAGE_PX - scaled.height))
-    draw = ImageDraw.Draw(sheet)
-    frame = (left - 1, top + IMAGE_PX - scaled.height - 1, left + scaled.width, top + IMAGE_PX)
-    draw.rectangle(frame, outline=_INK)
-    text = textwrap.fill(caption, CAPTION_COLUMNS)
-    draw.multiline_text((left, top + IMAGE_PX + 8), text, _INK, ImageFont.load_default(16), spacing=4)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -77,7 +77,10 @@ def read_quant_metadata(checkpoint: Checkpoint, names: Collection[str], prefix: 
         header = checkpoint.header(path)
         metadata |= header.metadata
         for layer, listed in _comfy_layers(path, header.metadata).items():
-            own = _own_name(layer, checkpoint.files, prefix)
+            # Writers of the table add prefixes to the names of the tensors, or leave them out.
+            bare = {layer.removeprefix(other) for other in _TABLE_PREFIXES}
+            candidates = [layer, prefix + layer, *(prefix + name for name in bare), *bare]
+            own = next((name for name in candidates if name + WEIGHT in checkpoint.files), layer)
             # A file may hold other components, and layers that this network does not need.
             if own + WEIGHT in names or own + WEIGHT not in checkpoint.files:
                 layers[own] = listed
@@ -128,13 +131,6 @@ def _comfy_layer(path: Path, layer: str, entry: object) -> LayerQuant:
     if unknown or not isinstance(full_precision, bool) or entry.get("group_size") not in (None, BLOCK):
         raise CheckpointError(f"{path}: the quantization of {layer} is {entry}, which is not supported")
     return LayerQuant(kind, full_precision)
-
-
-def _own_name(layer: str, files: Collection[str], prefix: str) -> str:
-    """Returns the name of a layer of the header's table as the checkpoint's tensors have it."""
-    bare = {layer.removeprefix(other) for other in _TABLE_PREFIXES}
-    candidates = [layer, prefix + layer, *(prefix + name for name in bare), *bare]
-    return next((name for name in candidates if name + WEIGHT in files), layer)
 
 
 def _read_markers(checkpoint: Checkpoint, names: Collection[str]) -> dict[str, LayerQuant]:

@@ -13,6 +13,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from klein_core.checkpoint.component import open_component
 from klein_core.checkpoint.config import read_text_encoder_config
+from klein_core.checkpoint.config_keys import TEXT_ENCODER
 from klein_core.checkpoint.files import ModelFiles
 from klein_core.checkpoint.weights import load_weights, weights_digest
 from klein_core.errors import CheckpointError
@@ -149,7 +150,9 @@ def tapped_embedding(model: Qwen3Model, token_ids: Tensor, mask: Tensor, taps: S
 def _cut_config(config: TextEncoderConfig) -> dict[str, object]:
     """Returns the Qwen3 configuration of the layers up to the last tapped one."""
     layer_count = max(config.tapped_layers)
-    cut = {**config.qwen3, "num_hidden_layers": layer_count, "use_cache": False}
+    # Some of the keys without effect would change the form of the model's output.
+    cut = {key: value for key, value in config.qwen3.items() if key not in TEXT_ENCODER.without_effect}
+    cut |= {"num_hidden_layers": layer_count, "use_cache": False}
     # Describes the stored weights, which the loader handles; the network is built unquantized.
     cut.pop("quantization_config", None)
     if isinstance(cut.get("layer_types"), list):

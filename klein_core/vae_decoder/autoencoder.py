@@ -82,8 +82,12 @@ class Autoencoder(nn.Module):
         return tiles.run(latents, self._image) if in_tiles else self._image(latents)
 
     def decode(self, latents: Tensor, *, tiled: bool = False) -> Tensor:
-        """Decodes packed, normalized latents (B, C, r, c) to images (B, 3, H, W), about -1…1."""
-        return self.decode_unpacked(self.unpack(self.denormalize(latents)), tiled=tiled)
+        """Decodes packed, normalized latents (B, C, r, c) to images (B, 3, H, W), about -1…1.
+
+        Latents are denormalized in their own dtype and cast to the weights' after that, as in diffusers.
+        """
+        unpacked = self.unpack(self.denormalize(latents))
+        return self.decode_unpacked(unpacked.to(self.decoder.conv_in.weight.dtype), tiled=tiled)
 
     def _moments(self, image: Tensor) -> Tensor:
         moments: Tensor = self.encoder(image)

@@ -41,7 +41,7 @@ class VaeDecoder:
     Args:
         autoencoder: on its device, without gradients.
         reference_limits: bounds of the files that `encode_reference` accepts.
-        tiling: when to decode and encode in tiles.
+        tiling: when to decode and encode in tiles; a limit that it leaves open is set here, from the device's memory.
     """
 
     def __init__(
@@ -52,7 +52,8 @@ class VaeDecoder:
     ) -> None:
         self.autoencoder = autoencoder
         self.reference_limits = reference_limits
-        self.tiling = tiling
+        self.tiling = tiling.for_memory(lambda: memory_bytes(self.device))
+        """Fixed from here on, so that equal requests give equal bytes."""
 
     @classmethod
     def from_folder(
@@ -123,13 +124,14 @@ class VaeDecoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Decodes latents (rows, columns, packed_channels) to pixels: uint8 (H, W, 3), on the CPU.
+        """Decodes latents (rows, columns, packed_channels) of any dtype to pixels: uint8 (H, W, 3), on the CPU.
 
         Raises:
-            InvalidInput: the latents have another shape, or values that do not decode to finite pixels.
+            InvalidInput: the latents have another shape, are not numbers of at least 16 bits, or have values that do
+                not decode to finite pixels.
         """
         height_px, width_px = self._image_size(latents)
-        packed = latents.to(self.device, self.dtype).permute(2, 0, 1).unsqueeze(0).contiguous()
+        packed = latents.to(self.device).permute(2, 0, 1).unsqueeze(0).contiguous()
         tiled = self._needs_tiles(decode_bytes, width_px, height_px)
         image = self.autoencoder.decode(packed, tiled=tiled)[0]
         if not bool(image.isfinite().all()):
@@ -157,7 +159,7 @@ class VaeDecoder:
     def _needs_tiles(self, count_bytes: Callable[..., int], width_px: int, height_px: int) -> bool:
         emulated = needs_fp32_fallback(self.device, self.dtype)
         needed = count_bytes(self.config, width_px, height_px, self.dtype.itemsize, emulated=emulated)
-        return self.tiling.applies(needed, lambda: free_bytes(self.device))
+        return self.tiling.applies(needed)
 
     def _image_size(self, latents: Tensor) -> tuple[int, int]:
         """Validates latents and returns the height and width in pixels that they decode to."""
@@ -166,8 +168,10 @@ class VaeDecoder:
             raise InvalidInput.of(
                 "latents", f"have shape {tuple(latents.shape)}; must be (rows, columns, {channels})"
             )
-        if not latents.is_floating_point():
-            raise InvalidInput.of("latents", f"are {latents.dtype}; must be floating point")
+        if not latents.is_floating_point() or latents.dtype.itemsize == 1:
+            raise InvalidInput.of(
+                "latents", f"are {latents.dtype}; must be floating point of at least 16 bits"
+            )
         return latents.shape[0] * SIZE_MULTIPLE_PX, latents.shape[1] * SIZE_MULTIPLE_PX
 
 
@@ -197,40 +201,35 @@ def image_tensor(image: Image.Image) -> Tensor:
     return 2 * torch.from_numpy(np.array(image, dtype=np.float32) / 255) - 1
 
 
-def free_bytes(device: torch.device) -> int:
-    """Returns the memory that can still be allocated on `device`, torch's cached blocks included."""
+def memory_bytes(device: torch.device) -> int:
+    """Returns the memory of `device`, in use or not; of a CPU, as much as this container or machine may use."""
     if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + cached
+        return int(torch.cuda.get_device_properties(device).total_memory)
     if device.type == "mps":
-        return int(torch.mps.recommended_max_memory()) - int(torch.mps.current_allocated_memory())
-    return free_host_bytes()
+        return int(torch.mps.recommended_max_memory())
+    return host_memory_bytes()
 
 
-def free_host_bytes(meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP) -> int:
-    """Returns the available memory of this machine, or of this container if that is less.
+def host_memory_bytes(meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP) -> int:
+    """Returns the memory of this machine, or the limit of this container if that is less.
 
     Returns 2⁶³ − 1 on systems that report neither.
     """
-    available = (_available_bytes(meminfo), _cgroup_bytes(cgroup))
-    return min((each for each in available if each is not None), default=2**63 - 1)
+    known = (_machine_bytes(meminfo), _container_bytes(cgroup))
+    return min((each for each in known if each is not None), default=2**63 - 1)
 
 
-def _available_bytes(meminfo: Path) -> int | None:
+def _machine_bytes(meminfo: Path) -> int | None:
     try:
         lines = meminfo.read_text(encoding="ascii").splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal:")), None)
 
 
-def _cgroup_bytes(cgroup: Path) -> int | None:
+def _container_bytes(cgroup: Path) -> int | None:
     try:
         limit = (cgroup / "memory.max").read_text(encoding="ascii").strip()
-        used = int((cgroup / "memory.current").read_text(encoding="ascii"))
-        statistics = (cgroup / "memory.stat").read_text(encoding="ascii").splitlines()
     except OSError:
         return None
-    # The page cache counts as used, but the kernel reclaims it on demand.
-    cached = next((int(line.split()[1]) for line in statistics if line.startswith("inactive_file ")), 0)
-    return None if limit == "max" else int(limit) - used + cached
+    return None if limit == "max" else int(limit)

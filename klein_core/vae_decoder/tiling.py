@@ -7,7 +7,7 @@ result differs slightly from the image in one piece; `TilingPolicy` makes the ch
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,20 +18,46 @@ OVERLAP = 0.25
 """Share of a tile's side that overlaps the next tile."""
 
 
+MEMORY_SHARE = 4
+"""Without a given limit, one image may take this part of the device's memory, a quarter; the rest is for weights."""
+
+
 @dataclass(frozen=True)
 class TilingPolicy:
-    """Decides when to process images larger than one tile in tiles."""
+    """Decides when to process images larger than one tile in tiles. The decision depends on an image's size alone."""
 
     mode: str = "auto"
     """`auto`, `on` or `off`; `auto` uses tiles if the image in one piece needs more memory than the limit."""
     limit_bytes: int | None = None
-    """Memory for activations; `None` is the device's free memory at that moment."""
+    """Memory for activations; `None` is a quarter of the device's memory, see `for_memory`."""
 
-    def applies(self, needed_bytes: int, free_bytes: Callable[[], int]) -> bool:
-        """Returns whether to use tiles for an image that needs `needed_bytes` in one piece."""
+    def for_memory(self, memory_bytes: Callable[[], int]) -> TilingPolicy:
+        """Returns this policy with its limit set, for a device of `memory_bytes`, free or not.
+
+        Free memory would be another at each moment, and tiles change pixels: equal requests would differ.
+        """
+        if self.mode != "auto" or self.limit_bytes is not None:
+            return self
+        return replace(self, limit_bytes=memory_bytes() // MEMORY_SHARE)
+
+    def applies(self, needed_bytes: int) -> bool:
+        """Returns whether to use tiles for an image that needs `needed_bytes` in one piece.
+
+        Raises:
+            ValueError: the limit is not set.
+        """
         if self.mode != "auto":
             return self.mode == "on"
-        return needed_bytes > (free_bytes() if self.limit_bytes is None else self.limit_bytes)
+        if self.limit_bytes is None:
+            raise ValueError("the limit of automatic tiling is not set; call for_memory first")
+        return needed_bytes > self.limit_bytes
+
+    def __str__(self) -> str:
+        if self.mode != "auto" or self.limit_bytes is None:
+            return f"tiling is {self.mode}"
+        return (
+            f"tiling is auto: images that need more than {self.limit_bytes >> 20} MiB in one piece are tiled"
+        )
 
 
 AUTOMATIC_TILING = TilingPolicy()

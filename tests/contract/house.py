@@ -15,7 +15,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("klein_core", "services/klein_services")
 
-ENFORCED = frozenset({"product files", "longest file", "median lines"})
+ENFORCED = frozenset(
+    {
+        "product files",
+        "longest file",
+        "median lines",
+        "private with one call site",
+        "headless module docstrings",
+        "headless other docstrings",
+    }
+)
 """Numbers that fail `make lint`; the others are printed. Add a name when the product is within its limit."""
 
 MAX_FILES = 150

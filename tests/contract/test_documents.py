@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import pkgutil
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ from prometheus_client import REGISTRY
 from prometheus_client.metrics import MetricWrapperBase
 
 import klein_services
+from klein_core.checkpoint.config_keys import CONFIG_KEYS
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted(
@@ -74,6 +76,22 @@ def test_metrics_settings_paths_and_links_exist(document: Path) -> None:
         if setting not in code and not re.search(rf"\b{setting.removeprefix('KLEIN_').lower()}\b", code):
             missing.append(setting)
     assert missing == []
+
+
+def test_the_table_of_configuration_keys_is_that_of_the_code() -> None:
+    text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| `([\w/]+\.json)` \| (honored|fixed|without effect) \| (.+) \|$", text, re.MULTILINE
+    )
+    documented = {(file, treatment): re.findall(r"`([^`]+)`", keys) for file, treatment, keys in rows}
+    assert len(documented) == len(rows)
+    expected = {}
+    for file, keys in CONFIG_KEYS.items():
+        fixed = [f"{key} = {json.dumps(value)}" for key, value in keys.fixed.items()]
+        treated = {"honored": keys.honored, "fixed": fixed, "without effect": keys.without_effect}
+        expected |= {(file, treatment): sorted(each) for treatment, each in treated.items() if each}
+    assert len(expected) > 12
+    assert documented == expected
 
 
 def test_every_decision_has_context_decision_and_consequences() -> None:

@@ -11,7 +11,7 @@ import torch
 from klein_core.denoiser.adapters.adapter import Adapter, ScaledAdapter
 from klein_core.denoiser.adapters.key_mapping import layer_targets
 from klein_core.denoiser.adapters.reader import describe_adapter, read_adapter
-from tests.tiny.adapters import FORMATS, Deltas, Written, authors_targets, diffusers_targets, merged
+from tests.tiny.adapters import FORMATS, Deltas, Format, Written, authors_targets, diffusers_targets, merged
 from tests.tiny.checkpoint import tiny_pipeline
 from tests.tiny.transformer import oracle_velocity, random_span, relative_error, tiny_oracle, twin
 
@@ -94,6 +94,18 @@ def test_alpha_of_some_layers_by_name(tmp_path: Path):
     assert relative_error(velocity((adapter, 1.0)), expected((written.deltas, 1.0))) < TOLERANCE
 
 
+@pytest.mark.filterwarnings("ignore:While injecting the PEFT adapters")
+def test_a_peft_configuration_without_alpha_has_pefts_default(tmp_path: Path):
+    form = FORMATS["diffusers-metadata"]
+    metadata = {key: value for key, value in form.metadata.items() if not key.endswith("lora_alpha")}
+    path = replace(form, metadata=metadata).write(ORACLE).save(tmp_path / "silent.safetensors")
+    pipeline = tiny_pipeline()
+    pipeline.register_modules(transformer=merged(ORACLE))
+    pipeline.load_lora_weights(str(path), adapter_name="silent")
+    theirs = oracle_velocity(pipeline.transformer, SPAN)
+    assert relative_error(velocity((read(path), 1.0)), theirs) < TOLERANCE
+
+
 def test_rank_stabilized(tmp_path: Path):
     form = FORMATS["diffusers-metadata"]
     metadata = {**form.metadata, "transformer.use_rslora": True}
@@ -115,6 +127,7 @@ def test_rank_stabilized(tmp_path: Path):
         ("ai-toolkit-diffusers", "peft-authors"),
         ("peft",),
         ("lokr-square",),
+        ("plain-metadata",),
     ],
     ids="+".join,
 )
@@ -136,6 +149,47 @@ def test_as_diffusers(names: tuple[str, ...], tmp_path: Path):
     theirs = oracle_velocity(pipeline.transformer, SPAN)
     assert relative_error(velocity(*zip(adapters, scales, strict=True)), theirs) < TOLERANCE
     assert relative_error(velocity(), theirs) > 0.1
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        *({key: "12"} for key in ("lora_alpha", "alpha", "network_alpha", "ss_network_alpha")),
+        *({key: "true"} for key in ("use_rslora", "rank_stabilized")),
+    ],
+    ids=lambda entries: next(iter(entries)),
+)
+def test_a_bare_header_entry_changes_nothing_as_in_diffusers_and_is_noted(
+    entries: dict[str, str], tmp_path: Path
+):
+    form = replace(FORMATS["diffusers"], plain_metadata=entries)
+    path = form.write(ORACLE, seed=1).save(tmp_path / "style.safetensors")
+    pipeline = tiny_pipeline()
+    pipeline.register_modules(transformer=merged(ORACLE))
+    pipeline.load_lora_weights(str(path), adapter_name="style")
+    adapter = read(path)
+    ours = velocity((adapter, 1.0))
+    assert relative_error(ours, oracle_velocity(pipeline.transformer, SPAN)) < TOLERANCE
+    assert relative_error(ours, velocity((adapter, 4.0))) > 0.1
+    [note] = adapter.summary.notes
+    assert note.startswith(f"header entry {next(iter(entries))}")
+    assert f"alpha is the rank, {form.rank}" in note
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        replace(FORMATS["kohya"], plain_metadata={"ss_network_alpha": "1.5", "ss_network_dim": "3"}),
+        replace(FORMATS["diffusers"], plain_metadata={"lora_alpha": "3.0", "rank": "3"}),
+        replace(FORMATS["diffusers-metadata"], plain_metadata={"lora_alpha": "9"}),
+    ],
+    ids=["alpha tensors", "alpha is the rank", "PEFT's configuration"],
+)
+def test_an_entry_that_could_change_nothing_is_not_noted(form: Format, tmp_path: Path):
+    written = form.write(ORACLE)
+    adapter = read(written.save(tmp_path / "style.safetensors"))
+    assert adapter.summary.notes == ()
+    assert relative_error(velocity((adapter, 1.0)), expected((written.deltas, 1.0))) < TOLERANCE
 
 
 def diffusers_reads(name: str, tensor: str) -> bool:

@@ -162,6 +162,14 @@ def test_bad_configuration(configuration: str, told: str, tmp_path: Path):
     assert told in refusal(written.save(tmp_path / "style.safetensors"))
 
 
+def test_an_alpha_that_is_given_twice(tmp_path: Path):
+    configuration = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 2.0})}
+    written = Written({**pair(), f"{LAYER}.alpha": torch.tensor(1.0)}, configuration)
+    message = refusal(written.save(tmp_path / "style.safetensors"))
+    assert "alpha given twice" in message
+    assert f"{LAYER}.alpha" in message
+
+
 def _cut(data: bytes) -> bytes:
     return data[:-4]
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 
 import pytest
 
-from klein_core.checkpoint.config import read_variant
+from klein_core.checkpoint.config import read_sampling, read_variant
 from klein_core.errors import CheckpointError
+from klein_core.variants import NoiseSchedule
 from tests.tiny.checkpoint import save_tiny_checkpoint
 
 
@@ -182,3 +184,10 @@ def test_malformed_and_missing_files_are_named(folder, text):
 def test_it_needs_no_torch():
     script = "import sys, klein_core.checkpoint.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_only_a_stage_that_is_mounted_alone_may_lack_the_scheduler(folder):
+    shutil.rmtree(folder / "scheduler")
+    assert read_sampling(folder).schedule == NoiseSchedule()
+    with pytest.raises(CheckpointError, match=r"scheduler_config\.json is missing"):
+        read_variant(folder)

@@ -13,8 +13,7 @@ from klein_core.checkpoint.config import read_text_encoder_config, read_variant
 from klein_core.checkpoint.inspect import inspect_path
 from klein_core.denoiser.transformer import FlowTransformer
 from klein_core.errors import CheckpointError
-from klein_core.model_families import other_family
-from klein_core.model_registry import PUBLISHED_MODELS, SMALL_DECODER, published_model
+from klein_core.model_registry import PUBLISHED_MODELS, SMALL_DECODER, other_family, published_model
 from klein_core.pipeline import Pipeline
 from tests.tiny.checkpoint import save_tiny_checkpoint
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from klein_core.memory.activation_bytes import decode_bytes, encode_bytes
-from klein_core.vae_decoder.decoder import VaeDecoder, free_host_bytes
+from klein_core.vae_decoder import decoder
+from klein_core.vae_decoder.decoder import VaeDecoder, host_memory_bytes
 from klein_core.vae_decoder.tiling import AUTOMATIC_TILING, TilingPolicy, decoder_tiles, encoder_tiles
 from klein_core.variants import VaeConfig
 from tests.core.test_autoencoder import oracle_decode, oracle_encode, ours, relative
@@ -78,32 +79,39 @@ def test_references_are_tiled_by_what_encoding_takes(oracle):
     assert torch.equal(whole, VaeDecoder(autoencoder).encode(image))
 
 
-def test_free_memory_is_measured_only_in_auto_mode_without_a_limit():
-    def unexpected() -> int:
-        pytest.fail("free memory was measured")
-
-    assert AUTOMATIC_TILING.applies(2, lambda: 1)
-    assert not AUTOMATIC_TILING.applies(2, lambda: 2)
-    for policy, expected in (
+def test_the_devices_memory_decides_only_in_auto_mode_without_a_limit():
+    policy = AUTOMATIC_TILING.for_memory(lambda: 8)
+    assert policy == TilingPolicy("auto", 2)
+    assert (policy.applies(3), policy.applies(2)) == (True, False)
+    with pytest.raises(ValueError, match="for_memory"):
+        AUTOMATIC_TILING.applies(3)
+    for given, expected in (
         (TilingPolicy("auto", 1), True),
         (TilingPolicy("on"), True),
         (TilingPolicy("off"), False),
     ):
-        assert policy.applies(2, unexpected) is expected
+        assert given.for_memory(lambda: pytest.fail("memory was measured")) is given
+        assert given.applies(2) is expected
+
+
+def test_the_decision_does_not_change_with_the_memory_of_the_moment(oracle, monkeypatch):
+    needed = decode_bytes(ours(oracle).config, 112, 144, 4)
+    memory = [4 * needed]
+    monkeypatch.setattr(decoder, "memory_bytes", lambda _: memory[0])
+    latents = torch.randn(9, 7, 16)
+    loaded = VaeDecoder(ours(oracle))
+    before = loaded.decode(latents)
+    memory[0] = 0
+    assert torch.equal(loaded.decode(latents), before)
+    assert not torch.equal(VaeDecoder(ours(oracle)).decode(latents), before)
 
 
 def test_a_containers_limit_counts_where_it_is_the_smaller(tmp_path):
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal: 4000 kB\nMemFree: 10 kB\nMemAvailable: 3000 kB\n")
-    assert free_host_bytes(meminfo, tmp_path) == 3000 * 1024
-    files = {
-        "memory.max": "1000000\n",
-        "memory.current": "400000\n",
-        "memory.stat": "anon 1\ninactive_file 5000\n",
-    }
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    assert free_host_bytes(meminfo, tmp_path) == 1_000_000 - 400_000 + 5000
+    assert host_memory_bytes(meminfo, tmp_path) == 4000 * 1024
+    (tmp_path / "memory.max").write_text("1000000\n")
+    assert host_memory_bytes(meminfo, tmp_path) == 1_000_000
     (tmp_path / "memory.max").write_text("max\n")
-    assert free_host_bytes(meminfo, tmp_path) == 3000 * 1024
-    assert free_host_bytes(tmp_path / "none", tmp_path / "none") == 2**63 - 1
+    assert host_memory_bytes(meminfo, tmp_path) == 4000 * 1024
+    assert host_memory_bytes(tmp_path / "none", tmp_path / "none") == 2**63 - 1

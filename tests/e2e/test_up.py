@@ -288,3 +288,18 @@ def test_up_refuses_what_cannot_work_before_it_starts(arguments: list[str], word
     assert all(word in done.stderr for word in words), done.stderr
     assert "Traceback" not in done.stderr
     assert "KLEIN_" not in done.stderr
+
+
+def test_parts_that_do_not_fit_each_other_are_refused_before_anything_starts(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    save_tiny_checkpoint(tmp_path / "vae", vae={"latent_channels": 8})
+    save_tiny_checkpoint(tmp_path / "text", text_encoder={"hidden_size": 48})
+    for flag, part, words in (
+        ("--vae", tmp_path / "vae/vae", "takes 16 latent channels but the VAE"),
+        ("--text-encoder", tmp_path / "text/text_encoder", "text encoder"),
+    ):
+        done = klein("up", "--model", str(checkpoint), flag, str(part), "--port", "0")
+        assert done.returncode == 1, done.stderr
+        assert words in " ".join(done.stderr.split()), done.stderr
+        assert "Traceback" not in done.stderr

@@ -131,6 +131,7 @@ class Format:
     metadata: dict[str, Any] | None = None
     """PEFT's configuration."""
     plain_metadata: dict[str, str] = field(default_factory=dict)
+    """Header entries that change nothing."""
     rank: int = 3
     dtype: torch.dtype = torch.float32
     left_shape: tuple[int, int] = (4, 2)
@@ -151,7 +152,7 @@ class Format:
 
     @property
     def factor(self) -> float:
-        told = (self.metadata or {}).get("transformer.lora_alpha", self.plain_metadata.get("lora_alpha"))
+        told = (self.metadata or {}).get("transformer.lora_alpha")
         alpha = self.alpha if self.alpha is not None else told
         return 1.0 if alpha is None else float(alpha) / self.rank
 

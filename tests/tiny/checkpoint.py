@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +52,19 @@ def save_tiny_checkpoint(
     seed: int = 0,
     sharded: bool = False,
     dtype: torch.dtype = torch.float32,
+    part_dtypes: Mapping[str, torch.dtype] | None = None,
     **shapes: Any,
 ) -> Flux2KleinPipeline | Flux2KleinKVPipeline:
     """Writes a whole checkpoint and returns the pipeline that made it.
 
+    `part_dtypes` gives `text_encoder`, `transformer` or `vae` another dtype than `dtype`.
     `shapes` are `tiny_pipeline`'s dictionaries. When calling the pipeline, pass the text encoder's
     `text_encoder_out_layers` and `max_sequence_length`: diffusers' defaults are klein's.
     """
     pipeline = tiny_pipeline(distilled=distilled, reference_cache=reference_cache, seed=seed, **shapes).to(
         dtype
     )
+    for part, own in (part_dtypes or {}).items():
+        getattr(pipeline, part).to(own)
     pipeline.save_pretrained(folder, max_shard_size=_SHARD_SIZE if sharded else "10GB")
     return pipeline

@@ -72,6 +72,8 @@ class AdapterSummary:
     """Layers that the file names."""
     size_bytes: int
     """Bytes of the tensors in the file."""
+    notes: tuple[str, ...] = ()
+    """Sentences about header entries that are ignored, although another reader might obey them."""
 
 
 @dataclass(frozen=True, eq=False)

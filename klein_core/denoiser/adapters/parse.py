@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -21,12 +21,17 @@ from klein_core.denoiser.adapters.key_mapping import (
     parse_tensor_name,
     without_prefix,
 )
-from klein_core.errors import raise_if_problems
+from klein_core.errors import listed, raise_if_problems
 
 _ALPHA_DTYPES = (*PLAIN_DTYPES, "F64", "I32", "I64")
 """Element types of alpha, which training tools also store as an integer."""
 PEFT_KEY = "lora_adapter_metadata"
 """Header entry of diffusers: PEFT's configuration as JSON, with the component's name and a dot before each key."""
+_IGNORED_ALPHAS = ("lora_alpha", "alpha", "network_alpha", "ss_network_alpha")
+_IGNORED_FLAGS = ("use_rslora", "rank_stabilized")
+"""Header entries of some trainers that would change the factor, and that diffusers ignores."""
+_PEFT_ALPHA = 8
+"""Alpha of a PEFT configuration without one."""
 _COMPONENT_PREFIX = "transformer."
 _PLAIN_NAME = re.compile(r"\^?[A-Za-z0-9_.]+\$?")
 _LORA = ("down", "up")
@@ -57,6 +62,8 @@ class ParsedHeader:
 
     layers: list[AdaptedLayer]
     alphas: Alphas
+    notes: tuple[str, ...]
+    """Sentences about header entries that are ignored and would change the result."""
 
     @classmethod
     def of(cls, header: Header, layers: Layers) -> ParsedHeader:
@@ -74,8 +81,13 @@ class ParsedHeader:
         shapes = {name: stored.shape for name, stored in header.tensors.items()}
         adapted = _adapted_layers(shapes, layers, problems)
         alphas = Alphas.of(header.metadata, problems)
+        if PEFT_KEY in header.metadata:
+            # diffusers would multiply both factors, which no trainer means.
+            for layer in adapted:
+                if "alpha" in layer.tensors:
+                    problems.add(f"alpha given twice, by {PEFT_KEY} too:", layer.tensors["alpha"])
         problems.raise_if_any(header.path)
-        return cls(adapted, alphas)
+        return cls(adapted, alphas, tuple(_ignored_entries(header.metadata, adapted)))
 
 
 @dataclass(frozen=True)
@@ -95,7 +107,7 @@ class AdaptedLayer:
 
 @dataclass(frozen=True)
 class Alphas:
-    """Alpha values from the file's header. A layer's alpha tensor takes precedence."""
+    """Alpha values from the file's header, of files without alpha tensors."""
 
     default: float | None = None
     """Alpha of every other layer; `None` means the layer's rank."""
@@ -118,7 +130,8 @@ class Alphas:
             without_prefix(name.strip("^$")): _number(f"{PEFT_KEY}.alpha_pattern.{name}", value, problems)
             for name, value in patterns.items()
         }
-        default = config.get("lora_alpha", metadata.get("lora_alpha"))
+        # A bare entry `lora_alpha` is ignored, as by diffusers.
+        default = config.get("lora_alpha", _PEFT_ALPHA if config else None)
         return cls(
             None if default is None else _number("lora_alpha", default, problems),
             by_layer,
@@ -140,6 +153,24 @@ class Alphas:
         if alpha is None:
             return 1.0
         return alpha / (math.sqrt(rank) if self.is_stabilized else rank)
+
+
+def _ignored_entries(metadata: Mapping[str, str], layers: Iterable[AdaptedLayer]) -> Iterator[str]:
+    """Yields a note for each bare header entry that would change the factor of a layer if it were obeyed."""
+    ranks = sorted({layer.rank for layer in layers if layer.rank and "alpha" not in layer.tensors})
+    if not ranks or PEFT_KEY in metadata:
+        return
+    shown = " or ".join(map(str, ranks))
+    for key in _IGNORED_ALPHAS:
+        if key in metadata and [metadata[key].removesuffix(".0")] != [str(rank) for rank in ranks]:
+            value = listed([metadata[key]])
+            yield (
+                f"header entry {key} ({value}) is ignored, as by diffusers: alpha is the rank, {shown}; "
+                f"for alpha {value}, multiply the scale by alpha / rank"
+            )
+    for key in _IGNORED_FLAGS:
+        if metadata.get(key, "").lower() in ("true", "1"):
+            yield f"header entry {key} is ignored, as by diffusers: alpha is the rank, {shown}"
 
 
 def _peft_config(metadata: Mapping[str, str], problems: Problems) -> dict[str, Any]:

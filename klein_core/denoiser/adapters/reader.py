@@ -25,7 +25,6 @@ from klein_core.denoiser.adapters.adapter import (
 )
 from klein_core.denoiser.adapters.key_mapping import Layers
 from klein_core.denoiser.adapters.parse import (
-    AdaptedLayer,
     ParsedHeader,
     Problems,
 )
@@ -40,7 +39,7 @@ def describe_adapter(path: Path, layers: Layers) -> AdapterSummary:
         CheckpointError: it cannot be applied to a model with these layers; lists all reasons.
     """
     header = _read_header(path)
-    return _summary(header, ParsedHeader.of(header, layers).layers)
+    return _summary(header, ParsedHeader.of(header, layers))
 
 
 def read_adapter(path: Path, layers: Layers, *, device: torch.device | str, dtype: torch.dtype) -> Adapter:
@@ -81,7 +80,7 @@ def read_adapter(path: Path, layers: Layers, *, device: torch.device | str, dtyp
     return Adapter(
         name=path.stem,
         digest=file.digest,
-        summary=_summary(file.header, parsed.layers),
+        summary=_summary(file.header, parsed),
         slices={layer: tuple(found) for layer, found in slices.items()},
     )
 
@@ -126,12 +125,14 @@ def _read_header(path: Path) -> Header:
         raise CheckpointError(str(error).replace(str(path), path.name)) from None
 
 
-def _summary(header: Header, layers: list[AdaptedLayer]) -> AdapterSummary:
+def _summary(header: Header, parsed: ParsedHeader) -> AdapterSummary:
+    layers = parsed.layers
     return AdapterSummary(
         kind="+".join(sorted({layer.kind for layer in layers})),
         rank=max((layer.rank for layer in layers), default=0),
         layer_count=len(layers),
         size_bytes=sum(stored.byte_count for stored in header.tensors.values()),
+        notes=parsed.notes,
     )
 
 

@@ -66,7 +66,7 @@ class DescribeStageResponse(_message.Message):
     version: _builtins.str
     """Version of the software."""
     weights_digest: _builtins.str
-    """Identifies the weights, whatever precision they are held in; equal on all replicas of a checkpoint. A client that
+    """Identifies the weights and the precision they are held in; equal on all replicas of a checkpoint. A client that
     caches a stage's responses must drop them when the digest changes. Empty until the model is loaded.
     """
     @_builtins.property
@@ -252,6 +252,7 @@ class AdapterDescription(_message.Message):
     LAYER_COUNT_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     PROBLEM_FIELD_NUMBER: _builtins.int
+    NOTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     kind: _builtins.str
@@ -264,6 +265,10 @@ class AdapterDescription(_message.Message):
     """Bytes of its tensors in the file."""
     problem: _builtins.str
     """Why it cannot be used, in one sentence; empty when it can."""
+    @_builtins.property
+    def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Entries of the file's header that are ignored although other software obeys them, one sentence each."""
+
     def __init__(
         self,
         *,
@@ -273,10 +278,11 @@ class AdapterDescription(_message.Message):
         layer_count: _builtins.int = ...,
         size_bytes: _builtins.int = ...,
         problem: _builtins.str = ...,
+        notes: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "layer_count", b"layer_count", "name", b"name", "problem", b"problem", "rank", b"rank", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "layer_count", b"layer_count", "name", b"name", "notes", b"notes", "problem", b"problem", "rank", b"rank", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -52,7 +52,11 @@ def run(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("KLEIN_TRACEBACK"):
             raise
-        _discard_output()
+        try:
+            sys.stdout.flush()
+        except OSError:
+            # Python would print a second error at its exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         unexpected_error(error).show(messages())
         return FAILED
     return exit_code
@@ -65,14 +69,6 @@ def unexpected_error(error: Exception) -> CliError:
         return CliError(f"{what} cannot be used: {error.strerror}.", "KLEIN_TRACEBACK=1 shows where.")
     sentence = f"{type(error).__name__}: {error}. This is a defect of klein."
     return CliError(sentence, "Set KLEIN_TRACEBACK=1 to see where, and report it.")
-
-
-def _discard_output() -> None:
-    """If stdout cannot be flushed, points it at /dev/null so that Python prints no second error at its exit."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _show_version(wanted: bool) -> None:

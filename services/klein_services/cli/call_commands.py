@@ -47,7 +47,7 @@ commands = typer.Typer()
 
 
 class FormatName(StrEnum):
-    """How images are encoded."""
+    """Formats of encoded images."""
 
     PNG = "png"
     JPEG = "jpeg"

@@ -132,7 +132,14 @@ def run_generate(options: GenerateOptions, target: str, timeout_seconds: float, 
     for warning in warnings_of(generation.summary):
         console.print(Text(f"Warning: {warning}", "yellow"), soft_wrap=True)
     if generation.summary.warnings:
-        console.print(Text(_about_model(target, generation.summary.model)), soft_wrap=True)
+        name = generation.summary.model
+        try:
+            models = asyncio.run(list_models(target, _DESCRIPTION_SECONDS)).models
+            about = next((model_text(model) for model in models if model.name == name), name)
+        except CliError:
+            # The images are made and written; a missing description is no failure.
+            about = f"`klein status --target {target}` describes the model."
+        console.print(Text(about), soft_wrap=True)
     if failures:
         raise failures[0]
 
@@ -163,16 +170,6 @@ def _write_all(files: ImageFiles, generation: Generation) -> tuple[list[str | No
             names.append(None)
             failures.append(error)
     return names, failures
-
-
-def _about_model(target: str, name: str) -> str:
-    """Returns what a model can do, to help with a prompt that it did not understand."""
-    try:
-        models = asyncio.run(list_models(target, _DESCRIPTION_SECONDS)).models
-    except CliError:
-        # The images are made and written; a missing description is no failure.
-        return f"`klein status --target {target}` describes the model."
-    return next((model_text(model) for model in models if model.name == name), name)
 
 
 def warnings_of(summary: api.GenerationSummary) -> list[str]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from klein_core.checkpoint.inspect import ComponentReport, Report, inspect_path
@@ -65,32 +64,18 @@ def _print_component(report: ComponentReport, console: Console) -> None:
     if report.shape:
         known = f"; as in {' or '.join(report.variants)}" if report.variants else "; of no published model"
         console.print(Text(f"  {report.shape}{known}"), soft_wrap=True)
-    console.print(_shares_table(report))
+    numbers = [Column(heading, justify="right", no_wrap=True) for heading in ("TENSORS", "SIZE")]
+    words = [Column(heading, no_wrap=True) for heading in ("GROUP", "PRECISION")]
+    table = Table(*words, *numbers, box=None, pad_edge=False, padding=(0, 2, 0, 2))
+    for share in report.shares:
+        cells = (share.group, share.precision, str(share.tensor_count), file_size(share.byte_count))
+        table.add_row(*(Text(cell) for cell in cells))
+    console.print(table)
     for what, names in (("missing", report.missing), ("extra", report.extra)):
         if names:
             console.print(Text(_printable(f"  {what}: {listed(names)}"), "red"), soft_wrap=True)
     for problem in report.problems:
         console.print(Text(_printable(f"  {problem}"), "red"), soft_wrap=True)
-
-
-def _shares_table(report: ComponentReport) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2))
-    for heading, justify in (
-        ("GROUP", "left"),
-        ("PRECISION", "left"),
-        ("TENSORS", "right"),
-        ("SIZE", "right"),
-    ):
-        table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    for share in report.shares:
-        cells: Sequence[str] = (
-            share.group,
-            share.precision,
-            str(share.tensor_count),
-            file_size(share.byte_count),
-        )
-        table.add_row(*(Text(cell) for cell in cells))
-    return table
 
 
 def _printable(text: str) -> str:

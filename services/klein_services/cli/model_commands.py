@@ -145,15 +145,15 @@ def up(
 
 @commands.command(
     epilog="[bold]klein pull klein-4b[/]: then [bold]klein up --model klein-4b[/]\n\n"
-    "[bold]klein pull klein-9b --precision fp8 --accept-license[/]: a gated one; needs HF_TOKEN.\n\n"
-    "[bold]klein pull owner/repository --to ./model[/]: any klein model in diffusers' layout.\n\n"
+    "[bold]klein pull klein-9b --precision fp8 --accept-license[/]: a gated model, which requires HF_TOKEN.\n\n"
+    "[bold]klein pull owner/repository --to ./model[/]: any klein model in the diffusers layout.\n\n"
     f"Known names: {', '.join(PUBLISHED_MODELS)}.\n\n"
-    "Models go to KLEIN_MODELS_FOLDER, by default ~/.local/share/klein/models. HF_TOKEN, HF_ENDPOINT, HF_HOME "
-    "and proxies have their meaning for huggingface_hub. After an interruption the same command goes on."
+    "Models are stored in KLEIN_MODELS_FOLDER, by default ~/.local/share/klein/models. huggingface_hub reads "
+    "HF_TOKEN, HF_ENDPOINT, HF_HOME and the proxy variables. Repeat the command to resume an interrupted download."
 )
 def pull(
     identifier: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A known name such as klein-4b, or OWNER/REPOSITORY.")
+        str, typer.Argument(metavar="MODEL", help="Known name such as klein-4b, or OWNER/REPOSITORY.")
     ],
     precision: Annotated[
         PrecisionName | None,
@@ -164,7 +164,8 @@ def pull(
         typer.Option("--small-decoder", help="Replace the model's decoder with the smaller, faster one."),
     ] = False,
     to: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Folder of the model, which must be new or empty.")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Folder to store the model in; must be new or empty."),
     ] = None,
     accept_license: Annotated[
         bool,
@@ -173,7 +174,7 @@ def pull(
         ),
     ] = False,
 ) -> None:
-    """Download a model: only the files that this suite needs."""
+    """Download the files of a model that this suite loads."""
     from klein_services.cli.pull import PullOptions, run_pull
 
     options = PullOptions(
@@ -188,7 +189,7 @@ def pull(
 
 @commands.command(
     epilog="[bold]klein plan --model klein-4b[/]: for the GPU of this machine.\n\n"
-    "[bold]klein plan --model klein-9b --device-memory 24GiB[/]: before downloading.\n\n"
+    "[bold]klein plan --model klein-9b --device-memory 24GiB[/]: for another GPU, without downloading.\n\n"
     "[bold]klein plan --model ./FLUX.2-klein-4B --device-memory 12GiB --sizes 2048x2048 --references 1[/]"
 )
 def plan(
@@ -196,28 +197,28 @@ def plan(
         str,
         typer.Option(
             metavar="NAME|FOLDER|FILE",
-            help="A known name such as klein-4b, pico, a model's folder, or a transformer's file.",
+            help="Known name such as klein-4b, pico, folder of a model, or file of a transformer.",
         ),
     ],
     device_memory: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Memory of one device, such as 24GiB, 24GB or 24 (GiB); else that of this machine's GPU.",
+            help="Memory of one device, such as 24GiB, 24GB or 24 (GiB); by default that of this machine's GPU.",
         ),
     ] = None,
     sizes: Annotated[
-        str, typer.Option(metavar="WxH,…", help="Images that must be possible; the largest counts.")
+        str, typer.Option(metavar="WxH,…", help="Image sizes to plan for; the largest one decides.")
     ] = "1024x1024",
-    references: Annotated[int, typer.Option(help="References of each image, of a megapixel each.")] = 0,
-    batch: Annotated[int, typer.Option(help="Images in one step.")] = 1,
+    references: Annotated[int, typer.Option(help="Reference images per image, each of one megapixel.")] = 0,
+    batch: Annotated[int, typer.Option(help="Images denoised in one batch.")] = 1,
     precision: Annotated[
         list[str] | None,
-        typer.Option(help="Allowed format of the denoiser's weights; may be repeated; by default any."),
+        typer.Option(help="Allowed format of the transformer's weights; repeatable; by default all."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with sizes in bytes.")] = False,
 ) -> None:
-    """Show the memory that a model needs and the commands that start it on a device; loads nothing."""
+    """Estimate the memory of a model and print the commands that start it, without loading weights."""
     from klein_services.cli.plan import PlanOptions, run_plan
 
     options = PlanOptions(
@@ -234,15 +235,16 @@ def plan(
 
 @commands.command(
     epilog="[bold]klein inspect ./flux-2-klein-4b-fp8.safetensors[/]\n\n"
-    "The exit code is 0 only when every part of it can be loaded."
+    "The exit code is 0 only if every component can be loaded."
 )
 def inspect(
     path: Annotated[
-        str, typer.Argument(metavar="PATH", help="A safetensors file, a model's or a component's folder.")
+        str,
+        typer.Argument(metavar="PATH", help="Safetensors file, folder of a model, or folder of a component."),
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what a file holds without loading it: model, layout, precision, what is missing."""
+    """Show the model, layout, precision and missing tensors of a file or folder, without loading weights."""
     from klein_services.cli.inspect import run_inspect
 
     raise typer.Exit(run_inspect(path, Console(), as_json=as_json))

@@ -13,6 +13,7 @@ from klein_core.checkpoint.files import ModelFiles
 from klein_core.checkpoint.inspect import check_component
 from klein_core.checkpoint.key_mapping import TEXT_ENCODER, TRANSFORMER, VAE
 from klein_core.errors import CheckpointError
+from klein_core.model_registry import published_model
 from klein_core.pico import WEIGHTS
 from klein_services.cli.errors import CliError, with_period
 from klein_services.cli.exit_codes import MISUSED
@@ -46,8 +47,13 @@ def model_files(model: str, parts: Mapping[str, Path], variant: str = "") -> Mod
         variant: name of the published model, when no model_index.json identifies it.
 
     Raises:
-        CliError: the model is neither here nor pulled, or a part is not here.
+        CliError: the model is neither here nor pulled, a part is not here, or `variant` is no published model.
     """
+    if variant:
+        try:
+            published_model(variant)
+        except CheckpointError as error:
+            raise CliError(with_period(f"--variant: {error}"), exit_code=MISUSED) from error
     path = None if parts and model == PICO else model_path(model)
     for part in parts.values():
         if not part.exists():
@@ -105,7 +111,8 @@ def find_model(model: str) -> Path:
     if path.exists():
         return path
     refuse_named_family(model)
-    if not is_known(model) and not _may_be_repository(model):
+    may_be_repository = model.count("/") == 1 and not model.startswith((".", "/", "~")) and model[-1] != "/"
+    if not is_known(model) and not may_be_repository:
         raise CliError(
             f"There is no folder or file {model}.",
             "Give the path of a model, or `pico`, or a model's name: `klein pull --help` lists them.",
@@ -129,8 +136,3 @@ def read_receipt(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return receipt if isinstance(receipt, dict) else None
-
-
-def _may_be_repository(model: str) -> bool:
-    """Whether `model`, which is no path on disk, looks like OWNER/REPOSITORY rather than a path."""
-    return model.count("/") == 1 and not model.startswith((".", "/", "~")) and not model.endswith("/")

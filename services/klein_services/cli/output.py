@@ -63,7 +63,11 @@ class GenerationProgress:
         """Shows one event."""
         match event.WhichOneof("event"):
             case "queued":
-                self._describe(_queued_text(event.queued))
+                text = f"{event.queued.position} ahead in the queue"
+                wait = event.queued.estimated_wait.ToTimedelta().total_seconds()
+                if wait:
+                    text += f", about {wait:.0f} s"
+                self._describe(text if event.queued.position else "next in the queue")
             case "step":
                 self._progress.update(
                     self._task,
@@ -81,11 +85,3 @@ class GenerationProgress:
 
     def _describe(self, text: str) -> None:
         self._progress.update(self._task, description=text)
-
-
-def _queued_text(queued: api.GenerationQueued) -> str:
-    if queued.position == 0:
-        return "next in the queue"
-    wait = queued.estimated_wait.ToTimedelta().total_seconds()
-    text = f"{queued.position} ahead in the queue"
-    return f"{text}, about {wait:.0f} s" if wait else text

@@ -37,7 +37,7 @@ from klein_core.model_registry import variants_of_shape
 from klein_core.params import DEFAULT_LIMITS, size_violations
 from klein_services.cli.errors import CliError
 from klein_services.cli.exit_codes import FAILED, MISUSED
-from klein_services.cli.hub.catalog import Choice, choose, is_known
+from klein_services.cli.hub.catalog import choose, is_known
 from klein_services.cli.model_store import PICO, model_path, pulled_folder
 from klein_services.cli.output import memory_size
 from klein_services.cli.ports import DEFAULT_PORT, LOOPBACK
@@ -161,7 +161,21 @@ def planned_model(model: str) -> PlannedModel:
         CliError: there is no such model, or its files are not of a klein model.
     """
     if model != PICO and is_known(model) and not Path(model).exists():
-        return _published(choose(model))
+        choice = choose(model)
+        row = choice.variant
+        if row is None:
+            raise TypeError(f"{choice.name} is no published model")
+        stored = next((name for name, file in row.quantized.items() if file == choice.transformer), "bf16")
+        return PlannedModel(
+            name=choice.name,
+            text_encoder=row.text_encoder,
+            transformer=row.transformer,
+            vae=row.vae if choice.vae is None else choice.vae.vae,
+            is_distilled=row.is_distilled,
+            uses_reference_cache=row.uses_reference_cache,
+            transformer_stored=stored,
+            published=tuple(row.quantized) if stored == "bf16" else (),
+        )
     try:
         path = model_path(model)
         return _in_folder(model, path) if path.is_dir() else _bare_transformer(path)
@@ -170,23 +184,6 @@ def planned_model(model: str) -> PlannedModel:
         raise CliError(
             f"--model cannot be planned: {error}.", "`klein inspect` shows what it is.", MISUSED
         ) from error
-
-
-def _published(choice: Choice) -> PlannedModel:
-    row = choice.variant
-    if row is None:
-        raise TypeError(f"{choice.name} is no published model")
-    stored = next((name for name, file in row.quantized.items() if file == choice.transformer), "bf16")
-    return PlannedModel(
-        name=choice.name,
-        text_encoder=row.text_encoder,
-        transformer=row.transformer,
-        vae=row.vae if choice.vae is None else choice.vae.vae,
-        is_distilled=row.is_distilled,
-        uses_reference_cache=row.uses_reference_cache,
-        transformer_stored=stored,
-        published=tuple(row.quantized) if stored == "bf16" else (),
-    )
 
 
 def _in_folder(name: str, folder: Path) -> PlannedModel:
@@ -271,11 +268,15 @@ def commands(model: PlannedModel, ways: Sequence[StageMemory], *, own_devices: b
     quoted, file = shlex.quote(name), shlex.quote(model.transformer_file)
     if is_one_command:
         transformer = [f"--transformer {file}"] * bool(model.transformer_file)
-        return [*result, " ".join(["klein up --model", quoted, *transformer, "--device cuda", *flags[0]])]
+        # `klein up` has no flag for tiles; its processes inherit the variable.
+        tiling = ["KLEIN_TILING=on"] * any(way.is_tiled for way in ways)
+        start = [*tiling, "klein up --model", quoted, *transformer, "--device cuda", *flags[0]]
+        return [*result, " ".join(start)]
     for index, (way, given) in enumerate(zip(ways, flags, strict=True)):
         device = "cpu" if way.is_on_cpu else f"cuda:{index}" if own_devices else "cuda"
         weights = [f"--weights-path {file}"] * bool(way.stage == DENOISER and model.transformer_file)
-        words = [f"klein serve {way.stage} --model", quoted, *weights, f"--device {device}", *given]
+        tiling = ["--tiling on"] * way.is_tiled
+        words = [f"klein serve {way.stage} --model", quoted, *weights, f"--device {device}", *given, *tiling]
         result.append(" ".join([*words, f"--port {_PORTS[way.stage]}"]))
     targets = (f"--{stage}-target {LOOPBACK}:{_PORTS[stage]}" for stage in STAGES)
     served = shlex.quote(model_name(name))

@@ -65,15 +65,13 @@ class Probes:
             )
             for process in processes
         }
-        return {process: _phase(call) for process, call in calls.items()}
-
-
-def _phase(call: grpc.Future[health_pb2.HealthCheckResponse]) -> StartupPhase:
-    try:
-        answer = call.result()
-    except grpc.RpcError as error:
-        # NOT_FOUND: the process listens but has not registered its service yet.
-        listens = error.code() is grpc.StatusCode.NOT_FOUND
-        return StartupPhase.LOADING if listens else StartupPhase.STARTING
-    serving = answer.status == health_pb2.HealthCheckResponse.SERVING
-    return StartupPhase.READY if serving else StartupPhase.LOADING
+        phases = {}
+        for process, call in calls.items():
+            try:
+                is_serving = call.result().status == health_pb2.HealthCheckResponse.SERVING
+                phases[process] = StartupPhase.READY if is_serving else StartupPhase.LOADING
+            except grpc.RpcError as error:
+                # NOT_FOUND: the process listens but has not registered its service yet.
+                listens = error.code() is grpc.StatusCode.NOT_FOUND
+                phases[process] = StartupPhase.LOADING if listens else StartupPhase.STARTING
+        return phases

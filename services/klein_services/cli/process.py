@@ -74,7 +74,7 @@ class Child:
 
     @property
     def ending(self) -> str:
-        """How the process ended, for messages."""
+        """End of the process in words: its signal or its exit code."""
         code = self.exit_code
         if code is not None and code < 0:
             return f"by signal {signal.Signals(-code).name}"

@@ -15,7 +15,6 @@ from rich.progress import TransferSpeedColumn as SpeedColumn
 from klein_core.checkpoint.config import read_variant
 from klein_core.errors import CheckpointError
 from klein_core.model_registry import variants_of_shape
-from klein_core.variants import TransformerConfig
 from klein_services.cli.errors import CliError
 from klein_services.cli.exit_codes import MISUSED
 from klein_services.cli.hub.catalog import Choice, choose
@@ -52,11 +51,16 @@ def run_pull(options: PullOptions, out: Console, progress_console: Console) -> N
     """Downloads a model, shows progress, and prints the command that starts it.
 
     Raises:
-        CliError: the download failed; the target folder does not exist then.
+        CliError: the download failed, and the target folder does not exist; or it holds another pulled model.
     """
     choice = choose(options.identifier, options.precision, small_decoder=options.small_decoder)
     folder = options.to or default_folder(choice)
-    if not _is_here(choice, folder):
+    receipt = read_receipt(folder)
+    if receipt is not None and receipt.get("model") != choice.name:
+        raise CliError(
+            f"{folder} holds {receipt.get('model')}.", "Name another folder with --to, or remove it.", MISUSED
+        )
+    if receipt is None:
         pull = _Pull(choice, options, out)
         try:
             pull.run(folder, progress_console)
@@ -72,22 +76,6 @@ def run_pull(options: PullOptions, out: Console, progress_console: Console) -> N
     )
 
 
-def _is_here(choice: Choice, folder: Path) -> bool:
-    """Whether an earlier pull completed this model in `folder`.
-
-    Raises:
-        CliError: the folder holds another pulled model.
-    """
-    receipt = read_receipt(folder)
-    if receipt is None:
-        return False
-    if receipt.get("model") != choice.name:
-        raise CliError(
-            f"{folder} holds {receipt.get('model')}.", "Name another folder with --to, or remove it.", MISUSED
-        )
-    return True
-
-
 class _Pull:
     """One run of the command."""
 
@@ -99,7 +87,12 @@ class _Pull:
         if choice.variant is not None:
             license = choice.variant.license
             self._agree(Terms(license.name, license.non_commercial))
-        self._listings = {name: self._listing(name) for name in dict.fromkeys(choice.repositories)}
+        self._listings: dict[str, Listing] = {}
+        for repository in dict.fromkeys(choice.repositories):
+            try:
+                self._listings[repository] = self._hub.listing(repository)
+            except EXPLAINED as error:
+                raise explain(error, self._hub, repository) from error
         if choice.variant is None:
             name = self._listings[choice.repository].license
             self._agree(Terms(name or "none is named", bool(_NON_COMMERCIAL.search(name))))
@@ -114,19 +107,21 @@ class _Pull:
                 weights = weight_files(self._choice, self._names, download.folder)
                 self._fetch(weights, download, progress)
                 files = {file.path: file for file in (*configuration, *weights)}
-                download.finish(self._receipt(files), files)
+                receipt = {
+                    "model": self._choice.name,
+                    "commits": {name: listing.commit for name, listing in self._listings.items()},
+                    "files": {
+                        path: {"repository": files[path].repository, "name": files[path].name}
+                        for path in sorted(files)
+                    },
+                }
+                download.finish(receipt, files)
         except OSError as error:
             raise explain(error, self._hub, self._choice.repository) from error
 
     @property
     def _names(self) -> Mapping[str, Mapping[str, object]]:
         return {repository: listing.files for repository, listing in self._listings.items()}
-
-    def _listing(self, repository: str) -> Listing:
-        try:
-            return self._hub.listing(repository)
-        except EXPLAINED as error:
-            raise explain(error, self._hub, repository) from error
 
     def _agree(self, terms: Terms) -> None:
         """Prints the license.
@@ -157,13 +152,10 @@ class _Pull:
             sentence = str(error).replace(str(folder), self._choice.repository)
             raise CliError(f"This suite cannot load it: {sentence}.") from error
         if self._choice.variant is None:
-            self._agree_to_origin(variant.transformer)
-
-    def _agree_to_origin(self, shape: TransformerConfig) -> None:
-        """Prints the license of the published models of this shape, which fine-tunes of them inherit."""
-        origins = variants_of_shape(shape)
-        if origins and all(row.license.non_commercial for row in origins):
-            self._agree(Terms(f"{origins[0].license.name} (that of all models of this shape)", True))
+            # Fine-tunes inherit the license of the published models of their shape.
+            origins = variants_of_shape(variant.transformer)
+            if origins and all(row.license.non_commercial for row in origins):
+                self._agree(Terms(f"{origins[0].license.name} (that of all models of this shape)", True))
 
     def _fetch(self, wanted: list[WantedFile], download: ModelDownload, progress: DownloadProgress) -> None:
         remotes = [self._listings[file.repository].files[file.name] for file in wanted]
@@ -177,16 +169,6 @@ class _Pull:
                 download.fetch(self._hub, self._listings[file.repository], file, progress.advance)
             except EXPLAINED as error:
                 raise explain(error, self._hub, file.repository) from error
-
-    def _receipt(self, files: Mapping[str, WantedFile]) -> dict[str, object]:
-        return {
-            "model": self._choice.name,
-            "commits": {name: listing.commit for name, listing in self._listings.items()},
-            "files": {
-                path: {"repository": files[path].repository, "name": files[path].name}
-                for path in sorted(files)
-            },
-        }
 
 
 class DownloadProgress:

@@ -107,7 +107,14 @@ def _with_flags(stage: str, settings: type[ServerSettings]) -> Callable[..., Non
     check = Annotated[
         bool, typer.Option("--check-config", help="Show the settings with their sources and exit.")
     ]
-    annotations = {field.name: _flag(field) for field in dataclasses.fields(settings)}
+    annotations: dict[str, Any] = {}
+    for field in dataclasses.fields(settings):
+        flags = list(dict.fromkeys([flag_of(field.name), f"--{field.name.replace('_', '-')}"]))
+        metavar = "|".join(field.metadata.get("choices") or ()) or "VALUE"
+        default = f" [dim]\\[default: {field.default}][/]" if field.default != "" else ""
+        help_text = f"{field.metadata.get('help', '')}.{default}"
+        option = typer.Option(*flags, help=help_text, metavar=metavar, show_default=False)
+        annotations[field.name] = Annotated[str | None, option]
     keyword = inspect.Parameter.KEYWORD_ONLY
     run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
@@ -125,12 +132,3 @@ def _with_flags(stage: str, settings: type[ServerSettings]) -> Callable[..., Non
 def flag_of(setting: str) -> str:
     """Returns the flag of a setting, the short one where there are two."""
     return _SHORT_FLAGS.get(setting, f"--{setting.replace('_', '-')}")
-
-
-def _flag(field: dataclasses.Field[Any]) -> Any:
-    flags = list(dict.fromkeys([flag_of(field.name), f"--{field.name.replace('_', '-')}"]))
-    choices = field.metadata.get("choices") or ()
-    default = f" [dim]\\[default: {field.default}][/]" if field.default != "" else ""
-    help_text = f"{field.metadata.get('help', '')}.{default}"
-    option = typer.Option(*flags, help=help_text, metavar="|".join(choices) or "VALUE", show_default=False)
-    return Annotated[str | None, option]

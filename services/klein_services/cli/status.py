@@ -62,7 +62,15 @@ def status_table(answer: api.ListModelsResponse) -> Table:
         is_chosen = len(answer.models) > 1 and model.name == answer.default_model
         name = f"{model.name} (default)" if is_chosen else model.name
         for position, stage in enumerate(model.stages):
-            table.add_row(name if position == 0 else "", *_stage_cells(position, stage))
+            described = stage.description
+            title = described.stage or (STAGES[position] if position < len(STAGES) else "")
+            if stage.HasField("description"):
+                load, device = described.load, f"{described.device} {described.dtype}".strip()
+                queue = f"{load.queued_count}/{load.queue_limit}"
+                cells = (_health(stage), device, str(load.running_count), queue)
+            else:
+                cells = (Text("unreachable", "red"), "–", "–", "–")
+            table.add_row(name if position == 0 else "", title, *cells, stage.target)
     return table
 
 
@@ -72,22 +80,6 @@ def problems(answer: api.ListModelsResponse) -> list[str]:
         f"{model.name}: {stage.problem}" for model in answer.models for stage in model.stages if stage.problem
     )
     return list(dict.fromkeys(lines))
-
-
-def _stage_cells(position: int, stage: api.RoutedStage) -> list[str | Text]:
-    described = stage.description
-    name = described.stage or (STAGES[position] if position < len(STAGES) else "")
-    if not stage.HasField("description"):
-        return [name, Text("unreachable", "red"), "–", "–", "–", stage.target]
-    load = described.load
-    return [
-        name,
-        _health(stage),
-        f"{described.device} {described.dtype}".strip(),
-        str(load.running_count),
-        f"{load.queued_count}/{load.queue_limit}",
-        stage.target,
-    ]
 
 
 def _health(stage: api.RoutedStage) -> Text:
@@ -110,6 +102,9 @@ def run_adapters(target: str, timeout_seconds: float, console: Console) -> int:
             console.print(adapters_table(model))
         else:
             console.print(f"{model.name} offers no adapters.", highlight=False)
+        for adapter in model.adapters:
+            for note in adapter.notes:
+                console.print(Text(f"{adapter.name}: {note}", "yellow"), soft_wrap=True)
     for line in adapter_problems(answer):
         console.print(Text(line, "red"), soft_wrap=True)
     return FAILED if adapter_problems(answer) else 0

@@ -38,7 +38,7 @@ from klein_services.cli.process import (
 )
 from klein_services.cli.stage_process import settings_class
 from klein_services.runtime.channels import host_for_url
-from klein_services.runtime.settings import SettingsError, load_settings
+from klein_services.runtime.settings import SettingsError, check_temporary_folder, load_settings
 
 METRICS_PORTS = range(9464, 9464 + len(PROCESSES))
 GRACE_SECONDS = 5.0
@@ -119,7 +119,12 @@ class Suite:
             }
             for process in PROCESSES:
                 self._check_settings(process)
-            self.log_folder = _made_log_folder(options.log_folder)
+            self.log_folder = options.log_folder or Path(tempfile.mkdtemp(prefix="klein-"))
+            try:
+                self.log_folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                sentence = f"--log-folder {self.log_folder} cannot be made: {error.strerror}."
+                raise CliError(sentence, exit_code=MISUSED) from error
             self._reservations = held.pop_all()
 
     @property
@@ -204,12 +209,21 @@ class Suite:
         Returns:
             Names of the processes that had to be killed, in this call or before.
         """
-        running = [child for child in self.children.values() if child.exit_code is None]
+        alive = [child for child in self.children.values() if child.exit_code is None]
         for group in (
-            [child for child in running if child.name == ORCHESTRATOR],
-            [child for child in running if child.name != ORCHESTRATOR],
+            [child for child in alive if child.name == ORCHESTRATOR],
+            [child for child in alive if child.name != ORCHESTRATOR],
         ):
-            self._killed += _stop_together(group, insisted)
+            for child in group:
+                child.terminate()
+            end = time.monotonic() + GRACE_SECONDS + 2.0
+            running = group
+            while running and time.monotonic() < end and not insisted():
+                running = wait_for_all(running, POLL_SECONDS)
+            for child in running:
+                child.kill()
+            wait_for_all(running, GRACE_SECONDS)
+            self._killed += [child.name for child in running]
         self._reservations.close()
         return self._killed
 
@@ -292,34 +306,6 @@ def require_torch() -> None:
 def require_temporary_folder() -> None:
     """Raises CliError when no folder for temporary files can be written, which torch fails without."""
     try:
-        tempfile.gettempdir()
-    except OSError as error:
-        raise CliError(
-            f"Stages need a folder for temporary files: {error.strerror}.",
-            "Set TMPDIR to a folder that can be written.",
-        ) from error
-
-
-def _made_log_folder(folder: Path | None) -> Path:
-    """Creates the folder of the logs, by default a temporary one; raises CliError for one that cannot be made."""
-    if folder is None:
-        return Path(tempfile.mkdtemp(prefix="klein-"))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CliError(
-            f"--log-folder {folder} cannot be made: {error.strerror}.", exit_code=MISUSED
-        ) from error
-    return folder
-
-
-def _stop_together(children: list[Child], insisted: Callable[[], bool]) -> list[str]:
-    for child in children:
-        child.terminate()
-    end = time.monotonic() + GRACE_SECONDS + 2.0
-    while children and time.monotonic() < end and not insisted():
-        children = wait_for_all(children, POLL_SECONDS)
-    for child in children:
-        child.kill()
-    wait_for_all(children, GRACE_SECONDS)
-    return [child.name for child in children]
+        check_temporary_folder()
+    except SettingsError as error:
+        raise CliError(str(error), exit_code=MISUSED) from error

@@ -27,7 +27,7 @@ def run_up(options: SuiteOptions, console: Console, *, verbose: bool) -> int:
 
     Raises:
         ProcessDied: a process ended before it was ready, or too often after; the others were stopped.
-        CliError: the suite cannot start.
+        CliError: the suite cannot start, or its stages do not fit each other.
     """
     suite = Suite(options)
     logs = FollowedLogs(suite.log_folder, console if verbose else None)
@@ -40,9 +40,10 @@ def run_up(options: SuiteOptions, console: Console, *, verbose: bool) -> int:
                 suite, console, cancelled=lambda: signals.requested, on_poll=logs.show_new
             )
             if seconds is not None:
+                about = about_model(suite)
                 for text in (
                     f"Ready after {seconds:.1f} s at {suite.target}.",
-                    about_model(suite),
+                    about,
                     how_to_call(suite),
                 ):
                     console.print(Text(text), soft_wrap=True)
@@ -59,12 +60,23 @@ def run_up(options: SuiteOptions, console: Console, *, verbose: bool) -> int:
 
 
 def about_model(suite: Suite) -> str:
-    """Returns the name of the suite's model and, when the orchestrator answers, its description."""
+    """Returns the name of the suite's model and, when the orchestrator answers, its description.
+
+    Raises:
+        CliError: every stage serves, but the model cannot be used, because the stages do not fit each other.
+    """
     try:
         models = asyncio.run(list_models(suite.target, DESCRIPTION_SECONDS)).models
     except CliError:
         # The suite serves; a description that comes too late is no reason to stop it.
         return suite.model_name
+    for model in models:
+        # A stage that died since is restarted; only a misfit lasts.
+        if not model.serving and all(stage.description.serving for stage in model.stages):
+            raise CliError(
+                f"{model.name} cannot be used: {model.stages[0].problem}.",
+                "--transformer, --vae and --text-encoder must be parts of one kind of model.",
+            )
     return next((model_text(model) for model in models if model.name == suite.model_name), suite.model_name)
 
 

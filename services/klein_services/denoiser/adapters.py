@@ -114,6 +114,7 @@ class AdapterRegistry:
             rank=summary.rank,
             layer_count=summary.layer_count,
             size_bytes=summary.size_bytes,
+            notes=summary.notes,
         )
 
 

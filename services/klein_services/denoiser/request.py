@@ -11,6 +11,7 @@ from torch import Tensor
 
 from klein_api.v1 import denoiser_service_pb2, image_pb2
 from klein_core.denoiser.inpainting import first_step
+from klein_core.denoiser.sampler import received
 from klein_core.errors import InvalidInput, Violation
 from klein_core.params import DEFAULT_LIMITS, AdapterChoice, GenerationParams, Limits
 from klein_core.variants import PUBLISHED_SCHEDULE, NoiseSchedule, default_step_count
@@ -20,7 +21,7 @@ from klein_services.runtime.stage import require_model
 from klein_services.runtime.tensors import check_spec, frames_tensor
 
 _LARGEST_ELEMENT_BYTES = 4
-"""Element size for byte limits: a tensor of a wrong, wider type is then refused for its type, not its size."""
+"""Size of the largest element that is sent, float32, for limits that hold before a tensor's type is known."""
 _PROTO_NAMES = {"seed": "seeds", "image_count": "seeds", "references": "reference_count"}
 """Fields in `GenerationParams`' violations → fields of DenoiseSpec."""
 _URGENCIES = {
@@ -80,7 +81,7 @@ class DenoiseParams:
 
 @dataclass(frozen=True, kw_only=True)
 class RequestTensors:
-    """A request's tensors in host memory, in the model's dtype."""
+    """A request's tensors in host memory, cast to the model's dtype."""
 
     prompt_embedding: Tensor
     """(text tokens, embedding channels)"""
@@ -171,7 +172,6 @@ class ExpectedTensor:
     """Extents; `None` allows any, except for the last, which is channels."""
     token_limit: int
     """Most vectors of channels (product of the other extents), in total over all tensors of one `pool`."""
-    dtype: torch.dtype
     pool: str = ""
     same_shape_as: str = ""
     """Field of another tensor that must have the same shape."""
@@ -180,7 +180,8 @@ class ExpectedTensor:
 class TensorReader:
     """Assembles a request's tensors from their frames.
 
-    The frames of different tensors may be interleaved in any order. Shapes are checked as soon as a tensor's first
+    Tensors may have any element type that is sent; they are cast to the model's. The frames of different tensors may be
+    interleaved in any order. Shapes are checked as soon as a tensor's first
     frame arrives, so a request that is too large is refused before it takes memory.
     """
 
@@ -215,22 +216,21 @@ class TensorReader:
             self._check_shape(self._expected[field], reader)
 
     def tensors(self) -> RequestTensors:
-        """Returns all tensors. Copies and checks every element: call it off the event loop.
+        """Returns all tensors. Copies, casts and checks every element: call it off the event loop.
 
         Raises:
-            InvalidInput: tensors are missing, incomplete or hold NaN or infinity; lists all violations.
+            InvalidInput: tensors are missing, incomplete, or hold NaN, infinity or values that the model's dtype
+                cannot hold; lists all violations.
         """
         violations: list[Violation] = []
         tensors: dict[str, Tensor] = {}
         for field, reader in self._readers.items():
             try:
-                tensors[field] = frames_tensor(reader, dtypes=(self._expected[field].dtype,))
+                tensors[field] = received(frames_tensor(reader), self._dtype, field)
             except InvalidInput as error:
                 violations += error.violations
                 continue
-            if not torch.isfinite(tensors[field]).all():
-                violations.append(Violation(field, "holds NaN or infinity; all elements must be finite"))
-            elif field == "mask" and not 0 <= tensors[field].min() <= tensors[field].max() <= 1:
+            if field == "mask" and not 0 <= tensors[field].min() <= tensors[field].max() <= 1:
                 violations.append(Violation(field, "holds elements outside [0, 1]"))
         if violations:
             raise InvalidInput(violations)
@@ -239,7 +239,6 @@ class TensorReader:
         references = [tensors[f"reference_latents[{i}]"] for i in range(generation.reference_count)]
         if self._params.strength is not None:
             references.insert(0, tensors["initial_latents"])
-            tensors["mask"] = tensors["mask"].to(self._dtype)
         return RequestTensors(
             prompt_embedding=tensors["prompt_embedding"],
             negative_prompt_embedding=tensors.get("negative_prompt_embedding"),
@@ -250,7 +249,7 @@ class TensorReader:
 
     def _check_shape(self, expected: ExpectedTensor, reader: FrameReader) -> None:
         """Checks a tensor whose spec has just arrived."""
-        check_spec(reader, shape=expected.shape, dtypes=(expected.dtype,))
+        check_spec(reader, shape=expected.shape)
         shapes = {field: each.spec.shape for field, each in self._readers.items() if each.has_spec}
         pooled = [
             shape
@@ -280,7 +279,6 @@ def _expected_tensors(
         field="prompt_embedding",
         shape=(None, model.embedding_channels),
         token_limit=limits.text_tokens,
-        dtype=model.dtype,
     )
     yield prompt
     if generation.uses_guidance:
@@ -289,7 +287,6 @@ def _expected_tensors(
         field="reference_latents",
         shape=(None, None, model.latent_channels),
         token_limit=limits.reference_tokens,
-        dtype=model.dtype,
         pool="reference_latents",
     )
     for index in range(generation.reference_count):
@@ -298,7 +295,6 @@ def _expected_tensors(
         field="resume_latents",
         shape=(generation.rows, generation.columns, model.latent_channels),
         token_limit=generation.rows * generation.columns,
-        dtype=model.dtype,
     )
     for index in range(len(generation.seeds) if params.resume_step else 0):
         yield replace(image, field=f"resume_latents[{index}]")
@@ -306,4 +302,4 @@ def _expected_tensors(
         # The initial image is the first reference, too.
         yield replace(reference, field="initial_latents", shape=image.shape)
         mask_shape = (generation.rows, generation.columns, 1)
-        yield replace(image, field="mask", shape=mask_shape, dtype=torch.float32)
+        yield replace(image, field="mask", shape=mask_shape)

@@ -78,8 +78,6 @@ class ImageGenerator:
             route = self.table.route(spec.model)
             info = await self.directory.describe_route(route, deadline.remaining_seconds())
             request = validated(spec, preview_interval_steps, route, info, self.limits)
-            if request.has_input_images and info.reference_problem:
-                raise StagesLost(info.reference_problem)
             queue = EventQueue()
             stages = StageClient(self.channels, deadline, request_metadata())
             generation = Generation(request, stages, self.directory, self.cache, queue, options)

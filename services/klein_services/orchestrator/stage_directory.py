@@ -30,8 +30,6 @@ class RouteInfo:
     """Everything but the prompt that determines the bytes of a prompt embedding."""
     vae_decoder_version: str
     """Everything but the image file that determines the bytes of reference latents."""
-    reference_problem: str
-    """Why requests with references cannot be served though others can; empty when they can."""
     default_size_px: int
     """Width and height that the model was trained for; 0 when unknown."""
     pixel_count: int
@@ -47,7 +45,6 @@ class RouteInfo:
                 "distilled",
                 "default_step_count",
                 "default_guidance_scale",
-                "reference_problem",
                 "default_size_px",
                 "pixel_count",
             )
@@ -93,9 +90,6 @@ class StageDirectory:
             default_guidance_scale=facts.default_guidance_scale,
             text_encoder_version=_version(route.text_encoder, text_encoder),
             vae_decoder_version=_version(route.vae_decoder, vae_decoder),
-            reference_problem=_dtype_incompatibility(
-                route.vae_decoder, vae_decoder, route.denoiser, denoiser
-            ),
             default_size_px=facts.default_size_px,
             pixel_count=facts.pixel_count,
             subject_words=tuple(facts.subject_words),
@@ -160,7 +154,7 @@ class StageDirectory:
 
 
 def _version(address: StageAddress, description: DescribeStageResponse) -> str:
-    """Returns what determines a stage's responses besides the request.
+    """Returns what determines a stage's responses besides the request, its element type included.
 
     The target is part of it: two pools may give two checkpoints the same name.
     """
@@ -177,7 +171,10 @@ def incompatibility(
     denoiser: DescribeStageResponse,
     vae_decoder: DescribeStageResponse,
 ) -> str:
-    """Returns why a route's stages do not fit each other; empty when they do."""
+    """Returns why a route's stages do not fit each other; empty when they do.
+
+    Element types do not matter: each stage casts what it receives.
+    """
     made = text_encoder.text_encoder.embedding_channels
     taken = denoiser.denoiser.embedding_channels
     if made != taken:
@@ -192,19 +189,7 @@ def incompatibility(
             f"{_named(route.denoiser)} makes latents of {made} channels; "
             f"{_named(route.vae_decoder)} takes {decoded}"
         )
-    return _dtype_incompatibility(route.text_encoder, text_encoder, route.denoiser, denoiser)
-
-
-def _dtype_incompatibility(
-    source: StageAddress,
-    sends: DescribeStageResponse,
-    destination: StageAddress,
-    takes: DescribeStageResponse,
-) -> str:
-    """Returns why one stage cannot take the other's tensors; empty when it can. No stage converts its inputs."""
-    if sends.dtype == takes.dtype:
-        return ""
-    return f"{_named(source)} sends {sends.dtype} tensors; {_named(destination)} takes {takes.dtype}"
+    return ""
 
 
 def _named(address: StageAddress) -> str:

@@ -14,7 +14,15 @@ from typing import Generic, TypeVar
 
 from klein_services.runtime import logs
 from klein_services.runtime.server import serve
-from klein_services.runtime.settings import ServerSettings, SettingsError, describe, load_settings, misspelled
+from klein_services.runtime.settings import (
+    ServerSettings,
+    SettingsError,
+    StageSettings,
+    check_temporary_folder,
+    describe,
+    load_settings,
+    misspelled,
+)
 from klein_services.runtime.stage import Service
 
 CHECK_CONFIG = "--check-config"
@@ -68,11 +76,13 @@ class EntryPoint(Generic[_Settings]):
             overrides: settings by name, which win over the environment.
 
         Returns:
-            The exit code: 0 after a clean stop, 2 for bad settings, 1 when the server could not start, lost its
-            device, or needs torch and does not have it.
+            The exit code: 0 after a clean stop, 2 for bad settings or without a folder for temporary files, 1 when
+            the server could not start, lost its device, or needs torch and does not have it.
         """
         try:
             settings = load_settings(self.settings_class, environment, overrides).settings
+            if isinstance(settings, StageSettings):
+                check_temporary_folder()
             service = self.make_service(settings)
         except SettingsError as error:
             sys.stderr.write(f"{error}\n")

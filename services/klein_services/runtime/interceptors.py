@@ -108,7 +108,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         name, make = _SHAPES[shape]
         behavior = getattr(handler, name)
         method = Method.of(path, *shape)
-        serialize = handler.response_serializer
+        serialize, deserialize = handler.response_serializer, handler.request_deserializer
+        message_class = getattr(deserialize, "__self__", None)
+        if isinstance(message_class, type) and issubclass(message_class, Message):
+            # A generated service's method, whose frames need not be copied by protobuf.
+            deserialize = frame_deserializer(message_class)
 
         async def respond(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             async with AsyncExitStack() as stack:
@@ -125,7 +129,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         # Handlers may answer with messages that they have serialized themselves.
         surrounded: _Handler = make(
             respond_with_stream if handler.response_streaming else respond,
-            request_deserializer=_frame_sparing(handler.request_deserializer),
+            request_deserializer=deserialize,
             response_serializer=lambda response: (
                 response if isinstance(response, bytes) or serialize is None else serialize(response)
             ),
@@ -143,14 +147,6 @@ _SHAPES: dict[tuple[bool, bool], tuple[str, Callable[..., Any]]] = {
     (False, True): ("unary_stream", grpc.unary_stream_rpc_method_handler),
     (True, True): ("stream_stream", grpc.stream_stream_rpc_method_handler),
 }
-
-
-def _frame_sparing(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
-    """Returns a deserializer that spares frames protobuf's copies, for methods of generated services."""
-    message_class = getattr(deserialize, "__self__", None)
-    if isinstance(message_class, type) and issubclass(message_class, Message):
-        return frame_deserializer(message_class)
-    return deserialize
 
 
 async def _write_all(

@@ -72,7 +72,14 @@ class Listener:
         Raises:
             BindError: a port is taken or not allowed.
         """
-        host, metrics_port = _listening_host(self._settings.host), self._settings.metrics_port
+        host, metrics_port = host_for_url(self._settings.host), self._settings.metrics_port
+        if host == "[::]":
+            try:
+                with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
+                    probe.bind(("::1", 0))
+            except OSError:
+                # gRPC cannot listen on [::] of a machine without IPv6.
+                host = "0.0.0.0"
         _check_free(host, self._settings.port)
         self.port = self._server.add_insecure_port(f"{host}:{self._settings.port}")
         if metrics_port:
@@ -110,19 +117,6 @@ def _check_free(host: str, port: int) -> None:
             f"cannot listen on {host}:{port} ({error.strerror}); stop the process that does, or choose "
             "another address with KLEIN_HOST and KLEIN_PORT"
         ) from None
-
-
-def _listening_host(host: str) -> str:
-    """Returns the host as gRPC takes it; on machines without IPv6, every address is 0.0.0.0."""
-    host = host_for_url(host)
-    if host != "[::]":
-        return host
-    try:
-        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
-            probe.bind(("::1", 0))
-    except OSError:
-        return "0.0.0.0"
-    return host
 
 
 def _options(settings: ServerSettings, service: Service) -> list[tuple[str, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+import tempfile
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -180,6 +181,21 @@ def path_problems(field_name: str, path: str) -> Iterator[str]:
         yield f"{variable_name(field_name)} is {path!r}; there is no such folder or file"
 
 
+def check_temporary_folder() -> None:
+    """Checks that a folder for temporary files can be written: importing torch fails without one.
+
+    Raises:
+        SettingsError: there is none.
+    """
+    try:
+        tempfile.gettempdir()
+    except OSError as error:
+        raise SettingsError(
+            f"Stages need a folder for temporary files: {error.strerror}. "
+            "Set TMPDIR to a folder that can be written."
+        ) from None
+
+
 def model_name(path: str) -> str:
     """Returns the default name of a model: the name of its folder or file."""
     return Path(path).resolve().name.removesuffix(".safetensors")
@@ -266,7 +282,15 @@ def limits_of(field: dataclasses.Field[Any]) -> str:
 
 
 def _parsed(source: str, raw: object, kind: type, field: dataclasses.Field[Any]) -> Any:
-    value = _converted(source, raw, kind)
+    text, value = str(raw).strip(), None
+    try:
+        value = _BOOLEANS.get(text.lower()) if kind is bool else kind(text)
+    except ValueError:
+        expected = "a whole number" if kind is int else "a number"
+        reason = f"; {_SERVICE_LINK}" if text.startswith(("tcp://", "udp://")) else ""
+        raise SettingsError(f"{source} is {raw!r}; it must be {expected}{reason}") from None
+    if value is None:
+        raise SettingsError(f"{source} is {raw!r}; it must be true or false")
     minimum, maximum = field.metadata.get("minimum"), field.metadata.get("maximum")
     choices = field.metadata.get("choices") or ()
     # Negated so that NaN, which compares false with everything, is refused too.
@@ -290,20 +314,6 @@ _BOOLEANS = {
     "no": False,
     "off": False,
 }
-
-
-def _converted(source: str, raw: object, kind: type) -> Any:
-    text = str(raw).strip()
-    if kind is bool:
-        if text.lower() not in _BOOLEANS:
-            raise SettingsError(f"{source} is {raw!r}; it must be true or false")
-        return _BOOLEANS[text.lower()]
-    try:
-        return kind(text)
-    except ValueError:
-        expected = "a whole number" if kind is int else "a number"
-        reason = f"; {_SERVICE_LINK}" if text.startswith(("tcp://", "udp://")) else ""
-        raise SettingsError(f"{source} is {raw!r}; it must be {expected}{reason}") from None
 
 
 _LIKENESS = 0.93

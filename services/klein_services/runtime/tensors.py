@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 import numpy
 import torch
@@ -108,7 +108,6 @@ def frames_tensor(
     reader: FrameReader,
     *,
     shape: tuple[int | None, ...] | None = None,
-    dtypes: Collection[torch.dtype] | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
@@ -117,15 +116,14 @@ def frames_tensor(
     Args:
         reader: has read all frames.
         shape: the shape that the tensor must have, `None` for any extent; `None` means any shape.
-        dtypes: element types that are allowed; `None` means all.
         device: the device to copy the tensor to.
         dtype: the element type to convert it to on the device; `None` keeps its own.
 
     Raises:
-        InvalidInput: the tensor is incomplete or of another shape or element type.
+        InvalidInput: the tensor is incomplete or of another shape.
     """
     reader.require_finished()
-    check_spec(reader, shape=shape, dtypes=dtypes)
+    check_spec(reader, shape=shape)
     host = torch.empty(reader.spec.byte_count, dtype=torch.uint8)
     target, start = host.numpy(), 0
     for chunk in reader.chunks:
@@ -136,16 +134,11 @@ def frames_tensor(
     return flat.view(reader.spec.shape).to(device=device, dtype=dtype)
 
 
-def check_spec(
-    reader: FrameReader,
-    *,
-    shape: tuple[int | None, ...] | None = None,
-    dtypes: Collection[torch.dtype] | None = None,
-) -> None:
+def check_spec(reader: FrameReader, *, shape: tuple[int | None, ...] | None = None) -> None:
     """Checks a tensor's spec as `frames_tensor` does, from the first frame on.
 
     Raises:
-        InvalidInput: the tensor is of another shape or element type.
+        InvalidInput: the tensor is of another shape.
     """
     actual = reader.spec.shape
     if shape is not None and (
@@ -154,7 +147,3 @@ def check_spec(
     ):
         expected = ", ".join("any" if extent is None else str(extent) for extent in shape)
         raise InvalidInput.of(reader.field, f"has shape {list(actual)}; must be [{expected}]")
-    actual_dtype = _DTYPES[reader.spec.data_type]
-    if dtypes is not None and actual_dtype not in dtypes:
-        wanted = ", ".join(sorted(dtype_name(dtype) for dtype in dtypes))
-        raise InvalidInput.of(reader.field, f"has element type {dtype_name(actual_dtype)}; must be {wanted}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -44,6 +45,8 @@ from klein_services.vae_decoder.request import (
 )
 from klein_services.vae_decoder.settings import VaeDecoderSettings
 from klein_services.vae_decoder.uploads import InitialImageFiles, Preparation
+
+_log = logging.getLogger("klein.vae_decoder")
 
 ENCODE_REFERENCE = "encode-reference"
 ENCODE_INITIAL_IMAGE = "encode-initial-image"
@@ -226,6 +229,7 @@ class VaeDecoderStage(ModelService):
             ReferenceLimits(byte_count=self.settings.reference_bytes),
             TilingPolicy(self.settings.tiling, (self.settings.tiling_limit_mib << 20) or None),
         )
+        _log.info("%s", decoder.tiling)
         side_px = self.settings.warm_up_size_px // SIZE_MULTIPLE_PX * SIZE_MULTIPLE_PX
         decoder.decode(decoder.encode(torch.zeros(side_px, side_px, 3)))
         self.decoder = decoder

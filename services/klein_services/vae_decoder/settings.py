@@ -32,12 +32,12 @@ class VaeDecoderSettings(StageSettings):
     tiling: str = setting(
         "auto",
         help="Whether images larger than a tile are decoded in tiles, which takes less memory and changes some pixels; "
-        "auto tiles images that would not fit in one piece",
+        "auto tiles images that need more than the limit in one piece",
         choices=("auto", "on", "off"),
     )
     tiling_limit_mib: int = setting(
         0,
-        help="MiB of memory that one image may take before auto tiles it; 0 is what the device has free at that moment",
+        help="MiB of memory that one image may take before auto tiles it; 0 is a quarter of the device's memory",
         minimum=0,
         maximum=10**7,
     )

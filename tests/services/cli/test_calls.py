@@ -517,7 +517,14 @@ def test_adapters_are_listed_with_what_is_wrong_with_them(
     klein: Klein, target: str, orchestrator: Orchestrator, problem: str
 ) -> None:
     listed = [
-        stage_api.AdapterDescription(name="oil", kind="LoRA", rank=16, layer_count=80, size_bytes=5 << 20),
+        stage_api.AdapterDescription(
+            name="oil",
+            kind="LoRA",
+            rank=16,
+            layer_count=80,
+            size_bytes=5 << 20,
+            notes=["header entry lora_alpha (2) is ignored"],
+        ),
         stage_api.AdapterDescription(name="ink", kind="LoKr", layer_count=3, size_bytes=700, problem=problem),
     ]
     models = [api.RoutedModel(name="fake", adapters=listed), api.RoutedModel(name="bare")]
@@ -529,6 +536,7 @@ def test_adapters_are_listed_with_what_is_wrong_with_them(
     assert ("unusable" in ink) == bool(problem)
     assert problem in out
     assert "bare offers no adapters" in out
+    assert "oil: header entry lora_alpha (2) is ignored" in out
 
 
 def test_a_scale_that_is_no_number_is_misuse(klein: Klein, tmp_path: Path) -> None:

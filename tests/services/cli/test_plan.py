@@ -136,6 +136,20 @@ def test_a_precision_can_be_demanded(models):
     assert {need["precision"] for need in told["needs"] if need["stage"] == "denoiser"} == {"bf16"}
 
 
+def test_tiles_that_the_plan_counts_on_are_switched_on(models):
+    add_pulled(models, "klein-4b")
+    large = ("--model", "klein-4b", "--sizes", "2048x2048", "--device-memory")
+    assert plan(*large, "14GiB")["commands"] == [
+        "KLEIN_TILING=on klein up --model klein-4b --device cuda --quantization fp8"
+    ]
+    assert [" --tiling on " in each for each in plan(*large, "8GiB")["commands"]] == [
+        False,
+        False,
+        True,
+        False,
+    ]
+
+
 def test_int8_may_be_that_of_both_networks(models):
     add_pulled(models, "klein-4b")
     told = plan("--model", "klein-4b", "--device-memory", "12GiB", "--precision", "int8")

@@ -86,8 +86,15 @@ def test_logs_need_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert caught.value.exit_code == 2
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nowhere"])
-    with pytest.raises(CliError, match=r"need a folder for temporary files: .*TMPDIR"):
+    with pytest.raises(CliError, match=r"need a folder for temporary files: .*TMPDIR") as caught:
         Suite(SuiteOptions())
+    assert caught.value.exit_code == 2
+
+
+def test_an_unknown_variant_names_its_flag() -> None:
+    with pytest.raises(CliError, match=r"--variant: 'klein-5b' is no known variant; .*klein-9b\?$") as caught:
+        Suite(SuiteOptions(variant="klein-5b"))
+    assert caught.value.exit_code == 2
 
 
 def test_a_question_ends_in_one_mark(tmp_path: Path) -> None:

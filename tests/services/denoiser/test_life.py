@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import statistics
+import threading
 import time
 import weakref
 
@@ -205,26 +205,28 @@ async def test_unread_events_do_not_pile_up():
 
 
 async def test_health_answers_while_a_step_runs(folder, gate):
-    """Steps are made to take 0.4 s; benchmarks/health.py measures the 99th percentile of a real load."""
+    """One step computes until health has answered; benchmarks/health.py measures the times of a real load."""
+    may_end = threading.Event()
 
     def compute(trajectories):
-        matrix, end = torch.ones(400, 400), time.monotonic() + 0.4
-        while time.monotonic() < end:
+        matrix, end = torch.ones(400, 400), time.monotonic() + 30.0
+        while not may_end.is_set() and time.monotonic() < end:
             matrix = matrix @ matrix
 
     gate.before = compute
     async with running_denoiser(folder) as channel:
         call = DenoiserServiceStub(channel).DenoiseLatents(iter(request(spec(step_count=1000))))
         await gate.reached(1)
-        health, seconds = health_pb2_grpc.HealthStub(channel), []
-        for _ in range(60):
-            begun = time.perf_counter()
-            answer = await health.Check(health_pb2.HealthCheckRequest(service=SERVICE_NAME))
-            seconds.append(time.perf_counter() - begun)
-            assert answer.status == health_pb2.HealthCheckResponse.SERVING
-        assert (await load_of(channel)).running_count == 1
+        health = health_pb2_grpc.HealthStub(channel)
+        try:
+            async with asyncio.timeout(20):
+                for _ in range(60):
+                    answer = await health.Check(health_pb2.HealthCheckRequest(service=SERVICE_NAME))
+                    assert answer.status == health_pb2.HealthCheckResponse.SERVING
+                assert (await load_of(channel)).running_count == 1
+        finally:
+            may_end.set()
         call.cancel()
-    assert statistics.median(seconds) <= 0.05
 
 
 async def test_a_drain_lets_running_work_finish(folder, gate):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 
+import grpc
 import pytest
 import torch
 
 from klein_api.v1 import image_pb2, stage_service_pb2
 from klein_api.v1.stage_service_pb2_grpc import StageServiceStub
+from klein_services.runtime.status import explain
 from tests.services.fakes.denoiser_server import (
     Tensors,
     alone,
@@ -62,6 +64,34 @@ async def test_references_and_guidance_give_the_samplers_bits(base):
     expected = alone(base, wish, tensors, BASE_STEPS, 3.5)
     assert same(heard.latents, expected)
     assert same(turned.latents, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+async def test_tensors_of_other_element_types_are_cast_to_the_models(base, dtype):
+    tensors = (prompt(1), prompt(2), image(3, 5, seed=7), image(4, 4, seed=8), image(4, 4, seed=9))
+    sent = [tensor.to(dtype) for tensor in tensors]
+    wish = spec(seeds=[9], step_count=3, guidance_scale=3.5, reference_count=2, resume_step=1)
+    answers = []
+    async with running_denoiser(base) as channel:
+        for each in (sent, [tensor.float() for tensor in sent]):
+            wanted = Tensors(each[0], each[1], references=tuple(each[2:4]), resume=(each[4],))
+            answers.append(await denoise(channel, request(wish, wanted)))
+    assert answers[0].latents[0].dtype == torch.float32
+    assert same(answers[0].latents, answers[1].latents)
+
+
+async def test_values_that_the_models_element_type_cannot_hold_are_refused(distilled):
+    large = image(4, 4)
+    large[0, 0, 0] = -1e5
+    wish, tensors = spec(reference_count=1), Tensors(prompt(1), references=(large,))
+    async with running_denoiser(distilled, dtype="f16") as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as failure:
+            await denoise(channel, request(wish, tensors))
+    refused = explain(failure.value)
+    assert refused.code is grpc.StatusCode.INVALID_ARGUMENT
+    [violation] = refused.violations
+    assert violation.field == "reference_latents[0]"
+    assert "outside ±65504, the range of float16" in violation.description
 
 
 async def test_guidance_of_one_takes_no_negative_prompt_on_a_base_model(base):

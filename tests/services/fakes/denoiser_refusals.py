@@ -20,7 +20,7 @@ LIMITS = {
     "reference_token_limit": 100,
     "image_limit": 4,
     "text_token_limit": 16,
-    "receive_timeout_seconds": 0.5,
+    "receive_timeout_seconds": 3.0,
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import shutil
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -29,6 +30,7 @@ from klein_core.denoiser.inpainting import Inpainting
 from klein_core.denoiser.reference_cache import ReferenceCache
 from klein_core.denoiser.sampler import Trajectory, initial_noise, packed_step
 from klein_core.denoiser.transformer import FlowTransformer
+from klein_core.pico import WEIGHTS as PICO_WEIGHTS
 from klein_core.variants import TransformerConfig
 from klein_services.denoiser import application
 from klein_services.denoiser.application import DenoiserApplication
@@ -94,9 +96,7 @@ def save_checkpoint(folder: Path, *, distilled: bool, reference_cache: bool = Fa
     if reference_cache:
         index["_class_name"] = "Flux2KleinKVPipeline"
     (folder / "model_index.json").write_text(json.dumps(index))
-    (folder / "scheduler").mkdir()
-    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    shutil.copytree(PICO_WEIGHTS / "scheduler", folder / "scheduler")
     (folder / "text_encoder").mkdir()
     (folder / "text_encoder" / "config.json").write_text(json.dumps({"max_sequence_length": TEXT_TOKENS}))
     return folder

@@ -16,7 +16,7 @@ from tests.services.fakes.runtime_toy import failure
 
 LIMIT_BYTES = 3 << 20
 """Most bytes of a reference's file."""
-RECEIVE_TIMEOUT_SECONDS = 0.5
+RECEIVE_TIMEOUT_SECONDS = 3.0
 
 
 def tiny_application(checkpoint, **settings):

@@ -228,16 +228,17 @@ async def test_a_decoder_of_other_latents_than_the_denoiser_makes_is_unavailable
     assert f"vae-decoder at {suite.targets['vae-decoder']} ('fake') takes 8" in details.message
 
 
-async def test_stages_of_different_element_types_are_unavailable_where_it_matters():
-    async with FakeSuite(FakeTextEncoder(dtype="bf16")).running() as suite:
-        details = await refusal(suite)
-        assert details.code is grpc.StatusCode.UNAVAILABLE
-        assert "sends bf16 tensors" in details.message
-    async with FakeSuite(vae_decoder=FakeVaeDecoder(dtype="bf16")).running() as suite:
-        await generate(suite)
-        details = await refusal(suite, references=REFERENCES)
-        assert details.code is grpc.StatusCode.UNAVAILABLE
-        assert "vae-decoder" in details.message
+async def test_stages_of_different_element_types_work_together_and_the_cache_keeps_their_tensors_apart():
+    encoder, decoder = FakeTextEncoder(dtype="bf16"), FakeVaeDecoder(dtype="f32")
+    async with FakeSuite(
+        encoder, vae_decoder=decoder, settings={"describe_ttl_seconds": 0.0}
+    ).running() as suite:
+        for _ in range(2):
+            await generate(suite, references=REFERENCES)
+        before = (encoder.calls, len(decoder.references))
+        encoder.dtype, decoder.dtype = "f32", "f16"
+        await generate(suite, references=REFERENCES)
+        assert (encoder.calls, len(decoder.references)) == (before[0] + 1, before[1] + len(REFERENCES))
 
 
 async def test_a_stage_is_asked_what_it_is_only_now_and_then(suite):

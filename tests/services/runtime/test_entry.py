@@ -18,6 +18,13 @@ sys.meta_path.insert(0, Absent())
 module, *sys.argv[1:] = sys.argv[1:]
 runpy.run_module(module, run_name="__main__", alter_sys=True)
 """
+WITHOUT_TEMPORARY_FOLDER = """
+import runpy, sys, tempfile
+# A superuser can write to every folder, so the candidates are replaced rather than made read-only.
+tempfile._candidate_tempdir_list = lambda: ["/nowhere"]
+module, *sys.argv[1:] = sys.argv[1:]
+runpy.run_module(module, run_name="__main__", alter_sys=True)
+"""
 
 
 def run(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
@@ -83,3 +90,19 @@ def test_a_stage_without_torch_is_one_sentence(module: str) -> None:
     assert "cannot run stages: " in ended.stderr
     assert "pip install 'klein-suite[stages]'" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if "orchestrator" not in module])
+def test_a_stage_without_a_temporary_folder_is_one_sentence(module: str) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TEMPORARY_FOLDER, module],
+        env=inherited_environment() | {"KLEIN_PORT": "0", "KLEIN_METRICS_PORT": "0"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("Stages need a folder for temporary files: ")
+    assert ended.stderr.endswith("Set TMPDIR to a folder that can be written.\n")
+    assert ended.stderr.count("\n") == 1

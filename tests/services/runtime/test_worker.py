@@ -51,10 +51,12 @@ async def busy(worker):
 
 
 async def test_a_result_comes_with_its_times(worker):
+    begun = time.monotonic()
     completed = await worker.run(lambda: time.sleep(0.02) or threading.current_thread().name)
     assert completed.value == "test-worker"
-    assert 0.02 <= completed.compute_seconds < 2
-    assert 0 <= completed.queue_seconds < 2
+    assert completed.compute_seconds >= 0.02
+    assert completed.queue_seconds >= 0
+    assert completed.queue_seconds + completed.compute_seconds <= time.monotonic() - begun
 
 
 async def test_functions_run_one_at_a_time_in_order(worker, busy):

@@ -3,6 +3,7 @@
 import asyncio
 from io import BytesIO
 
+import grpc
 import numpy as np
 import pytest
 import pytest_asyncio
@@ -15,7 +16,7 @@ from klein_api.v1 import (
     stage_service_pb2_grpc,
     vae_decoder_service_pb2_grpc,
 )
-from klein_core.vae_decoder.decoder import VaeDecoder
+from klein_core.vae_decoder.decoder import VaeDecoder, memory_bytes
 from klein_core.vae_decoder.tiling import TilingPolicy
 from klein_services.runtime.channels import open_channel
 from klein_services.runtime.frames import MAX_FRAME_BYTES
@@ -27,6 +28,7 @@ from tests.services.fakes.vae_decoder_calls import (
     latents,
     picture,
     reference_parts,
+    refusal,
     tiny_application,
 )
 from tests.tiny import image_files
@@ -134,6 +136,16 @@ async def test_latents_of_other_element_types_are_taken(stub, oracle, dtype):
     assert data == oracle.decode_image(tensor, "png")
 
 
+async def test_latents_that_the_models_element_type_cannot_hold_are_refused(tiny_checkpoint):
+    application = tiny_application(tiny_checkpoint, dtype="f16")
+    async with running_server(application) as address, grpc.aio.insecure_channel(address) as channel:
+        stub = vae_decoder_service_pb2_grpc.VaeDecoderServiceStub(channel)
+        assert (await decode(stub, decode_parts(latents())))[0].width_px == 96
+        details = await refusal(decode(stub, decode_parts(latents() * 1e6)))
+    assert details.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert details.violations[0].field == "latents"
+
+
 async def test_many_clients_at_once_each_get_their_own(stub, oracle):
     files = [picture(seed=seed) for seed in range(4)]
     answers = await asyncio.gather(*(encode_reference(stub, reference_parts(data)) for data in files))
@@ -152,14 +164,16 @@ async def test_the_stage_describes_its_model(channel):
 @pytest.mark.parametrize(
     ("settings", "policy"),
     [
-        ({}, TilingPolicy("auto", None)),
+        ({}, TilingPolicy("auto", memory_bytes(torch.device("cpu")) // 4)),
         ({"tiling": "on"}, TilingPolicy("on", None)),
         ({"tiling_limit_mib": 3}, TilingPolicy("auto", 3 << 20)),
     ],
     ids=["default", "on", "limit"],
 )
-async def test_settings_decide_when_images_are_tiled(tiny_checkpoint, settings, policy):
+async def test_settings_decide_when_images_are_tiled(tiny_checkpoint, settings, policy, caplog):
+    caplog.set_level("INFO", logger="klein.vae_decoder")
     application = tiny_application(tiny_checkpoint, **settings)
     await application.load()
     assert application.decoder.tiling == policy
+    assert str(policy) in caplog.messages
     await application.close()

@@ -6,8 +6,14 @@ import difflib
 import re
 from dataclasses import dataclass, replace
 
-from klein_core.model_families import other_family
-from klein_core.model_registry import PUBLISHED_MODELS, SMALL_DECODER, HubFile, PublishedModel, PublishedVae
+from klein_core.model_registry import (
+    PUBLISHED_MODELS,
+    SMALL_DECODER,
+    HubFile,
+    PublishedModel,
+    PublishedVae,
+    other_family,
+)
 from klein_services.cli.errors import CliError
 from klein_services.cli.exit_codes import MISUSED
 
@@ -77,9 +83,19 @@ def _without_options(identifier: str, precision: str | None) -> Choice:
         row, named = known
         if named and precision and precision != named:
             raise CliError(f"{identifier} is {named}, not {precision}.", exit_code=MISUSED)
-        return _of_row(row, named or precision or BF16)
+        precision = named or precision or BF16
+        if precision == BF16:
+            return Choice(row.name, row.repository, row)
+        if precision not in row.quantized:
+            published = ", ".join((BF16, *row.quantized))
+            raise CliError(
+                f"{row.name} is not published as {precision}.", f"Take one of {published}.", MISUSED
+            )
+        return Choice(f"{row.name}-{precision}", row.repository, row, row.quantized[precision])
     if not _REPOSITORY.fullmatch(identifier):
-        raise _unknown(identifier)
+        near = difflib.get_close_matches(identifier.lower(), _identifiers(), n=1)
+        question = f" Did you mean {near[0]}?" if near else ""
+        raise CliError(f"{identifier!r} is not a known model.{question}", _known_names(), MISUSED)
     if precision and precision != BF16:
         raise CliError(
             f"--precision {precision} is for known models: {identifier} is pulled as it is.",
@@ -97,21 +113,6 @@ def _identifiers() -> dict[str, tuple[PublishedModel, str | None]]:
         for precision, file in row.quantized.items():
             found[f"{row.name}-{precision}"] = found[file.repository.lower()] = (row, precision)
     return found
-
-
-def _of_row(row: PublishedModel, precision: str) -> Choice:
-    if precision == BF16:
-        return Choice(row.name, row.repository, row)
-    if precision not in row.quantized:
-        published = ", ".join((BF16, *row.quantized))
-        raise CliError(f"{row.name} is not published as {precision}.", f"Take one of {published}.", MISUSED)
-    return Choice(f"{row.name}-{precision}", row.repository, row, row.quantized[precision])
-
-
-def _unknown(identifier: str) -> CliError:
-    near = difflib.get_close_matches(identifier.lower(), _identifiers(), n=1)
-    question = f" Did you mean {near[0]}?" if near else ""
-    return CliError(f"{identifier!r} is not a known model.{question}", _known_names(), MISUSED)
 
 
 def _known_names() -> str:

@@ -16,8 +16,7 @@ from klein_core.checkpoint.config import (
     read_text_encoder_config,
 )
 from klein_core.checkpoint.key_maps import is_past
-from klein_core.model_families import family_among
-from klein_core.model_registry import HubFile
+from klein_core.model_registry import HubFile, family_among
 from klein_core.variants import read_json
 from klein_services.cli.errors import CliError
 from klein_services.cli.hub.catalog import Choice
@@ -65,7 +64,11 @@ def configuration_files(choice: Choice, listings: Mapping[str, Iterable[str]]) -
     """
     names = set(listings[choice.repository])
     _require(choice.repository, _CONFIGURATIONS, names)
-    chosen = {*_CONFIGURATIONS, *filter(_is_tokenizer_file, names), *filter(_LICENSE.fullmatch, names)}
+    chosen = {*_CONFIGURATIONS, *filter(_LICENSE.fullmatch, names)}
+    for name in names:
+        path = PurePosixPath(name)
+        if path.parts[:-1] == (TOKENIZER_FOLDER,) and path.suffix in _TOKENIZER_SUFFIXES:
+            chosen.add(name)
     components = _own_components(choice)
     sources = {weight_source(choice.repository, names, component) for component in components}
     chosen |= {name for name in sources if name.endswith(_INDEX_SUFFIX)}
@@ -146,11 +149,6 @@ def _needed_shards(folder: Path, index: str) -> list[str]:
         past = is_past(read_text_encoder_config(folder))
         weight_map = {tensor: name for tensor, name in weight_map.items() if not past(tensor)}
     return sorted({f"{component}/{name}" for name in weight_map.values()})
-
-
-def _is_tokenizer_file(name: str) -> bool:
-    path = PurePosixPath(name)
-    return path.parts[:-1] == (TOKENIZER_FOLDER,) and path.suffix in _TOKENIZER_SUFFIXES
 
 
 def _require(repository: str, needed: Iterable[str], names: set[str]) -> None:
