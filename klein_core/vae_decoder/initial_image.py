@@ -114,8 +114,8 @@ def prepare_initial_image(
         limits: of both files.
 
     Raises:
-        InvalidInput: a file is not an acceptable image, the mask is empty, has another aspect or no alpha channel, or
-            the expanded image is outside the limits.
+        InvalidInput: a file is not an acceptable image, the mask is empty or selects no token, has another aspect or
+            no alpha channel, or the expanded image is outside the limits.
     """
     image = decode_rgb(open_image(data, field="initial_image", limits=limits), "initial_image")
     _check_expansion(expand, image.size, limits)
@@ -131,7 +131,12 @@ def prepare_initial_image(
     if mask_padding_px is not None:
         gray = gray.resize(image.size, Image.Resampling.LANCZOS)
         crop = _crop_box(gray, mask_padding_px)
-    return InitialImage(image, gray, crop)
+    prepared = InitialImage(image, gray, crop)
+    if not prepared.token_mask().any():
+        raise InvalidInput.of(
+            "mask", "is too small: it selects no token of 16×16 pixels; widen it, or use mask_padding_px"
+        )
+    return prepared
 
 
 def _check_expansion(expand: Expansion, size: tuple[int, int], limits: ReferenceLimits) -> None:

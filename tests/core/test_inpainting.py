@@ -211,6 +211,8 @@ IMAGE = png(noise(96, 64))
         ({"mask": b"nothing"}, "mask", "not an image"),
         ({"mask": png(Image.new("L", (96, 64), 0))}, "mask", "empty"),
         ({"mask": png(Image.new("L", (96, 64), 127))}, "mask", "empty"),
+        ({"mask": png(rectangle((960, 640), (5, 5, 6, 6)))}, "mask", "too small"),
+        ({"mask": png(rectangle((96, 64), (0, 0, 1, 1)))}, "mask", "too small"),
         ({"mask": png(Image.new("L", (64, 96), 255))}, "mask", "aspect"),
         ({"mask": png(Image.new("L", (96, 64), 255)), "mask_is_alpha": True}, "mask", "alpha channel"),
         ({"expand": Expansion(left=10**6)}, "expand", "at most"),
