@@ -24,7 +24,8 @@ from tests.tiny.vae import tiny_vae
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 PARTS = ("text_encoder", "transformer", "vae")
 NAMES = {FP32: "fp32", BF16: "bf16", FP16: "fp16"}
-MIXES = [*product((FP32, BF16), repeat=3), (FP16, FP32, FP32), (FP32, FP16, FP32), (FP32, FP32, FP16)]
+MIXES = [*product((FP32, BF16), repeat=3), (FP16, FP32, FP32), (FP32, FP16, FP32)]
+"""Not a VAE in fp16: torch convolves that on a CPU for 20 s a case."""
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from klein_services.cli.suite import Suite, SuiteOptions
 from tests.e2e.running_suite import READY_SECONDS, Case, Running, picture
 
 SLOTS = 8
-CANCELLED = 400
+CANCELLED = 320
 LATEST_CANCEL_SECONDS = 0.12
 RELEASE_SECONDS = 120.0
 """Far less than the hour after which a request's time limit frees a slot that was lost."""
