@@ -51,7 +51,9 @@ class Orchestrator(Service):
         self.generator = ImageGenerator(
             table=table,
             channels=self._channels,
-            directory=StageDirectory(self._channels, settings.describe_ttl_seconds),
+            directory=StageDirectory(
+                self._channels, settings.describe_ttl_seconds, settings.stage_wait_seconds
+            ),
             cache=TensorCache(settings.cache_bytes),
             limits=settings.limits(),
             slots=ConcurrencyLimit(settings.queue_limit),

@@ -70,6 +70,12 @@ class OrchestratorSettings(ServerSettings):
     describe_ttl_seconds: float = setting(
         15.0, help="Seconds for which a stage's description is kept", minimum=0, maximum=3600
     )
+    stage_wait_seconds: float = setting(
+        15.0,
+        help="Longest time that a request waits for a stage without a serving replica; 0 fails it at once",
+        minimum=0,
+        maximum=3600,
+    )
     image_metadata: bool = setting(
         True, help="Whether the seed, model and steps are stored in the image files"
     )

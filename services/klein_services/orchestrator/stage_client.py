@@ -52,8 +52,8 @@ PUBLIC_FIELDS: Mapping[str, str] = {
 
 _RECEIVE_TIMEOUT = "RECEIVE_TIMEOUT"
 _LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
-_RECONNECT = (("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_backoff_ms", 2_000))
-"""A stage that came back is used within seconds; gRPC's own backoff grows to two minutes."""
+_RECONNECT = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 500))
+"""A stage that came back is used within a second; gRPC's own backoff grows to two minutes."""
 _BidiCall: TypeAlias = "grpc.aio.StreamStreamCall[bytes, bytes]"
 _ResponseCall: TypeAlias = "grpc.aio.UnaryStreamCall[bytes, bytes] | grpc.aio.StreamStreamCall[bytes, bytes]"
 _log = logging.getLogger("klein.orchestrator")

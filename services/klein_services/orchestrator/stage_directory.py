@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from dataclasses import dataclass
 
@@ -16,7 +17,8 @@ from klein_services.runtime.errors import StagesLost
 
 _DESCRIBE_TIMEOUT_SECONDS = 5.0
 _ATTEMPTS = 3
-_BACKOFF_SECONDS = 0.1
+"""Questions to a stage that answers but does not serve, however short the wait."""
+_PAUSE_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -57,26 +59,48 @@ class _Known:
     description: DescribeStageResponse
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """A stage's answer to DescribeStage."""
+
+    description: DescribeStageResponse | None
+    """`None` without an answer."""
+    problem: str = ""
+    """Why the stage cannot be used; empty when it serves."""
+    is_lasting: bool = False
+    """Whether the problem stays until someone changes the deployment."""
+
+
 class StageDirectory:
     """Descriptions of stages, kept for `ttl_seconds` and asked for again after a failure.
 
     Only a description of a stage that serves is kept: one that loads may serve a moment later.
+
+    Args:
+        channels: channels to the stages.
+        ttl_seconds: time for which a description is kept.
+        wait_seconds: time for which a request waits for a stage that does not answer, loads or drains.
     """
 
-    def __init__(self, channels: Channels, ttl_seconds: float) -> None:
+    def __init__(self, channels: Channels, ttl_seconds: float, wait_seconds: float = 0.0) -> None:
         self._channels = channels
         self._ttl_seconds = ttl_seconds
+        self._wait_seconds = wait_seconds
         self._known: dict[StageAddress, _Known] = {}
+        self._asking: dict[StageAddress, asyncio.Task[_Answer]] = {}
 
     async def describe_route(self, route: Route, timeout_seconds: float) -> RouteInfo:
         """Returns what requests for `route` depend on. Asks only the stages without a fresh description.
+
+        Waits for stages that do not answer or do not serve, `timeout_seconds` and the directory's wait at most.
 
         Raises:
             StagesLost: a stage does not answer, does not serve, is another stage, serves another model
                 than the table says, or does not fit the others; all such stages are named.
         """
-        timeout = min(timeout_seconds, _DESCRIBE_TIMEOUT_SECONDS)
-        answers = await asyncio.gather(*(self._description(address, timeout) for address in route.stages))
+        answers = await asyncio.gather(
+            *(self._description(address, timeout_seconds) for address in route.stages)
+        )
         if problems := [answer for answer in answers if isinstance(answer, str)]:
             raise StagesLost("; ".join(problems))
         text_encoder, denoiser, vae_decoder = (answer for answer in answers if not isinstance(answer, str))
@@ -107,11 +131,8 @@ class StageDirectory:
 
         Asks a replica that serves, so that a loading one next to it is no problem; any replica, if none serves.
         """
-        timeout = min(timeout_seconds, _DESCRIBE_TIMEOUT_SECONDS) / 2
-        description, problem = await self._describe(address, self._channels.serving(address), timeout)
-        if problem:
-            description, problem = await self._describe(address, self._channels.any(address), timeout)
-        return description, problem
+        answer = await self._ask(address, min(timeout_seconds, _DESCRIBE_TIMEOUT_SECONDS))
+        return answer.description, answer.problem
 
     async def _description(
         self, address: StageAddress, timeout_seconds: float
@@ -120,37 +141,64 @@ class StageDirectory:
         known = self._known.get(address)
         if known is not None and time.monotonic() < known.fresh_until:
             return known.description
-        problem = ""
-        for attempt in range(_ATTEMPTS):
-            await asyncio.sleep(_BACKOFF_SECONDS * attempt)
-            description, problem = await self.probe(address, timeout_seconds)
-            if description is None:
-                break
-            if not problem:
-                self._known[address] = _Known(time.monotonic() + self._ttl_seconds, description)
-                return description
+        waits_until = time.monotonic() + self._wait_seconds
+        problem = f"{address.stage} at {address.target} does not answer"
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                for attempt in itertools.count(1):
+                    answer = await self._shared_answer(address)
+                    if answer.description is not None and not answer.problem:
+                        self._known[address] = _Known(
+                            time.monotonic() + self._ttl_seconds, answer.description
+                        )
+                        return answer.description
+                    problem = answer.problem
+                    has_tried_enough = answer.description is None or attempt >= _ATTEMPTS
+                    if answer.is_lasting or (has_tried_enough and time.monotonic() >= waits_until):
+                        break
+                    await asyncio.sleep(_PAUSE_SECONDS)
+        except TimeoutError:
+            # The last answer's problem says more than the time that has passed.
+            return problem
         return problem
+
+    async def _shared_answer(self, address: StageAddress) -> _Answer:
+        """Asks a stage now; requests that ask at once share the answer."""
+        task = self._asking.get(address)
+        if task is None:
+            task = asyncio.create_task(self._ask(address, _DESCRIBE_TIMEOUT_SECONDS))
+            self._asking[address] = task
+            task.add_done_callback(lambda _: self._asking.pop(address))
+        # The others still wait for it when one of them is cancelled.
+        return await asyncio.shield(task)
+
+    async def _ask(self, address: StageAddress, timeout_seconds: float) -> _Answer:
+        answer = await self._describe(address, self._channels.serving(address), timeout_seconds / 2)
+        if answer.problem:
+            answer = await self._describe(address, self._channels.any(address), timeout_seconds / 2)
+        return answer
 
     async def _describe(
         self, address: StageAddress, channel: grpc.aio.Channel, timeout_seconds: float
-    ) -> tuple[DescribeStageResponse | None, str]:
+    ) -> _Answer:
+        place = f"{address.stage} at {address.target}"
         try:
             description = await StageServiceStub(channel).DescribeStage(
                 DescribeStageRequest(), timeout=timeout_seconds
             )
         except grpc.aio.AioRpcError as error:
-            reason = error.details() or error.code().name
-            return None, f"{address.stage} at {address.target} does not answer: {reason}"
-        place, problem = f"{address.stage} at {address.target}", ""
+            return _Answer(None, f"{place} does not answer: {error.details() or error.code().name}")
         if description.stage != address.stage:
             problem = f"is a {description.stage or 'nameless stage'}, not a {address.stage}"
         elif description.model != address.model:
             problem = f"serves the model {description.model!r}; the routing table says {address.model!r}"
         elif not description.serving:
-            problem = "is loading or draining"
+            return _Answer(description, f"{place} is loading or draining")
         elif description.WhichOneof("facts") != address.stage.replace("-", "_"):
             problem = "serves but does not describe its model"
-        return description, problem and f"{place} {problem}"
+        else:
+            return _Answer(description)
+        return _Answer(description, f"{place} {problem}", is_lasting=True)
 
 
 def _version(address: StageAddress, description: DescribeStageResponse) -> str:

@@ -63,6 +63,7 @@ class FakeSuite:
                 "default_size_px": 64,
                 "metrics_port": 0,
                 "port": 0,
+                "stage_wait_seconds": 0.0,
                 "drain_delay_seconds": 0.0,
             }
             settings = OrchestratorSettings(**(defaults | self.settings))  # type: ignore[arg-type]

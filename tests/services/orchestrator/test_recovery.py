@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import AsyncExitStack
+from dataclasses import replace
 
 import grpc
 import pytest
@@ -20,7 +21,7 @@ from klein_services.runtime.server import Server, running_server
 from klein_services.runtime.settings import ServerSettings
 from klein_services.runtime.status import explain
 from tests.services.fakes.fake_denoiser import FakeDenoiser
-from tests.services.fakes.fake_stages import MODEL
+from tests.services.fakes.fake_stages import MODEL, FakeVaeDecoder
 from tests.services.fakes.orchestrator_suite import FakeSuite, generate, refusal
 from tests.services.fakes.runtime_toy import failure, until
 
@@ -138,3 +139,60 @@ async def test_a_stage_that_loads_is_named(suite, which):
     details = await refusal(suite)
     assert (details.code, details.reason) == (grpc.StatusCode.UNAVAILABLE, "STAGE_UNAVAILABLE")
     assert f"{stage.stage} at {suite.targets[stage.stage]} is loading or draining" in details.message
+
+
+class TestWaitingForAStage:
+    """A request waits for a stage without a serving replica, within its deadline and the setting's bound."""
+
+    @pytest.fixture
+    async def suite(self):
+        async with FakeSuite(settings={"stage_wait_seconds": 30.0}).running() as running:
+            yield running
+
+    @pytest.mark.parametrize("which", ["text_encoder", "denoiser", "vae_decoder"])
+    async def test_it_goes_on_when_the_stage_serves(self, suite, which):
+        stage = getattr(suite, which)
+        stage.serving = False
+        requests = [asyncio.create_task(generate(suite, prompt="fox", seed=seed)) for seed in range(12)]
+        await until(lambda: stage.descriptions >= 4)
+        stage.serving = True
+        for seed, request in enumerate(requests):
+            assert (await request).images[0].data == suite.expected_image("fox", seed)
+
+    async def test_requests_that_wait_share_their_questions(self, suite):
+        suite.denoiser.serving = False
+        requests = [asyncio.create_task(generate(suite, seed=seed)) for seed in range(40)]
+        await until(lambda: suite.orchestrator.generator.slots.in_use == 40)
+        before = suite.denoiser.descriptions
+        await until(lambda: suite.denoiser.descriptions >= before + 20)
+        # Forty requests that asked for themselves would ask the text encoder 40 times.
+        assert suite.text_encoder.descriptions <= 4
+        suite.denoiser.serving = True
+        await asyncio.gather(*requests)
+
+    async def test_the_deadline_ends_it(self, suite):
+        suite.denoiser.serving = False
+        error = await failure(generate(suite, within_seconds=1.0))
+        assert error.code() in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE)
+        await until(lambda: suite.orchestrator.generator.slots.in_use == 0)
+
+    async def test_another_model_is_refused_at_once(self, suite):
+        suite.denoiser.model = "another"
+        details = await refusal(suite)
+        assert details.code is grpc.StatusCode.UNAVAILABLE
+        assert "serves the model 'another'" in details.message
+        assert suite.denoiser.descriptions <= 2
+
+    async def test_a_stage_that_is_gone_may_come_back_on_its_port(self):
+        async with AsyncExitStack() as decoder, AsyncExitStack() as stack:
+            target = await decoder.enter_async_context(running_server(FakeVaeDecoder(), LOADING))
+            settings: dict[str, object] = {"stage_wait_seconds": 30.0, "vae_decoder_target": target}
+            suite = await stack.enter_async_context(FakeSuite(settings=settings).running())
+            assert (await generate(suite, seed=1)).images
+            await decoder.aclose()
+            request = asyncio.create_task(generate(suite, seed=2))
+            await asyncio.sleep(0.5)
+            assert not request.done()
+            port = int(target.rpartition(":")[2])
+            await stack.enter_async_context(running_server(FakeVaeDecoder(), replace(LOADING, port=port)))
+            assert (await request).images[0].data == suite.expected_image("", 2)
