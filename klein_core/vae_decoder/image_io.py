@@ -142,7 +142,7 @@ def open_image(data: bytes, *, field: str, limits: ReferenceLimits = DEFAULT_REF
     """Opens an image file and checks its header; decodes no pixels. Arguments and errors as `prepare_reference`."""
     if len(data) > limits.byte_count:
         raise InvalidInput.of(field, f"is {len(data)} bytes; at most {limits.byte_count} are allowed")
-    image = _open(data, field)
+    image = _open(data, field, limits)
     violations = list(_size_violations(image, field, limits))
     if violations:
         raise InvalidInput(violations)
@@ -166,14 +166,17 @@ def fit_reference(image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
-def _open(data: bytes, field: str) -> Image.Image:
+def _open(data: bytes, field: str, limits: ReferenceLimits) -> Image.Image:
     """Opens an image file; reads its header only."""
     try:
         return Image.open(BytesIO(data), formats=_FORMATS)
     except MemoryError:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InvalidInput.of(field, f"has too many pixels: {error}") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        # Pillow's own limit is above all that `ReferenceLimits` allow, and its text names neither of them.
+        raise InvalidInput.of(
+            field, f"has too many pixels; at most {limits.pixel_count} in all are allowed"
+        ) from None
     # Decoders raise almost any exception on malformed bytes.
     except Exception:
         raise InvalidInput.of(field, f"is not an image; it must be one of {', '.join(_FORMATS)}") from None

@@ -7,6 +7,7 @@ ServiceError
 ├── ReceiveTimeout        the client's stream stalled or never ended
 ├── StageUnavailable      loading, draining or lost; another replica may do it
 │   └── StagesLost        stages behind this server are lost; its other replicas would call the same ones
+├── UndecodableMessage    a message is not one of its type; an InvalidInput, too
 ├── UnknownModel          the name is not served here
 ├── UnknownAdapter        the name is not in the adapters' folder
 ├── UnusableAdapter       its file cannot be applied to this model
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from klein_core.errors import DeviceFault
+from klein_core.errors import DeviceFault, InvalidInput, Violation
 
 _SHOWN_CHARACTERS = 64
 """Most characters of a client's text that an error repeats: statuses are headers, whose size is bounded."""
@@ -67,6 +68,22 @@ class ReceiveTimeout(ServiceError):
         super().__init__(
             f"the request's stream was not complete after {timeout_seconds:g} s; "
             "send all parts without pause and close the sending side"
+        )
+
+
+class UndecodableMessage(ServiceError, InvalidInput):
+    """A message's bytes are not one of its type: broken protobuf, or text that is not UTF-8."""
+
+    def __init__(self, message_name: str) -> None:
+        self.message_name = message_name
+        InvalidInput.__init__(
+            self,
+            [
+                Violation(
+                    "request",
+                    f"cannot be decoded as {message_name}: broken protobuf or text, or another type",
+                )
+            ],
         )
 
 

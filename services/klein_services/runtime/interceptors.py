@@ -10,14 +10,14 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import grpc
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
 from klein_core.errors import DeviceFault
 from klein_services.runtime import logs, metrics, tracing
-from klein_services.runtime.errors import DeviceOutOfMemory
+from klein_services.runtime.errors import DeviceOutOfMemory, UndecodableMessage
 from klein_services.runtime.grpc_quirks import write_response
 from klein_services.runtime.health import ServerHealth
 from klein_services.runtime.metrics import Method
@@ -37,9 +37,12 @@ _REJECTIONS = (
 )
 """Codes of refusals: the server is busy or not ready, or the request is wrong."""
 _access = logging.getLogger("klein.access")
+_undecodable = logs.RareWarning(
+    _access, "requests were refused because their bytes are no message of the API"
+)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Call:
     """A call that is being handled."""
 
@@ -47,6 +50,8 @@ class Call:
     path: str
     """`/package.Service/Method`."""
     context: grpc.aio.ServicerContext[Any, Any]
+    is_noise: bool = False
+    """Whether its line in the access log is of no use: its cause is logged elsewhere, once a minute."""
 
     @property
     def metadata(self) -> Sequence[tuple[str, str | bytes]]:
@@ -112,11 +117,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         message_class = getattr(deserialize, "__self__", None)
         if isinstance(message_class, type) and issubclass(message_class, Message):
             # A generated service's method, whose frames need not be copied by protobuf.
-            deserialize = frame_deserializer(message_class)
+            deserialize = _decoder(frame_deserializer(message_class), message_class.DESCRIPTOR.full_name)
 
         async def respond(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             async with AsyncExitStack() as stack:
                 await self._enter_all(stack, Call(method, path, context))
+                if isinstance(request, _Undecodable):
+                    request.refuse()
                 return await behavior(request, context)
 
         # Writing the messages here, rather than yielding them, makes a cancellation that arrives while one is
@@ -124,6 +131,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def respond_with_stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
             async with AsyncExitStack() as stack:
                 await self._enter_all(stack, Call(method, path, context))
+                if isinstance(request, _Undecodable):
+                    request.refuse()
                 await _write_all(behavior(request, context), context)
 
         # Handlers may answer with messages that they have serialized themselves.
@@ -139,6 +148,33 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     async def _enter_all(self, stack: AsyncExitStack, call: Call) -> None:
         for context in self._contexts:
             await stack.enter_async_context(context(call))
+
+
+class _Undecodable:
+    """Stands for a message that cannot be decoded. Every use of it in a stream of requests raises the refusal.
+
+    An exception in a deserializer never reaches the contexts: gRPC answers it with UNKNOWN and the name of a Python
+    class, and logs a traceback.
+    """
+
+    def __init__(self, message_name: str) -> None:
+        self._message_name = message_name
+
+    def refuse(self) -> NoReturn:
+        raise UndecodableMessage(self._message_name)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        self.refuse()
+
+
+def _decoder(deserialize: Callable[[bytes], Any], message_name: str) -> Callable[[bytes], Any]:
+    def decode(raw: bytes) -> Any:
+        try:
+            return deserialize(raw)
+        except DecodeError:
+            return _Undecodable(message_name)
+
+    return decode
 
 
 _SHAPES: dict[tuple[bool, bool], tuple[str, Callable[..., Any]]] = {
@@ -210,7 +246,7 @@ async def log_access(call: Call) -> AsyncIterator[None]:
         error = raised
         raise
     finally:
-        level = logging.DEBUG if call.is_housekeeping else logging.INFO
+        level = logging.DEBUG if call.is_housekeeping or call.is_noise else logging.INFO
         fields = {
             "method": call.path.removeprefix("/"),
             "code": outcome(call.context, error).name,
@@ -257,6 +293,9 @@ async def refuse_or_answer_errors(
         if isinstance(error, DeviceFault) and not isinstance(error, DeviceOutOfMemory):
             on_device_fault(error)
         status = status_of(error)
+        if isinstance(error, UndecodableMessage):
+            call.is_noise = True
+            _undecodable.occurred(method=call.path.removeprefix("/"), peer=call.context.peer())
         if status.code in _REJECTIONS:
             reason = status.reason or status.code.name
             metrics.REJECTED.labels(health.stage, reason.lower()).inc()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import secrets
 import sys
+import time
 from collections.abc import Sequence
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -16,6 +18,9 @@ from klein_services.runtime import tracing
 REQUEST_ID_KEY = "x-request-id"
 """Metadata key of a request's id, in both directions."""
 MAX_REQUEST_ID_CHARACTERS = 128
+
+RARE_WARNING_SECONDS = 60.0
+"""Least time between two lines of the same `RareWarning`."""
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 """Id of the request that is being handled; empty outside of requests."""
@@ -43,6 +48,30 @@ def configure(level: str, form: str) -> None:
     handler.setFormatter(JsonFormatter() if form == "json" else ConsoleFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)
+
+
+class RareWarning:
+    """A warning that is logged at most once a minute, so that its cause cannot fill the disk.
+
+    Args:
+        logger: writes the lines.
+        message: their text; the number of occurrences since the last line is the field `count`.
+    """
+
+    def __init__(self, logger: logging.Logger, message: str) -> None:
+        self._logger = logger
+        self._message = message
+        self._count = 0
+        self._quiet_until = -math.inf
+
+    def occurred(self, **fields: object) -> None:
+        """Logs the line with these fields, or only counts when there was one in the last minute."""
+        self._count += 1
+        now = time.monotonic()
+        if now >= self._quiet_until:
+            self._quiet_until = now + RARE_WARNING_SECONDS
+            count, self._count = self._count, 0
+            self._logger.warning("%s", self._message, extra={"count": count, **fields})
 
 
 class JsonFormatter(logging.Formatter):

@@ -13,6 +13,8 @@ import grpc
 from google.protobuf import descriptor_pool
 from prometheus_client import Counter, Gauge, Histogram, disable_created_metrics
 
+_REASONS = ("queue_full", "deadline_unreachable", "out_of_memory", "stage_unavailable", "undecodable_message")
+"""Reasons of refusals that are counted from 0 on every server."""
 RPC_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 REQUEST_BUCKETS = (0.1, 0.25, 0.5, 1, 2, 3, 5, 8, 13, 20, 30, 60, 120)
 STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
@@ -176,7 +178,7 @@ def initialize(stage: str, service_names: Iterable[str], operations: Sequence[st
     DEADLINE_MISSED.labels(stage)
     if operations:
         initialize_queue(stage)
-    for reason in ("queue_full", "deadline_unreachable", "out_of_memory", "stage_unavailable"):
+    for reason in _REASONS:
         REJECTED.labels(stage, reason)
     for operation in operations:
         STAGE_SECONDS.labels(stage, operation)

@@ -3,6 +3,7 @@
 | error | code | details |
 |---|---|---|
 | InvalidInput | INVALID_ARGUMENT | BadRequest with every violation |
+| UndecodableMessage | INVALID_ARGUMENT | BadRequest with the field `request`, ErrorInfo UNDECODABLE_MESSAGE |
 | UnknownModel | NOT_FOUND | BadRequest with the field, ErrorInfo UNKNOWN_MODEL |
 | UnknownAdapter | NOT_FOUND | BadRequest with the field, ErrorInfo UNKNOWN_ADAPTER |
 | UnusableAdapter | FAILED_PRECONDITION | BadRequest with the field, ErrorInfo UNUSABLE_ADAPTER |
@@ -46,6 +47,7 @@ from klein_services.runtime.errors import (
     ServiceError,
     StagesLost,
     StageUnavailable,
+    UndecodableMessage,
     UnknownAdapter,
     UnknownModel,
     UnusableAdapter,
@@ -136,6 +138,9 @@ def status_of(error: BaseException) -> RichStatus:
     code = grpc.StatusCode
     text = str(error)
     match error:
+        case UndecodableMessage():
+            info = _info("UNDECODABLE_MESSAGE", type=error.message_name)
+            return RichStatus(code.INVALID_ARGUMENT, text, (_bad_request(error.violations), info))
         case InvalidInput():
             return RichStatus(code.INVALID_ARGUMENT, text, (_bad_request(error.violations),))
         case UnknownModel():
