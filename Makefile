@@ -13,10 +13,10 @@ SPELLED := '*.md' '*.proto' '*.py' '*.sh' '*.toml' Makefile $(foreach each,_pb2.
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test lint protos bench clean
+.PHONY: help setup demo test test-deploy lint protos bench clean
 
 help:  ## Show the targets.
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/' | expand -t 10
 
 setup: $(STAMP)  ## Make .venv with the dependencies of demo and test.
 
@@ -42,6 +42,10 @@ demo: setup  ## Start the four services and make four images in out/.
 
 test: setup  ## Run the whole test suite.
 	@$(BIN)/python -m pytest
+
+test-deploy: setup  ## Check and exercise deploy/ with the programs of deploy/tools.
+	@test -d .tools || PYTHON=$(BIN)/python ./deploy/tools/install.sh
+	@$(BIN)/python -m pytest tests/deploy
 
 lint: setup  ## Check style, types, imports, spelling, sizes and protos.
 	@$(BIN)/ruff check .
