@@ -24,7 +24,13 @@ from klein_core.params import ADAPTER_NAME, AdapterChoice
 from klein_services.denoiser.scheduled_request import STAGE
 from klein_services.denoiser.settings import DenoiserSettings
 from klein_services.runtime.errors import AdapterMemoryFull, UnknownAdapter, UnusableAdapter
-from klein_services.runtime.metrics import ADAPTER_LOADS, CACHE_BYTES, CACHE_EVICTIONS, CACHE_REQUESTS
+from klein_services.runtime.metrics import (
+    ADAPTER_LOADS,
+    CACHE_BYTES,
+    CACHE_EVICTIONS,
+    CACHE_REQUESTS,
+    initialize_caches,
+)
 from klein_services.runtime.worker import Worker
 
 SUFFIX = ".safetensors"
@@ -173,6 +179,9 @@ class AdapterCache:
         self._recent: OrderedDict[_Version, Adapter] = OrderedDict()
         self._alive: WeakValueDictionary[_Version, Adapter] = WeakValueDictionary()
         self._refused: dict[str, tuple[FileState, str]] = {}
+        initialize_caches((ADAPTER,))
+        for outcome in ("loaded", "refused"):
+            ADAPTER_LOADS.labels(outcome)
 
     @property
     def size_bytes(self) -> int:

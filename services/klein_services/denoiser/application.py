@@ -33,7 +33,7 @@ from klein_services.denoiser.scheduler import Load, Scheduler, SchedulerConfig
 from klein_services.denoiser.servicer import SERVICE_NAME, Denoiser, DenoiserServicer
 from klein_services.denoiser.settings import OFFLOAD_BLOCKS, DenoiserSettings
 from klein_services.denoiser.warmup import BUDGET_SIDE_PX, measure_budget, synchronize, warm_up
-from klein_services.runtime import stage
+from klein_services.runtime import metrics, stage
 from klein_services.runtime.settings import SettingsError
 from klein_services.runtime.stage import Service
 from klein_services.runtime.tensors import (
@@ -62,6 +62,7 @@ class DenoiserApplication(Service):
         self._denoiser: Denoiser | None = None
         self._preparation = Worker(f"{STAGE}-preparation", settings.queue_limit)
         self._servicer = DenoiserServicer()
+        metrics.initialize_steps(STAGE)
         self._stage = stage.DescribeStageServicer(
             stage=STAGE, model=settings.model_name, load=self._stage_load, complete=self._describe_adapters
         )

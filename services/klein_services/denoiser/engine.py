@@ -130,7 +130,7 @@ class Engine:
             while (batch := self._next_batch()) is not None:
                 for request in batch.starting:
                     queue_seconds = (request.started_at or request.admitted_at) - request.admitted_at
-                    observe_started(queue_seconds)
+                    observe_started(request, queue_seconds)
                     self._channels[request].post(Started(queue_seconds))
                 if not self._execute(batch):
                     continue

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Final, Generic, Protocol, TypeVar
 
-from klein_services.runtime.metrics import CACHE_BYTES, CACHE_EVICTIONS, CACHE_REQUESTS
+from klein_services.runtime.metrics import CACHE_BYTES, CACHE_EVICTIONS, CACHE_REQUESTS, initialize_caches
 
 REFERENCE_CACHE: Final = "reference_cache"
 HIT, MISS = "hit", "miss"
@@ -42,6 +42,7 @@ class ReferenceCaches(Generic[_Cache]):
         self._limit_bytes = limit_bytes
         self._entries: OrderedDict[str, _Entry[_Cache]] = OrderedDict()
         self.size_bytes = 0
+        initialize_caches((REFERENCE_CACHE,))
 
     def __contains__(self, key: str) -> bool:
         return key in self._entries

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 
 from klein_services.runtime import metrics
@@ -65,6 +65,8 @@ class ScheduledRequest:
     started_at: float | None = None
     spent_seconds: float = 0.0
     """This request's share of device time so far."""
+    exemplar: dict[str, str] | None = field(default_factory=metrics.exemplar)
+    """Links this request's observations, which the engine's thread makes, to its trace."""
 
     @property
     def sort_key(self) -> tuple[int, float, int]:
@@ -147,15 +149,15 @@ class Batch:
 
 def observe_step(batch: Batch, seconds: float, token_budget: int) -> None:
     """Records one step. Without a token budget one image counts as a full step."""
-    metrics.STEP_SECONDS.observe(seconds)
-    metrics.STEP_TOKENS.observe(batch.tokens)
-    metrics.STEP_REQUESTS.observe(len({item.request.sequence for item in batch.items}))
-    metrics.STEP_OCCUPANCY.set(batch.tokens / max(token_budget, batch.tokens))
+    metrics.STEP_SECONDS.labels(STAGE).observe(seconds)
+    metrics.STEP_TOKENS.labels(STAGE).observe(batch.tokens)
+    metrics.STEP_REQUESTS.labels(STAGE).observe(len({item.request.sequence for item in batch.items}))
+    metrics.STEP_OCCUPANCY.labels(STAGE).set(batch.tokens / max(token_budget, batch.tokens))
 
 
 def observe_budget(tokens: int) -> None:
     """Records the current token budget of a step."""
-    metrics.STEP_TOKEN_BUDGET.set(tokens)
+    metrics.STEP_TOKEN_BUDGET.labels(STAGE).set(tokens)
 
 
 def observe_load(queued_count: int, running_count: int) -> None:
@@ -164,14 +166,14 @@ def observe_load(queued_count: int, running_count: int) -> None:
     metrics.RUNNING.labels(STAGE).set(running_count)
 
 
-def observe_started(queue_seconds: float) -> None:
+def observe_started(request: ScheduledRequest, queue_seconds: float) -> None:
     """Records the time from a request's admission to its first step."""
-    metrics.QUEUE_WAIT_SECONDS.labels(STAGE).observe(queue_seconds)
+    metrics.QUEUE_WAIT_SECONDS.labels(STAGE).observe(queue_seconds, request.exemplar)
 
 
 def observe_finished(request: ScheduledRequest) -> None:
     """Records the device time of a finished request."""
-    metrics.STAGE_SECONDS.labels(STAGE, OPERATION).observe(request.spent_seconds)
+    metrics.STAGE_SECONDS.labels(STAGE, OPERATION).observe(request.spent_seconds, request.exemplar)
 
 
 def observe_abandoned(request: ScheduledRequest, *, is_late: bool) -> None:

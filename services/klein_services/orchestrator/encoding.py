@@ -35,7 +35,7 @@ from klein_services.orchestrator.stage_client import (
 )
 from klein_services.orchestrator.timings import Timings, TransferMetrics
 from klein_services.runtime.byte_lru import ByteLru
-from klein_services.runtime.metrics import CACHE_REQUESTS
+from klein_services.runtime.metrics import CACHE_REQUESTS, initialize_caches
 from klein_services.runtime.protowire import (
     FileChunks,
     as_initial_image_part,
@@ -327,6 +327,7 @@ class TensorCache(ByteLru[CacheKey, CachedTensor]):
 
     def __init__(self, limit_bytes: int) -> None:
         super().__init__(limit_bytes, lambda key: key.kind)
+        initialize_caches((PROMPT_EMBEDDING, REFERENCE_LATENTS, INITIAL_IMAGE))
 
     def writer(self, key: CacheKey) -> CacheWriter:
         """Returns a writer that adds a response to the cache while it is relayed."""

@@ -22,7 +22,14 @@ from klein_services.orchestrator.stage_directory import StageDirectory
 from klein_services.runtime.admission import ConcurrencyLimit
 from klein_services.runtime.errors import ServiceError, StagesLost
 from klein_services.runtime.logs import request_metadata
-from klein_services.runtime.metrics import DEADLINE_MISSED, IMAGES, PIXELS, REQUEST_SECONDS
+from klein_services.runtime.metrics import (
+    DEADLINE_MISSED,
+    IMAGES,
+    PIXELS,
+    REQUEST_SECONDS,
+    exemplar,
+    initialize_requests,
+)
 from klein_services.runtime.status import status_of
 
 _TRANSIT_SECONDS = 0.05
@@ -48,6 +55,9 @@ class ImageGenerator:
     """Longest time that a request may take, also one without a deadline."""
     image_metadata: bool = True
     """Whether the seed, model and steps are stored in the image files."""
+
+    def __post_init__(self) -> None:
+        initialize_requests((*self.table.routes, _UNKNOWN_MODEL))
 
     async def events(
         self,
@@ -110,7 +120,8 @@ class ImageGenerator:
             # Clients choose neither the labels nor how far to count.
             labels = (model if model in self.table.routes else _UNKNOWN_MODEL, flow_of(spec), outcome)
             IMAGES.labels(*labels).inc(min(max(image_count(spec), 1), self.limits.image_count))
-            REQUEST_SECONDS.labels(*labels).observe(time.perf_counter() - arrived_at)
+            seconds = time.perf_counter() - arrived_at
+            REQUEST_SECONDS.labels(*labels).observe(seconds, exemplar())
             if outcome == "expired":
                 DEADLINE_MISSED.labels("orchestrator").inc()
 
@@ -130,6 +141,8 @@ def _outcome(error: BaseException, deadline: Deadline) -> str:
             code = status_of(error).code
             if code is grpc.StatusCode.DEADLINE_EXCEEDED:
                 return "expired"
+            if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+                return "refused"
             return "rejected" if code in _CLIENT_MISTAKES else "failed"
         case _:
             return "failed"

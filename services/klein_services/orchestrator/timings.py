@@ -11,10 +11,10 @@ from typing import Protocol
 from google.protobuf.duration_pb2 import Duration
 
 from klein_api.v1.image_service_pb2 import StageTiming
-from klein_services.runtime.metrics import HOP_BYTES, HOP_SECONDS, STAGE_CALL_SECONDS
+from klein_services.runtime.metrics import HOP_BYTES, HOP_SECONDS, STAGE_CALL_SECONDS, STAGE_CALLS, exemplar
 from klein_services.runtime.stage import duration
 
-_ORDER = ("encode-prompt", "encode-initial-image", "encode-reference", "denoise", "decode")
+_ORDER = tuple(operation for _, operation in STAGE_CALLS)
 """Operations in the order of a request's life."""
 
 
@@ -48,7 +48,7 @@ class OperationTiming:
         finally:
             seconds = time.perf_counter() - begin
             self.call_seconds += seconds
-            STAGE_CALL_SECONDS.labels(self.stage, self.operation).observe(seconds)
+            STAGE_CALL_SECONDS.labels(self.stage, self.operation).observe(seconds, exemplar())
 
     def report(self, summary: StageSummary) -> None:
         """Adds the durations that the stage measured."""
@@ -100,7 +100,8 @@ class TransferMetrics:
         """Reports the transfer, once, when all of it has been passed on."""
         if self._byte_count:
             HOP_BYTES.labels(*self._labels).inc(self._byte_count)
-            HOP_SECONDS.labels(*self._labels).observe(time.perf_counter() - self._begin_seconds)
+            seconds = time.perf_counter() - self._begin_seconds
+            HOP_SECONDS.labels(*self._labels).observe(seconds, exemplar())
 
 
 def _seconds(duration: Duration) -> float:

@@ -232,7 +232,7 @@ async def count_and_time(call: Call) -> AsyncIterator[None]:
     finally:
         code = outcome(call.context, error)
         metrics.RPC_HANDLED.labels(*labels, code.name).inc()
-        metrics.RPC_SECONDS.labels(*labels).observe(time.monotonic() - started_at)
+        metrics.RPC_SECONDS.labels(*labels).observe(time.monotonic() - started_at, metrics.exemplar())
 
 
 @asynccontextmanager
@@ -298,5 +298,5 @@ async def refuse_or_answer_errors(
             _undecodable.occurred(method=call.path.removeprefix("/"), peer=call.context.peer())
         if status.code in _REJECTIONS:
             reason = status.reason or status.code.name
-            metrics.REJECTED.labels(health.stage, reason.lower()).inc()
+            metrics.count_rejection(health.stage, reason.lower())
         await abort_with(call.context, status)

@@ -8,19 +8,58 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import grpc
 from google.protobuf import descriptor_pool
 from prometheus_client import Counter, Gauge, Histogram, disable_created_metrics
 
-_REASONS = ("queue_full", "deadline_unreachable", "out_of_memory", "stage_unavailable", "undecodable_message")
-"""Reasons of refusals that are counted from 0 on every server."""
+from klein_services.runtime import tracing
+
 RPC_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 REQUEST_BUCKETS = (0.1, 0.25, 0.5, 1, 2, 3, 5, 8, 13, 20, 30, 60, 120)
 STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 QUEUE_BUCKETS = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60)
 COUNT_BUCKETS = (1, 2, 4, 8, 16, 32)
 TOKEN_BUCKETS = tuple(float(256 * 2**power) for power in range(10))
+
+REASONS = (
+    "adapter_memory_full",
+    "deadline_unreachable",
+    "device_fault",
+    "failed_precondition",
+    "invalid_argument",
+    "not_found",
+    "out_of_memory",
+    "queue_full",
+    "resource_exhausted",
+    "stage_unavailable",
+    "unavailable",
+    "undecodable_message",
+    "unknown_adapter",
+    "unknown_model",
+    "unusable_adapter",
+)
+"""Values of `reason`: `ErrorInfo.reason` of refusals, or their status codes, in lower case."""
+OTHER_REASON = "other"
+"""The `reason` of a refusal that a stage of another version made."""
+OUTCOMES = ("succeeded", "rejected", "refused", "failed", "cancelled", "expired")
+FLOWS = ("text-to-image", "edit", "multi-reference", "masked-edit")
+STAGE_CALLS = (
+    ("text-encoder", "encode-prompt"),
+    ("vae-decoder", "encode-initial-image"),
+    ("vae-decoder", "encode-reference"),
+    ("denoiser", "denoise"),
+    ("vae-decoder", "decode"),
+)
+"""Stage and operation of every call that the orchestrator makes for a request, in the order of a request's life."""
+HOPS = (
+    ("text-encoder", "denoiser"),
+    ("vae-decoder", "denoiser"),
+    ("denoiser", "vae-decoder"),
+    ("vae-decoder", "orchestrator"),
+)
+"""Source and destination of every transfer that the orchestrator relays or receives."""
 
 _METHOD = ("grpc_type", "grpc_service", "grpc_method")
 RPC_STARTED = Counter("grpc_server_started", "RPCs that this server began to handle.", _METHOD)
@@ -57,7 +96,7 @@ ABANDONED_SECONDS = Counter(
 )
 REJECTED = Counter(
     "klein_request_rejected",
-    "Refused requests; `reason` is the status detail's in lower case, or the status code's where it has none.",
+    "Refused requests; `reason` is the status detail's in lower case, the status code's where it has none, or other.",
     ["stage", "reason"],
 )
 DEADLINE_MISSED = Counter(
@@ -76,17 +115,22 @@ INFO = Gauge(
     "klein_stage_info", "1; the labels say what runs here.", ["stage", "model", "device", "dtype", "version"]
 )
 
-STEP_SECONDS = Histogram("klein_denoise_step_seconds", "Seconds of one packed step.", buckets=STEP_BUCKETS)
-STEP_TOKENS = Histogram("klein_denoise_step_tokens", "Tokens of one packed step.", buckets=TOKEN_BUCKETS)
+STEP_SECONDS = Histogram(
+    "klein_denoise_step_seconds", "Seconds of one packed step.", ["stage"], buckets=STEP_BUCKETS
+)
+STEP_TOKENS = Histogram(
+    "klein_denoise_step_tokens", "Tokens of one packed step.", ["stage"], buckets=TOKEN_BUCKETS
+)
 STEP_REQUESTS = Histogram(
-    "klein_denoise_step_requests", "Requests in one packed step.", buckets=COUNT_BUCKETS
+    "klein_denoise_step_requests", "Requests in one packed step.", ["stage"], buckets=COUNT_BUCKETS
 )
 STEP_OCCUPANCY = Gauge(
-    "klein_denoise_step_occupancy_ratio", "Tokens of the last packed step over its token budget."
+    "klein_denoise_step_occupancy_ratio", "Tokens of the last packed step over its token budget.", ["stage"]
 )
 STEP_TOKEN_BUDGET = Gauge(
     "klein_denoise_step_token_budget",
     "Tokens that a packed step may have now, fewer after the device ran out of memory; 0 is one image a step.",
+    ["stage"],
 )
 
 HOP_BYTES = Counter(
@@ -124,8 +168,8 @@ REQUEST_SECONDS = Histogram(
 )
 IMAGES = Counter(
     "klein_images",
-    "Images asked of the public API; `outcome` is succeeded, rejected (a mistake of the client), failed, cancelled "
-    "or expired.",
+    "Images asked of the public API; `outcome` is succeeded, rejected (a mistake of the client), refused (no "
+    "capacity), failed, cancelled or expired.",
     ["model", "flow", "outcome"],
 )
 PIXELS = Counter("klein_pixels", "Pixels of images that were answered.", ["model", "flow"])
@@ -178,7 +222,7 @@ def initialize(stage: str, service_names: Iterable[str], operations: Sequence[st
     DEADLINE_MISSED.labels(stage)
     if operations:
         initialize_queue(stage)
-    for reason in _REASONS:
+    for reason in (*REASONS, OTHER_REASON):
         REJECTED.labels(stage, reason)
     for operation in operations:
         STAGE_SECONDS.labels(stage, operation)
@@ -188,3 +232,47 @@ def initialize_queue(stage: str) -> None:
     """Creates the label sets of a device's queue."""
     for metric in (QUEUE_DEPTH, QUEUE_WAIT_SECONDS, RUNNING, ABANDONED_SECONDS, DEADLINE_MISSED):
         metric.labels(stage)
+
+
+def initialize_steps(stage: str) -> None:
+    """Creates the label sets of a stage that computes in steps."""
+    for metric in (STEP_SECONDS, STEP_TOKENS, STEP_REQUESTS, STEP_OCCUPANCY, STEP_TOKEN_BUDGET):
+        metric.labels(stage)
+
+
+def initialize_requests(models: Iterable[str]) -> None:
+    """Creates the label sets of the orchestrator's requests, stage calls and transfers.
+
+    Args:
+        models: names of the routed models, and the one that stands for all others.
+    """
+    for model, flow in product(models, FLOWS):
+        PIXELS.labels(model, flow)
+        for outcome in OUTCOMES:
+            IMAGES.labels(model, flow, outcome)
+            REQUEST_SECONDS.labels(model, flow, outcome)
+    for stage, operation in STAGE_CALLS:
+        STAGE_CALL_SECONDS.labels(stage, operation)
+    for source, destination in HOPS:
+        HOP_BYTES.labels(source, destination)
+        HOP_SECONDS.labels(source, destination)
+
+
+def initialize_caches(kinds: Iterable[str]) -> None:
+    """Creates the label sets of caches that a process has."""
+    for kind in kinds:
+        CACHE_BYTES.labels(kind)
+        CACHE_EVICTIONS.labels(kind)
+        for outcome in ("hit", "miss"):
+            CACHE_REQUESTS.labels(kind, outcome)
+
+
+def count_rejection(stage: str, reason: str) -> None:
+    """Counts a refused request. A reason of another version's stage counts as other: labels stay bounded."""
+    REJECTED.labels(stage, reason if reason in REASONS else OTHER_REASON).inc()
+
+
+def exemplar() -> dict[str, str] | None:
+    """Returns the labels that link an observation to the current trace; `None` while none is recorded."""
+    identity = tracing.trace_id()
+    return {"trace_id": identity} if identity else None

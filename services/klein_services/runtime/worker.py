@@ -161,9 +161,10 @@ class Worker:
         else:
             value, error = _outcome(job)
         compute_seconds = time.monotonic() - started_at
-        metrics.QUEUE_WAIT_SECONDS.labels(self.name).observe(queue_seconds)
+        exemplar = job.context.run(metrics.exemplar)
+        metrics.QUEUE_WAIT_SECONDS.labels(self.name).observe(queue_seconds, exemplar)
         if job.operation and error is None:
-            metrics.STAGE_SECONDS.labels(self.name, job.operation).observe(compute_seconds)
+            metrics.STAGE_SECONDS.labels(self.name, job.operation).observe(compute_seconds, exemplar)
             mean = compute_seconds if self._mean_seconds is None else self._mean_seconds
             self._mean_seconds = mean + _SMOOTHING * (compute_seconds - mean)
         self._running = None

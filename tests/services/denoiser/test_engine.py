@@ -232,7 +232,7 @@ async def test_out_of_memory_cuts_the_budget_which_full_steps_bring_back(monkeyp
     budgets: list[float] = []
 
     def step(trajectories) -> None:
-        budgets.append(metric("klein_denoise_step_token_budget"))
+        budgets.append(metric("klein_denoise_step_token_budget", stage="denoiser"))
         steps.append(len(trajectories))
         if len(steps) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")

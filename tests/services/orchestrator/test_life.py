@@ -128,7 +128,7 @@ async def test_a_deadline_ends_the_work_of_every_stage(suite):
 
 
 def counted_outcomes(model="fake", flow="text-to-image") -> dict[str, float]:
-    outcomes = ("succeeded", "rejected", "failed", "cancelled", "expired")
+    outcomes = ("succeeded", "rejected", "refused", "failed", "cancelled", "expired")
     return {outcome: counted_images(outcome, flow, model) for outcome in outcomes}
 
 
@@ -184,7 +184,7 @@ async def test_a_request_whose_deadline_passes_is_counted_as_such_before_and_aft
             "unusable_adapter",
             1,
         ),
-        ({}, QueueFull(4), "fake", "failed", "queue_full", 1),
+        ({}, QueueFull(4), "fake", "refused", "queue_full", 1),
         ({}, StageUnavailable("drains"), "fake", "failed", "stage_unavailable", 1),
     ],
 )
