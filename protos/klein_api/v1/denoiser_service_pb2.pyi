@@ -361,6 +361,7 @@ class DenoiseSummary(_message.Message):
     QUEUE_DURATION_FIELD_NUMBER: _builtins.int
     COMPUTE_DURATION_FIELD_NUMBER: _builtins.int
     STEP_COUNT_FIELD_NUMBER: _builtins.int
+    DEVICE_DURATION_FIELD_NUMBER: _builtins.int
     step_count: _builtins.int
     """Steps run here, those before `resume_step` or left out by `strength` excluded."""
     @_builtins.property
@@ -371,16 +372,23 @@ class DenoiseSummary(_message.Message):
     def compute_duration(self) -> _duration_pb2.Duration:
         """Time from the start of the first step to the end of the last, pauses included."""
 
+    @_builtins.property
+    def device_duration(self) -> _duration_pb2.Duration:
+        """Share of the device's time: less than `compute_duration` where requests share steps or take turns. The shares of all
+        requests add up to the time that the device computed.
+        """
+
     def __init__(
         self,
         *,
         queue_duration: _duration_pb2.Duration | None = ...,
         compute_duration: _duration_pb2.Duration | None = ...,
         step_count: _builtins.int = ...,
+        device_duration: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["compute_duration", b"compute_duration", "queue_duration", b"queue_duration"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["compute_duration", b"compute_duration", "device_duration", b"device_duration", "queue_duration", b"queue_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_duration", b"compute_duration", "queue_duration", b"queue_duration", "step_count", b"step_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_duration", b"compute_duration", "device_duration", b"device_duration", "queue_duration", b"queue_duration", "step_count", b"step_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

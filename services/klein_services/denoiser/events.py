@@ -61,6 +61,9 @@ class Finished:
     latents: tuple[Tensor, ...]
     queue_seconds: float
     compute_seconds: float
+    """From the first step to the last, pauses included."""
+    device_seconds: float
+    """The request's share of the device's time."""
 
 
 Event = Queued | Started | StepDone | Preview | Checkpoint | Finished
@@ -159,6 +162,7 @@ class Responses:
                 summary = api.DenoiseSummary(
                     queue_duration=duration(event.queue_seconds),
                     compute_duration=duration(event.compute_seconds),
+                    device_duration=duration(event.device_seconds),
                     step_count=self._step_count - self._first_step,
                 )
                 yield api.DenoiseLatentsResponse(summary=summary)

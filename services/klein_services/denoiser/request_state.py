@@ -58,4 +58,5 @@ def post_result(request: ScheduledRequest, state: RequestState, channel: EventCh
     channel.post(StepDone(request.step_count))
     started_at = request.admitted_at if request.started_at is None else request.started_at
     latents = tuple(host_tensor(trajectory.latents) for trajectory in state.trajectories)
-    channel.post(Finished(latents, started_at - request.admitted_at, now - started_at))
+    queue_seconds, compute_seconds = started_at - request.admitted_at, now - started_at
+    channel.post(Finished(latents, queue_seconds, compute_seconds, request.spent_seconds))

@@ -76,6 +76,7 @@ async def decode_latents(
     spec: DecodeSpec,
     frames: AsyncIterator[bytes],
     timing: OperationTiming,
+    pixel_count: int,
     overlay: MaskedEdit | None = None,
 ) -> DecodedImage:
     """Decodes one image while its latents are still arriving.
@@ -86,13 +87,14 @@ async def decode_latents(
         spec: how the image is to be encoded.
         frames: the latents' serialized frames, as `protowire` moves them.
         timing: where the call is counted.
+        pixel_count: pixels of the image.
         overlay: the masked edit whose initial image stands outside its mask; `spec` gets its preparation.
 
     Raises:
         StageDisagreement: the image is not as long as its summary says.
         Exception: as `ServerStream.messages`.
     """
-    with timing.call():
+    with timing.call(), stages.backlog.call(address, "decode", pixel_count) as work:
         async with stages.stream_stream(address, DECODE_LATENTS) as call:
             if overlay is not None:
                 spec.overlay.CopyFrom(overlay.inpainting)
@@ -105,9 +107,10 @@ async def decode_latents(
                 transfer.add(frame)
                 await call.write(frame)
             await call.done_writing()
+            work.begin()
             transfer.finish()
             image = await _read_image(call)
-    timing.report(image.summary)
+    work.measured(timing.report(image.summary))
     return image
 
 

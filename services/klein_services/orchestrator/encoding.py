@@ -250,7 +250,8 @@ class InputEncoder:
         summary: bytes | None = None
         writer = self._cache.writer(key)
         transfer = TransferMetrics(address.stage, DENOISER)
-        with timing.call():
+        with timing.call(), self._stages.backlog.call(address, operation) as work:
+            work.begin()
             async with open_call() as call:
                 async for message in call.messages():
                     if summary is None and field_number(message) == _SUMMARY_FIELD:
@@ -266,7 +267,7 @@ class InputEncoder:
             raise _no_tensor(address)
         transfer.finish()
         writer.commit(summary)
-        timing.report(response_class.FromString(summary).summary)
+        work.measured(timing.report(response_class.FromString(summary).summary))
 
     @asynccontextmanager
     async def _upload(

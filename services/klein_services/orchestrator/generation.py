@@ -17,6 +17,7 @@ from klein_api.v1.image_service_pb2 import (
     StreamGenerateImageResponse,
 )
 from klein_api.v1.vae_decoder_service_pb2 import DecodeSpec
+from klein_services.orchestrator.backlog import Work
 from klein_services.orchestrator.decoding import DecodedImage, FrameQueue, decode_latents
 from klein_services.orchestrator.encoding import InputEncoder, TensorCache
 from klein_services.orchestrator.events import EventQueue, ImageEvent
@@ -30,7 +31,7 @@ from klein_services.orchestrator.stage_client import (
     StageDisagreement,
 )
 from klein_services.orchestrator.stage_directory import StageDirectory
-from klein_services.orchestrator.timings import Timings
+from klein_services.orchestrator.timings import Timings, seconds_of
 from klein_services.runtime.errors import ServiceError, StagesLost
 from klein_services.runtime.logs import request_id
 from klein_services.runtime.protowire import field_number, indexed_frame_field, is_last_frame
@@ -83,6 +84,8 @@ class Generation:
         self._events = events
         self._options = options
         self._timings = Timings()
+        self._denoising: Work | None = None
+        """The request in the denoiser's backlog, once the denoiser's call is open."""
         self._denoiser: asyncio.Future[BidiStream] = asyncio.get_running_loop().create_future()
         self._inputs = InputEncoder(request, stages, cache, self._timings, self._denoiser)
         self._latents: dict[int, FrameQueue] = {}
@@ -124,7 +127,7 @@ class Generation:
         """Encodes, denoises and decodes at once, each as soon as its input arrives."""
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._inputs.run())
+                group.create_task(self._encode())
                 await self._denoise(group)
         except ExceptionGroup as failures:
             if failures.subgroup(StageDisagreement):
@@ -139,6 +142,16 @@ class Generation:
                 error = error.exceptions[0]
             raise error from None
         return self._summary()
+
+    async def _encode(self) -> None:
+        """Sends the denoiser all of its input; from then on the request is part of the denoiser's backlog."""
+        await self._inputs.run()
+        if self._denoising is not None:
+            params, edit = self._params, self._request.masked_edit
+            pixel_count = params.width_px * params.height_px + self._inputs.pixel_count
+            steps = params.steps if edit is None else params.steps * edit.strength
+            self._denoising.size = max(1.0, pixel_count * steps * len(params.seeds))
+            self._denoising.begin()
 
     async def _denoise(self, group: asyncio.TaskGroup) -> None:
         """Opens the denoiser's call as soon as the size is known and follows it to its end."""
@@ -158,7 +171,8 @@ class Generation:
             adapters=[Adapter(name=adapter.name, scale=adapter.scale) for adapter in params.adapters],
             strength=None if edit is None else edit.strength,
         )
-        with self._timings.of(DENOISER, "denoise").call():
+        timing, backlog = self._timings.of(DENOISER, "denoise"), self._stages.backlog
+        with timing.call(), backlog.call(address, "denoise") as self._denoising:
             async with self._stages.stream_stream(address, DENOISE_LATENTS) as call:
                 await call.write(DenoiseLatentsRequest(spec=spec).SerializeToString())
                 self._denoiser.set_result(call)
@@ -187,11 +201,20 @@ class Generation:
             elif index == 0:
                 await self._relay_preview(frame, group)
         elif arm == _SUMMARY:
-            response = DenoiseLatentsResponse.FromString(message)
-            self._timings.of(DENOISER, "denoise").report(response.summary)
+            summary = DenoiseLatentsResponse.FromString(message).summary
+            compute_seconds = self._timings.of(DENOISER, "denoise").report(summary)
+            if self._denoising is not None:
+                has_share = summary.HasField("device_duration")
+                self._denoising.measured(
+                    seconds_of(summary.device_duration) if has_share else compute_seconds
+                )
         elif arm in (_QUEUED, _STEP):
             response = DenoiseLatentsResponse.FromString(message)
             self._step = response.step.step or self._step
+            if self._denoising is not None:
+                edit, steps = self._request.masked_edit, self._params.steps
+                run_here = steps if edit is None else steps * edit.strength
+                self._denoising.share_left = min(1.0, (steps - self._step) / run_here)
             if self._options.reports_progress:
                 await self._events.put(_progress(response))
             # The decoder's call is opened at the last step, because the latents follow in a moment. Not before the
@@ -262,7 +285,10 @@ class Generation:
     ) -> DecodedImage:
         timing = self._timings.of(VAE_DECODER, "decode")
         address = self._request.route.vae_decoder
-        return await decode_latents(self._stages, address, spec, latents.frames(), timing, overlay)
+        pixel_count = self._params.width_px * self._params.height_px
+        return await decode_latents(
+            self._stages, address, spec, latents.frames(), timing, pixel_count, overlay
+        )
 
     def _description(self, index: int, image: DecodedImage) -> GeneratedImage:
         return GeneratedImage(

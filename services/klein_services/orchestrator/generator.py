@@ -12,6 +12,7 @@ import grpc
 
 from klein_api.v1.image_service_pb2 import ImageSpec
 from klein_core.errors import InvalidInput
+from klein_services.orchestrator.backlog import Backlog
 from klein_services.orchestrator.encoding import TensorCache
 from klein_services.orchestrator.events import Event, EventQueue, ImageEvent
 from klein_services.orchestrator.generation import Generation, GenerationOptions
@@ -55,6 +56,8 @@ class ImageGenerator:
     """Longest time that a request may take, also one without a deadline."""
     image_metadata: bool = True
     """Whether the seed, model and steps are stored in the image files."""
+    backlog: Backlog = field(default_factory=Backlog)
+    """Work of the requests in progress, by pool of replicas."""
 
     def __post_init__(self) -> None:
         initialize_requests((*self.table.routes, _UNKNOWN_MODEL))
@@ -89,7 +92,7 @@ class ImageGenerator:
             info = await self.directory.describe_route(route, deadline.remaining_seconds())
             request = validated(spec, preview_interval_steps, route, info, self.limits)
             queue = EventQueue()
-            stages = StageClient(self.channels, deadline, request_metadata())
+            stages = StageClient(self.channels, deadline, request_metadata(), self.backlog)
             generation = Generation(request, stages, self.directory, self.cache, queue, options)
             task = asyncio.create_task(generation.run())
             task.add_done_callback(lambda _: queue.close())

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import grpc
 
+from klein_api.externalscaler.external_scaler_service_pb2_grpc import add_ExternalScalerServicer_to_server
 from klein_api.v1.image_service_pb2 import (
     GenerateImageRequest,
     GenerationSummary,
@@ -20,8 +21,11 @@ from klein_api.v1.image_service_pb2 import (
     StreamGenerateImageRequest,
 )
 from klein_api.v1.image_service_pb2_grpc import ImageServiceServicer, add_ImageServiceServicer_to_server
+from klein_services.orchestrator import external_scaler
+from klein_services.orchestrator.backlog import Backlog
 from klein_services.orchestrator.encoding import TensorCache
 from klein_services.orchestrator.events import ImageEvent, collected
+from klein_services.orchestrator.external_scaler import ExternalScaler
 from klein_services.orchestrator.generator import ImageGenerator
 from klein_services.orchestrator.request import AdmissionLimits
 from klein_services.orchestrator.routing import Route, RoutingTable, StageAddress
@@ -39,36 +43,41 @@ _Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
 
 class Orchestrator(Service):
-    """Serves ImageService over the stages of a routing table; loads nothing and computes nothing."""
+    """Serves ImageService and KEDA's ExternalScaler over the stages of a routing table; computes nothing."""
 
     name = "orchestrator"
-    service_names = (SERVICE_NAME,)
+    service_names = (SERVICE_NAME, external_scaler.SERVICE_NAME)
     response_bytes = IMAGE_MESSAGE_BYTES
 
     def __init__(self, settings: OrchestratorSettings, table: RoutingTable) -> None:
         self.request_bytes = settings.limits().request_bytes
         self._channels = Channels()
+        backlog = Backlog()
         self.generator = ImageGenerator(
             table=table,
             channels=self._channels,
             directory=StageDirectory(
-                self._channels, settings.describe_ttl_seconds, settings.stage_wait_seconds
+                self._channels, settings.describe_ttl_seconds, settings.stage_wait_seconds, backlog
             ),
             cache=TensorCache(settings.cache_bytes),
             limits=settings.limits(),
             slots=ConcurrencyLimit(settings.queue_limit),
             maximum_seconds=settings.maximum_request_seconds,
             image_metadata=settings.image_metadata,
+            backlog=backlog,
         )
+        self._scaler = ExternalScaler(self.generator, settings.scaler_settle_seconds)
 
     def register(self, server: grpc.aio.Server) -> None:
         add_ImageServiceServicer_to_server(ImageApi(self.generator), server)
+        add_ExternalScalerServicer_to_server(self._scaler, server)
 
     async def load(self) -> None:
         """Does nothing; stages are asked for their descriptions when they are first needed."""
 
     async def drain(self) -> None:
-        """Does nothing; running requests keep their stage calls."""
+        """Ends what KEDA watches; running requests keep their stage calls."""
+        self._scaler.drain()
 
     async def close(self) -> None:
         await self._channels.close()

@@ -76,6 +76,13 @@ class OrchestratorSettings(ServerSettings):
         minimum=0,
         maximum=3600,
     )
+    scaler_settle_seconds: float = setting(
+        30.0,
+        help="Seconds after the start during which KEDA gets no backlog of 0 for a stage that no request has used yet: "
+        "clients may still be connecting",
+        minimum=0,
+        maximum=3600,
+    )
     image_metadata: bool = setting(
         True, help="Whether the seed, model and steps are stored in the image files"
     )

@@ -6,13 +6,14 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final, Self, TypeAlias
 
 import grpc
 
 from klein_core.errors import InvalidInput, Violation
+from klein_services.orchestrator.backlog import Backlog
 from klein_services.orchestrator.routing import DENOISER, TEXT_ENCODER, VAE_DECODER, StageAddress
 from klein_services.runtime.channels import open_channel
 from klein_services.runtime.errors import StagesLost
@@ -70,6 +71,8 @@ class StageClient:
     deadline: Deadline
     metadata: tuple[tuple[str, str], ...] = ()
     """gRPC metadata of every call."""
+    backlog: Backlog = field(default_factory=Backlog)
+    """Where the work of the calls counts while they are in progress."""
 
     def unary_stream(
         self, address: StageAddress, method: str, request: bytes, fields: Mapping[str, str] = PUBLIC_FIELDS

@@ -11,6 +11,7 @@ import grpc
 
 from klein_api.v1.stage_service_pb2 import DescribeStageRequest, DescribeStageResponse
 from klein_api.v1.stage_service_pb2_grpc import StageServiceStub
+from klein_services.orchestrator.backlog import Backlog
 from klein_services.orchestrator.routing import Route, StageAddress
 from klein_services.orchestrator.stage_client import Channels
 from klein_services.runtime.errors import StagesLost
@@ -80,10 +81,18 @@ class StageDirectory:
         channels: channels to the stages.
         ttl_seconds: time for which a description is kept.
         wait_seconds: time for which a request waits for a stage that does not answer, loads or drains.
+        backlog: where such requests count while they wait.
     """
 
-    def __init__(self, channels: Channels, ttl_seconds: float, wait_seconds: float = 0.0) -> None:
+    def __init__(
+        self,
+        channels: Channels,
+        ttl_seconds: float,
+        wait_seconds: float = 0.0,
+        backlog: Backlog | None = None,
+    ) -> None:
         self._channels = channels
+        self._backlog = backlog or Backlog()
         self._ttl_seconds = ttl_seconds
         self._wait_seconds = wait_seconds
         self._known: dict[StageAddress, _Known] = {}
@@ -144,19 +153,19 @@ class StageDirectory:
         waits_until = time.monotonic() + self._wait_seconds
         problem = f"{address.stage} at {address.target} does not answer"
         try:
-            async with asyncio.timeout(timeout_seconds):
-                for attempt in itertools.count(1):
-                    answer = await self._shared_answer(address)
-                    if answer.description is not None and not answer.problem:
-                        self._known[address] = _Known(
-                            time.monotonic() + self._ttl_seconds, answer.description
-                        )
-                        return answer.description
-                    problem = answer.problem
-                    has_tried_enough = answer.description is None or attempt >= _ATTEMPTS
-                    if answer.is_lasting or (has_tried_enough and time.monotonic() >= waits_until):
-                        break
-                    await asyncio.sleep(_PAUSE_SECONDS)
+            with self._backlog.expected(address):
+                async with asyncio.timeout(timeout_seconds):
+                    for attempt in itertools.count(1):
+                        answer = await self._shared_answer(address)
+                        if answer.description is not None and not answer.problem:
+                            fresh_until = time.monotonic() + self._ttl_seconds
+                            self._known[address] = _Known(fresh_until, answer.description)
+                            return answer.description
+                        problem = answer.problem
+                        has_tried_enough = answer.description is None or attempt >= _ATTEMPTS
+                        if answer.is_lasting or (has_tried_enough and time.monotonic() >= waits_until):
+                            break
+                        await asyncio.sleep(_PAUSE_SECONDS)
         except TimeoutError:
             # The last answer's problem says more than the time that has passed.
             return problem

@@ -50,10 +50,12 @@ class OperationTiming:
             self.call_seconds += seconds
             STAGE_CALL_SECONDS.labels(self.stage, self.operation).observe(seconds, exemplar())
 
-    def report(self, summary: StageSummary) -> None:
-        """Adds the durations that the stage measured."""
-        self.queue_seconds += _seconds(summary.queue_duration)
-        self.compute_seconds += _seconds(summary.compute_duration)
+    def report(self, summary: StageSummary) -> float:
+        """Adds the durations that the stage measured; returns the seconds that it computed."""
+        compute_seconds = seconds_of(summary.compute_duration)
+        self.queue_seconds += seconds_of(summary.queue_duration)
+        self.compute_seconds += compute_seconds
+        return compute_seconds
 
     def message(self) -> StageTiming:
         return StageTiming(
@@ -104,5 +106,5 @@ class TransferMetrics:
             HOP_SECONDS.labels(*self._labels).observe(seconds, exemplar())
 
 
-def _seconds(duration: Duration) -> float:
+def seconds_of(duration: Duration) -> float:
     return duration.seconds + duration.nanos / 1e9

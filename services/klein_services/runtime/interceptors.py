@@ -60,8 +60,11 @@ class Call:
 
     @property
     def is_housekeeping(self) -> bool:
-        """Whether it is a probe: health, reflection, channelz or DescribeStage."""
-        return self.method.service.startswith("grpc.") or self.method.service == STAGE_SERVICE
+        """Whether it is a probe: health, reflection, channelz, DescribeStage or KEDA's."""
+        return (
+            self.method.service.startswith(("grpc.", "externalscaler."))
+            or self.method.service == STAGE_SERVICE
+        )
 
 
 CallContext: TypeAlias = Callable[[Call], AbstractAsyncContextManager[None]]

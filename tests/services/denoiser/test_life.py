@@ -195,7 +195,7 @@ async def test_unread_events_do_not_pile_up():
     for step, preview in enumerate(previews):
         channel.post(StepDone(step))
         channel.post(Preview(step, preview))
-    channel.post(Finished((image(16, 16),), 0.0, 0.0))
+    channel.post(Finished((image(16, 16),), 0.0, 0.0, 0.0))
     previews.clear()
     del preview
     assert sum(reference() is not None for reference in alive) == 1
