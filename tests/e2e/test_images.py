@@ -339,6 +339,7 @@ def test_a_caller_that_goes_away_stops_the_denoiser(running: Running) -> None:
     assert 3 <= denoiser_metric(running, names[0]) - steps < 1000
     assert denoiser_metric(running, names[1]) > abandoned
     assert denoiser_metric(running, "klein_queue_depth") == 0
+    assert denoiser_metric(running, "klein_backlog_seconds") == 0
 
 
 def test_references_that_are_cached_give_the_pipelines_bytes_at_first_and_again(tmp_path: Path) -> None:

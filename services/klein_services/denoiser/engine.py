@@ -284,7 +284,7 @@ class Engine:
             request.has_cache = False
         for by_request in (self._channels, self._states, self._positions):
             by_request.pop(request, None)
-        observe_load(self._scheduler.queued_count, self._scheduler.running_count)
+        self._observe_load()
 
     def _publish_queue_positions(self) -> None:
         """Posts the position of each waiting request whose position has changed."""
@@ -292,7 +292,11 @@ class Engine:
             if not request.is_started and self._positions.get(request) != position:
                 self._positions[request] = position
                 self._channels[request].post(Queued(position, self._scheduler.estimated_wait(request)))
-        observe_load(self._scheduler.queued_count, self._scheduler.running_count)
+        self._observe_load()
+
+    def _observe_load(self) -> None:
+        scheduler = self._scheduler
+        observe_load(scheduler.queued_count, scheduler.running_count, scheduler.backlog_seconds)
 
 
 def clear_traceback_frames(error: BaseException) -> None:

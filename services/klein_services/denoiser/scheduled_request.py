@@ -160,10 +160,11 @@ def observe_budget(tokens: int) -> None:
     metrics.STEP_TOKEN_BUDGET.labels(STAGE).set(tokens)
 
 
-def observe_load(queued_count: int, running_count: int) -> None:
-    """Records how many requests wait and how many have started."""
+def observe_load(queued_count: int, running_count: int, backlog_seconds: float) -> None:
+    """Records how many requests wait, how many have started, and the device time that all of them still need."""
     metrics.QUEUE_DEPTH.labels(STAGE).set(queued_count)
     metrics.RUNNING.labels(STAGE).set(running_count)
+    metrics.BACKLOG_SECONDS.labels(STAGE).set(backlog_seconds)
 
 
 def observe_started(request: ScheduledRequest, queue_seconds: float) -> None:

@@ -14,6 +14,8 @@ from klein_services.runtime.errors import DeadlineUnreachable, QueueFull
 
 UNKNOWN_RETRY_SECONDS = 1.0
 """Retry hint of a full queue before any step was measured."""
+UNMEASURED_SECONDS = 1.0
+"""Backlog of a request whose size was never measured, so that waiting work never looks like none."""
 RETRY_SECONDS = (0.1, 60.0)
 """Bounds of the retry hint of a full queue."""
 
@@ -89,6 +91,12 @@ class Scheduler:
     @property
     def running_count(self) -> int:
         return sum(request.is_started for request in self._requests.values())
+
+    @property
+    def backlog_seconds(self) -> float:
+        """Device seconds that all admitted requests still need."""
+        left = (self.estimates.seconds_left(request) for request in self._requests.values())
+        return sum(UNMEASURED_SECONDS if seconds is None else seconds for seconds in left)
 
     def admit(self, request: ScheduledRequest, now: float) -> None:
         """Reserves a place in the queue; the request is scheduled only after `activate`.

@@ -83,6 +83,11 @@ QUEUE_WAIT_SECONDS = Histogram(
     buckets=QUEUE_BUCKETS,
 )
 RUNNING = Gauge("klein_running_requests", "Requests that the device computes now.", ["stage"])
+BACKLOG_SECONDS = Gauge(
+    "klein_backlog_seconds",
+    "Device seconds that accepted requests still need, by measured times; 1 for each request not yet measured.",
+    ["stage"],
+)
 STAGE_SECONDS = Histogram(
     "klein_stage_duration_seconds",
     "Seconds that the device computed for one request.",
@@ -230,7 +235,14 @@ def initialize(stage: str, service_names: Iterable[str], operations: Sequence[st
 
 def initialize_queue(stage: str) -> None:
     """Creates the label sets of a device's queue."""
-    for metric in (QUEUE_DEPTH, QUEUE_WAIT_SECONDS, RUNNING, ABANDONED_SECONDS, DEADLINE_MISSED):
+    for metric in (
+        QUEUE_DEPTH,
+        QUEUE_WAIT_SECONDS,
+        RUNNING,
+        BACKLOG_SECONDS,
+        ABANDONED_SECONDS,
+        DEADLINE_MISSED,
+    ):
         metric.labels(stage)
 
 

@@ -17,6 +17,8 @@ from klein_services.runtime.errors import DeadlinePassed, QueueFull, StageUnavai
 
 _STOP_SECONDS = 1.0
 _SMOOTHING = 0.2
+_UNMEASURED_SECONDS = 1.0
+"""Backlog of a function before any operation was measured, so that waiting work never looks like none."""
 _Value = TypeVar("_Value")
 _log = logging.getLogger("klein.worker")
 
@@ -191,6 +193,8 @@ class Worker:
     def _count(self) -> None:
         metrics.QUEUE_DEPTH.labels(self.name).set(self.queued_count)
         metrics.RUNNING.labels(self.name).set(self.running_count)
+        seconds = _UNMEASURED_SECONDS if self._mean_seconds is None else self._mean_seconds
+        metrics.BACKLOG_SECONDS.labels(self.name).set(seconds * (self.queued_count + self.running_count))
 
 
 def _outcome(job: _Job) -> tuple[Any, BaseException | None]:

@@ -220,3 +220,14 @@ def test_a_gap_is_filled_by_a_small_request_and_the_time_is_shared_by_tokens():
     assert [item.request for item in batch.items] == [first, small]
     assert (first.spent_seconds, small.spent_seconds) == pytest.approx((0.06, 0.04))
     assert [item.request for item in device.step().items] == [large]
+
+
+def test_the_backlog_is_the_device_time_that_admitted_requests_still_need():
+    device = Device(SchedulerConfig())
+    assert device.scheduler.backlog_seconds == 0
+    device.submit(ScheduledRequest(image_tokens=100, step_count=5, image_count=2))
+    assert device.scheduler.backlog_seconds == 1, "a size that was never measured is not taken for no work"
+    device.step()
+    assert device.scheduler.backlog_seconds == pytest.approx(9 * 0.1)
+    device.run()
+    assert device.scheduler.backlog_seconds == 0

@@ -206,3 +206,19 @@ async def test_the_wait_is_estimated_from_measured_operations(worker, busy):
     assert worker.estimated_wait_seconds >= 0.02
     second.may_end.set()
     await task
+
+
+async def test_the_backlog_is_never_zero_while_work_waits(worker, busy):
+    gate, running = busy
+    second, third = (asyncio.create_task(worker.run(lambda: None, operation="toy")) for _ in range(2))
+    await asyncio.sleep(0)
+    assert sample("klein_backlog_seconds") == 3, "before a measurement each counts as a second"
+    gate.may_end.set()
+    await asyncio.gather(running, second, third)
+    assert sample("klein_backlog_seconds") == 0
+    last = Gate()
+    task = asyncio.create_task(worker.run(last, operation="toy"))
+    await asyncio.to_thread(last.begun.wait, 10)
+    assert 0 < sample("klein_backlog_seconds") == worker.estimated_wait_seconds
+    last.may_end.set()
+    await task
