@@ -20,8 +20,10 @@ from klein_services.orchestrator.request import AdmissionLimits, flow_of, image_
 from klein_services.orchestrator.routing import RoutingTable
 from klein_services.orchestrator.stage_client import Channels, Deadline, StageClient
 from klein_services.orchestrator.stage_directory import StageDirectory
+from klein_services.orchestrator.tokens import Tenant
 from klein_services.runtime.admission import ConcurrencyLimit
-from klein_services.runtime.errors import ServiceError, StagesLost
+from klein_services.runtime.caller import caller, caller_metadata
+from klein_services.runtime.errors import ModelNotAllowed, ServiceError, StagesLost
 from klein_services.runtime.logs import request_metadata
 from klein_services.runtime.metrics import (
     DEADLINE_MISSED,
@@ -80,6 +82,7 @@ class ImageGenerator:
 
         Raises:
             UnknownModel: the request names a model that is not routed.
+            ModelNotAllowed: the caller's token does not allow the model.
             InvalidInput: fields are outside their limits; all of them are named.
             StagesLost: a stage cannot be used.
             PeerFailure: a stage failed in another way.
@@ -87,12 +90,14 @@ class ImageGenerator:
         """
         options = GenerationOptions(reports_progress, self.image_metadata)
         deadline = Deadline.after(remaining_seconds, self.maximum_seconds)
-        with self._counted(spec, deadline, options.arrived_at):
-            route = self.table.route(spec.model)
+        table = self.visible_table()
+        with self._counted(spec, table, deadline, options.arrived_at):
+            route = table.route(spec.model)
             info = await self.directory.describe_route(route, deadline.remaining_seconds())
             request = validated(spec, preview_interval_steps, route, info, self.limits)
             queue = EventQueue()
-            stages = StageClient(self.channels, deadline, request_metadata(), self.backlog)
+            metadata = (*request_metadata(), *caller_metadata())
+            stages = StageClient(self.channels, deadline, metadata, self.backlog)
             generation = Generation(request, stages, self.directory, self.cache, queue, options)
             task = asyncio.create_task(generation.run())
             task.add_done_callback(lambda _: queue.close())
@@ -109,8 +114,16 @@ class ImageGenerator:
                 # The client is gone; ignore how the cancelled task ends.
                 await asyncio.gather(task, return_exceptions=True)
 
+    def visible_table(self) -> RoutingTable:
+        """Returns the rows that the current request's caller may use."""
+        current = caller.get()
+        models = current.models if isinstance(current, Tenant) else None
+        return self.table if models is None else self.table.limited_to(models)
+
     @contextmanager
-    def _counted(self, spec: ImageSpec, deadline: Deadline, arrived_at: float) -> Iterator[None]:
+    def _counted(
+        self, spec: ImageSpec, table: RoutingTable, deadline: Deadline, arrived_at: float
+    ) -> Iterator[None]:
         """Counts a request's images and its duration by outcome, from its arrival on."""
         outcome = "succeeded"
         try:
@@ -119,9 +132,9 @@ class ImageGenerator:
             outcome = _outcome(error, deadline)
             raise
         finally:
-            model = spec.model or self.table.default_model
+            model = spec.model or table.default_model
             # Clients choose neither the labels nor how far to count.
-            labels = (model if model in self.table.routes else _UNKNOWN_MODEL, flow_of(spec), outcome)
+            labels = (model if model in table.routes else _UNKNOWN_MODEL, flow_of(spec), outcome)
             IMAGES.labels(*labels).inc(min(max(image_count(spec), 1), self.limits.image_count))
             seconds = time.perf_counter() - arrived_at
             REQUEST_SECONDS.labels(*labels).observe(seconds, exemplar())
@@ -135,7 +148,7 @@ def _outcome(error: BaseException, deadline: Deadline) -> str:
     match error:
         case asyncio.CancelledError() | GeneratorExit():
             return "expired" if is_late else "cancelled"
-        case InvalidInput():
+        case InvalidInput() | ModelNotAllowed():
             return "rejected"
         case StagesLost() if is_late:
             # A stage that did not answer within what was left of the deadline.

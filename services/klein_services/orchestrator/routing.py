@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from klein_core.params import SIZE_MULTIPLE_PX, Limits, default_side_px
-from klein_services.runtime.errors import UnknownModel
+from klein_services.runtime.errors import ModelNotAllowed, UnknownModel
 from klein_services.runtime.settings import SettingsError
 
 TEXT_ENCODER = "text-encoder"
@@ -76,17 +76,32 @@ class RoutingTable:
     routes: Mapping[str, Route]
     default_model: str
     """The model of a request that names none."""
+    allowed: tuple[str, ...] | None = None
+    """Names that a caller may use at all, also those without a row; `None` means every name."""
 
     def route(self, model: str) -> Route:
         """Returns the row of a request's model; an empty name means the default.
 
         Raises:
+            ModelNotAllowed: the caller may not use the name, whether there is such a row or not.
             UnknownModel: there is no such row.
         """
         name = model or self.default_model
-        if name not in self.routes:
-            raise UnknownModel("model", name, sorted(self.routes))
-        return self.routes[name]
+        if name in self.routes:
+            return self.routes[name]
+        if self.allowed is not None and name not in self.allowed:
+            raise ModelNotAllowed(name, self.allowed)
+        raise UnknownModel("model", name, sorted(self.routes))
+
+    def limited_to(self, models: Sequence[str]) -> RoutingTable:
+        """Returns the table as a caller sees it that may use only these models.
+
+        The default model is this table's if the caller may use it, else the first of `models`, if possible one that
+        has a row.
+        """
+        routes = {name: self.routes[name] for name in models if name in self.routes}
+        default = self.default_model if self.default_model in routes else next(iter(routes), models[0])
+        return RoutingTable(routes, default, tuple(models))
 
 
 @dataclass(frozen=True)

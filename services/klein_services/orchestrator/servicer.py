@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import grpc
@@ -22,6 +24,7 @@ from klein_api.v1.image_service_pb2 import (
 )
 from klein_api.v1.image_service_pb2_grpc import ImageServiceServicer, add_ImageServiceServicer_to_server
 from klein_services.orchestrator import external_scaler
+from klein_services.orchestrator.authentication import Authentication
 from klein_services.orchestrator.backlog import Backlog
 from klein_services.orchestrator.encoding import TensorCache
 from klein_services.orchestrator.events import ImageEvent, collected
@@ -32,6 +35,7 @@ from klein_services.orchestrator.routing import Route, RoutingTable, StageAddres
 from klein_services.orchestrator.settings import OrchestratorSettings
 from klein_services.orchestrator.stage_client import Channels
 from klein_services.orchestrator.stage_directory import StageDirectory, incompatibility
+from klein_services.orchestrator.tokens import Tokens
 from klein_services.runtime.admission import ConcurrencyLimit
 from klein_services.runtime.channels import IMAGE_MESSAGE_BYTES
 from klein_services.runtime.errors import DeadlinePassed
@@ -39,6 +43,7 @@ from klein_services.runtime.grpc_quirks import write_response
 from klein_services.runtime.stage import Service
 
 SERVICE_NAME = "klein_api.v1.ImageService"
+_log = logging.getLogger("klein.orchestrator")
 _Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -47,6 +52,7 @@ class Orchestrator(Service):
 
     name = "orchestrator"
     service_names = (SERVICE_NAME, external_scaler.SERVICE_NAME)
+    is_public = True
     response_bytes = IMAGE_MESSAGE_BYTES
 
     def __init__(self, settings: OrchestratorSettings, table: RoutingTable) -> None:
@@ -67,19 +73,34 @@ class Orchestrator(Service):
             backlog=backlog,
         )
         self._scaler = ExternalScaler(self.generator, settings.scaler_settle_seconds)
+        self._authentication = (
+            Authentication(Path(settings.tokens_file), self._on_tokens) if settings.tokens_file else None
+        )
+        self.guard = self._authentication
+
+    def _on_tokens(self, tokens: Tokens) -> None:
+        if unrouted := tokens.models - self.generator.table.routes.keys():
+            _log.warning(
+                "the tokens file names models without a row in the routing table: %s",
+                ", ".join(sorted(unrouted)),
+            )
 
     def register(self, server: grpc.aio.Server) -> None:
         add_ImageServiceServicer_to_server(ImageApi(self.generator), server)
         add_ExternalScalerServicer_to_server(self._scaler, server)
 
     async def load(self) -> None:
-        """Does nothing; stages are asked for their descriptions when they are first needed."""
+        """Begins to watch the tokens file; stages are asked for their descriptions when they are first needed."""
+        if self._authentication is not None:
+            self._authentication.start()
 
     async def drain(self) -> None:
         """Ends what KEDA watches; running requests keep their stage calls."""
         self._scaler.drain()
 
     async def close(self) -> None:
+        if self._authentication is not None:
+            await self._authentication.close()
         await self._channels.close()
 
 
@@ -134,10 +155,10 @@ class ImageApi(ImageServiceServicer):
                 ) from None
 
     async def ListModels(self, request: ListModelsRequest, context: _Context) -> ListModelsResponse:
-        """Asks every stage anew."""
+        """Asks every stage of the models that the caller may use anew."""
         generator = self._generator
         return await list_models(
-            generator.table, generator.directory, generator.limits, context.time_remaining()
+            generator.visible_table(), generator.directory, generator.limits, context.time_remaining()
         )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from klein_core.params import DEFAULT_LIMITS
 from klein_services.orchestrator.request import AdmissionLimits
 from klein_services.orchestrator.routing import RoutingTable, read_routing_table, single_route_table
+from klein_services.orchestrator.tokens import read_tokens
 from klein_services.runtime.channels import IMAGE_MESSAGE_BYTES
 from klein_services.runtime.settings import ServerSettings, SettingsError, metrics_port_setting, setting
 
@@ -87,8 +88,17 @@ class OrchestratorSettings(ServerSettings):
         True, help="Whether the seed, model and steps are stored in the image files"
     )
 
+    tokens_file: str = setting(
+        "", help="Path of a TOML file of the tokens that clients need; empty asks for none"
+    )
+
     def problems(self) -> Iterator[str]:
-        """Yields what is wrong with settings together: the routing table, or a response too large to send."""
+        """Yields what is wrong with files and with settings together, such as a response too large to send."""
+        if self.tokens_file:
+            try:
+                read_tokens(Path(self.tokens_file))
+            except SettingsError as error:
+                yield str(error)
         try:
             routes = self.table().routes
         except SettingsError as error:

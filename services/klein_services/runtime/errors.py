@@ -8,6 +8,10 @@ ServiceError
 ├── StageUnavailable      loading, draining or lost; another replica may do it
 │   └── StagesLost        stages behind this server are lost; its other replicas would call the same ones
 ├── UndecodableMessage    a message is not one of its type; an InvalidInput, too
+├── Unauthenticated       the call has no valid token
+├── PermissionDenied      its token does not allow what it asks for
+│   └── ModelNotAllowed   a model
+├── QuotaExceeded         its token's quota is used up; retry after `retry_after_seconds`
 ├── UnknownModel          the name is not served here
 ├── UnknownAdapter        the name is not in the adapters' folder
 ├── UnusableAdapter       its file cannot be applied to this model
@@ -84,6 +88,47 @@ class UndecodableMessage(ServiceError, InvalidInput):
                     f"cannot be decoded as {message_name}: broken protobuf or text, or another type",
                 )
             ],
+        )
+
+
+class Unauthenticated(ServiceError):
+    """The call has no token or an unknown one; the text is the same for both."""
+
+    def __init__(self) -> None:
+        super().__init__("this server needs a valid token in the metadata 'authorization: Bearer TOKEN'")
+
+
+class PermissionDenied(ServiceError):
+    """The call's token does not allow what it asks for. `reason` is in upper case, for programs."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        self.reason = reason
+        super().__init__(message)
+
+
+class QuotaExceeded(ServiceError):
+    """A quota of the call's token is used up.
+
+    Args:
+        quota: its name in the tokens file.
+        message: what is asked and allowed.
+        retry_after_seconds: after this time the same request passes if no other is made; `None` when it never does.
+    """
+
+    def __init__(self, quota: str, message: str, retry_after_seconds: float | None) -> None:
+        self.quota = quota
+        self.retry_after_seconds = retry_after_seconds
+        retry = "" if retry_after_seconds is None else f"; retry in {retry_after_seconds:.1f} s"
+        super().__init__(message + retry)
+
+
+class ModelNotAllowed(PermissionDenied):
+    """The request names a model that its token does not allow. Whether there is such a model is not revealed."""
+
+    def __init__(self, name: str, allowed: Sequence[str]) -> None:
+        super().__init__(
+            "MODEL_NOT_ALLOWED",
+            f"model: this token does not allow {_shortened(name)!r}; it allows {', '.join(allowed) or 'none'}",
         )
 
 

@@ -10,14 +10,20 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn, Protocol, TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 
 from klein_core.errors import DeviceFault
 from klein_services.runtime import logs, metrics, tracing
-from klein_services.runtime.errors import DeviceOutOfMemory, UndecodableMessage
+from klein_services.runtime.caller import Caller, caller, caller_at, forwarded_caller
+from klein_services.runtime.errors import (
+    DeviceOutOfMemory,
+    PermissionDenied,
+    Unauthenticated,
+    UndecodableMessage,
+)
 from klein_services.runtime.grpc_quirks import write_response
 from klein_services.runtime.health import ServerHealth
 from klein_services.runtime.metrics import Method
@@ -34,12 +40,15 @@ _REJECTIONS = (
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.NOT_FOUND,
     grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.PERMISSION_DENIED,
 )
-"""Codes of refusals: the server is busy or not ready, or the request is wrong."""
+"""Codes of refusals: the server is busy or not ready, or the request is wrong or not allowed."""
 _access = logging.getLogger("klein.access")
 _undecodable = logs.RareWarning(
     _access, "requests were refused because their bytes are no message of the API"
 )
+_unauthenticated = logs.RareWarning(_access, "requests without a valid token were refused")
 
 
 @dataclass
@@ -67,12 +76,29 @@ class Call:
         )
 
 
+class Guard(Protocol):
+    """Authentication of a server's calls."""
+
+    def caller_of(self, path: str, metadata: Sequence[tuple[str, str | bytes]]) -> Caller | None:
+        """Returns the caller of a call by its token; `None` for methods that are open to all.
+
+        Raises:
+            Unauthenticated: there is no valid token.
+            PermissionDenied: the method is closed to its token.
+        """
+
+
 CallContext: TypeAlias = Callable[[Call], AbstractAsyncContextManager[None]]
 """Makes what is entered before a call's handler and left after its last message; sees its exceptions."""
 
 
 def call_contexts(
-    health: ServerHealth, load: LoadReport | None, on_device_fault: Callable[[DeviceFault], None]
+    health: ServerHealth,
+    load: LoadReport | None,
+    on_device_fault: Callable[[DeviceFault], None],
+    *,
+    is_public: bool = False,
+    guard: Guard | None = None,
 ) -> list[CallContext]:
     """Returns everything that surrounds a call of a server, outermost first.
 
@@ -80,23 +106,31 @@ def call_contexts(
         health: which services take calls now.
         load: reported to clients that balance by it; `None` reports nothing.
         on_device_fault: called when a handler has lost its device.
+        is_public: whether clients call it whose word about their identity is not believed.
+        guard: decides which calls may be made; `None` lets all pass.
     """
     return [
-        identify_and_trace,
+        partial(identify_and_trace, is_public),
         count_and_time,
         log_access,
         *([partial(report_load, load, frozenset(health.service_names))] if load else []),
         partial(refuse_or_answer_errors, health, on_device_fault),
+        *([partial(authenticate, guard)] if guard else []),
     ]
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Enters `contexts` in their order around every call of all four shapes."""
+    """Enters `contexts` in their order around every call of all four shapes.
 
-    def __init__(self, contexts: Sequence[CallContext]) -> None:
+    The message of a call that `guard` refuses is not even received: it may have hundreds of megabytes.
+    """
+
+    def __init__(self, contexts: Sequence[CallContext], guard: Guard | None = None) -> None:
         self._contexts = tuple(contexts)
-        self._wrapped: dict[str, tuple[_Handler, _Handler]] = {}
-        """Path → the registered handler and the one that surrounds it; made at a method's first call."""
+        self._guard = guard
+        self._wrapped: dict[tuple[str, bool], tuple[_Handler, _Handler]] = {}
+        """Path and whether its message is read → the registered handler and the one that surrounds it; made at a
+        method's first call."""
 
     async def intercept_service(
         self, continuation: _Continuation, handler_call_details: grpc.HandlerCallDetails
@@ -104,17 +138,25 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return None  # an unknown method, which gRPC answers with UNIMPLEMENTED
-        path = handler_call_details.method
-        registered, wrapped = self._wrapped.get(path, (None, None))
+        path, is_read = handler_call_details.method, True
+        if self._guard is not None:
+            try:
+                self._guard.caller_of(path, tuple(handler_call_details.invocation_metadata or ()))
+            except (Unauthenticated, PermissionDenied):
+                is_read = False
+        registered, wrapped = self._wrapped.get((path, is_read), (None, None))
         if wrapped is None or registered is not handler:
-            wrapped = self._surrounded(path, handler)
-            self._wrapped[path] = (handler, wrapped)
+            wrapped = self._surrounded(path, handler, is_read)
+            self._wrapped[path, is_read] = (handler, wrapped)
         return wrapped
 
-    def _surrounded(self, path: str, handler: _Handler) -> _Handler:
+    def _surrounded(self, path: str, handler: _Handler, is_read: bool) -> _Handler:
         shape = (handler.request_streaming, handler.response_streaming)
         name, make = _SHAPES[shape]
         behavior = getattr(handler, name)
+        if not is_read:
+            # gRPC receives the message of a unary request before it calls a handler, but not that of a stream.
+            make = _SHAPES[True, handler.response_streaming][1]
         method = Method.of(path, *shape)
         serialize, deserialize = handler.response_serializer, handler.request_deserializer
         message_class = getattr(deserialize, "__self__", None)
@@ -122,11 +164,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             # A generated service's method, whose frames need not be copied by protobuf.
             deserialize = _decoder(frame_deserializer(message_class), message_class.DESCRIPTOR.full_name)
 
+        def check(request: Any) -> None:
+            if isinstance(request, _Undecodable):
+                request.refuse()
+            if not is_read:
+                raise Unauthenticated  # a token that became valid after the call was refused
+
         async def respond(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             async with AsyncExitStack() as stack:
                 await self._enter_all(stack, Call(method, path, context))
-                if isinstance(request, _Undecodable):
-                    request.refuse()
+                check(request)
                 return await behavior(request, context)
 
         # Writing the messages here, rather than yielding them, makes a cancellation that arrives while one is
@@ -134,8 +181,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def respond_with_stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
             async with AsyncExitStack() as stack:
                 await self._enter_all(stack, Call(method, path, context))
-                if isinstance(request, _Undecodable):
-                    request.refuse()
+                check(request)
                 await _write_all(behavior(request, context), context)
 
         # Handlers may answer with messages that they have serialized themselves.
@@ -200,11 +246,13 @@ async def _write_all(
 
 
 @asynccontextmanager
-async def identify_and_trace(call: Call) -> AsyncIterator[None]:
-    """Sets the request id and records the call's span."""
+async def identify_and_trace(is_public: bool, call: Call) -> AsyncIterator[None]:
+    """Sets the request id and the caller, and records the call's span."""
     identity = logs.take_request_id(call.metadata)
     # Never reset: each call is a task with its own context.
     logs.request_id.set(identity)
+    peer = call.context.peer()
+    caller.set(caller_at(peer) if is_public else forwarded_caller(call.metadata, peer))
     # In the trailers, because initial metadata sent early would forbid the client's channel to retry.
     call.context.set_trailing_metadata(((logs.REQUEST_ID_KEY, identity),))
     if call.is_housekeeping:
@@ -216,6 +264,7 @@ async def identify_and_trace(call: Call) -> AsyncIterator[None]:
         finally:
             if span is not None:
                 span.set_attribute("request.id", identity)
+                span.set_attribute("klein.caller", caller.get().name)
                 code = call.context.code()
                 span.set_attribute("rpc.grpc.status_code", getattr(code, "value", (code or 0,))[0])
 
@@ -254,6 +303,7 @@ async def log_access(call: Call) -> AsyncIterator[None]:
             "method": call.path.removeprefix("/"),
             "code": outcome(call.context, error).name,
             "seconds": round(time.monotonic() - started_at, 6),
+            "caller": caller.get().name,
             "peer": call.context.peer(),
         }
         _access.log(level, "call", extra=fields)
@@ -299,7 +349,19 @@ async def refuse_or_answer_errors(
         if isinstance(error, UndecodableMessage):
             call.is_noise = True
             _undecodable.occurred(method=call.path.removeprefix("/"), peer=call.context.peer())
+        elif isinstance(error, Unauthenticated):
+            call.is_noise = True
+            _unauthenticated.occurred(method=call.path.removeprefix("/"), peer=call.context.peer())
         if status.code in _REJECTIONS:
             reason = status.reason or status.code.name
             metrics.count_rejection(health.stage, reason.lower())
         await abort_with(call.context, status)
+
+
+@asynccontextmanager
+async def authenticate(guard: Guard, call: Call) -> AsyncIterator[None]:
+    """Refuses calls without a valid token, and makes the others' caller the tenant of their token."""
+    tenant = guard.caller_of(call.path, call.metadata)
+    if tenant is not None:
+        caller.set(tenant)
+    yield

@@ -56,8 +56,11 @@ class Listener:
         self._metrics: MetricsServer | None = None
         reports_load = service.utilization() is not None
         load = LoadReport(lambda: service.utilization() or 0.0) if reports_load else None
+        contexts = call_contexts(
+            health, load, on_device_fault, is_public=service.is_public, guard=service.guard
+        )
         self._server = grpc.aio.server(
-            interceptors=[CallInterceptor(call_contexts(health, load, on_device_fault))],
+            interceptors=[CallInterceptor(contexts, service.guard)],
             options=_options(settings, service),
         )
         service.register(self._server)

@@ -29,11 +29,16 @@ REASONS = (
     "device_fault",
     "failed_precondition",
     "invalid_argument",
+    "method_not_allowed",
+    "model_not_allowed",
     "not_found",
     "out_of_memory",
+    "permission_denied",
     "queue_full",
+    "quota_exceeded",
     "resource_exhausted",
     "stage_unavailable",
+    "unauthenticated",
     "unavailable",
     "undecodable_message",
     "unknown_adapter",
@@ -165,6 +170,15 @@ ADAPTER_LOADS = Counter(
     "klein_adapter_loads", "Adapter files read to the device; `outcome` is loaded or refused.", ["outcome"]
 )
 CACHE_EVICTIONS = Counter("klein_cache_evictions", "Entries that made room for others.", ["kind"])
+TOKENS_RELOADS = Counter(
+    "klein_tokens_reloads",
+    "Changes of the tokens file; `outcome` is loaded, or failed: then the last good one holds.",
+    ["outcome"],
+)
+TOKENS_CURRENT = Gauge(
+    "klein_tokens_current",
+    "1 while the tokens in use are those of the tokens file, 0 while that cannot be used.",
+)
 REQUEST_SECONDS = Histogram(
     "klein_request_duration_seconds",
     "Seconds from a request's arrival at the public API to its answer.",

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
@@ -18,6 +18,9 @@ from klein_services.runtime.channels import STAGE_MESSAGE_BYTES
 from klein_services.runtime.errors import UnknownModel
 from klein_services.runtime.settings import StageSettings
 from klein_services.runtime.worker import Worker
+
+if TYPE_CHECKING:
+    from klein_services.runtime.interceptors import Guard
 
 
 class Service(Protocol):
@@ -39,6 +42,10 @@ class Service(Protocol):
     """Largest message that the server receives."""
     response_bytes: int = STAGE_MESSAGE_BYTES
     """Largest message that the server sends."""
+    is_public: bool = False
+    """Whether clients call it that are not of the suite: what they send about their identity is not believed."""
+    guard: Guard | None = None
+    """Decides which calls may be made at all; `None` lets all pass."""
 
     def register(self, server: grpc.aio.Server) -> None:
         """Adds the gRPC services to a server that has not started yet."""

@@ -4,6 +4,9 @@
 |---|---|---|
 | InvalidInput | INVALID_ARGUMENT | BadRequest with every violation |
 | UndecodableMessage | INVALID_ARGUMENT | BadRequest with the field `request`, ErrorInfo UNDECODABLE_MESSAGE |
+| Unauthenticated | UNAUTHENTICATED | ErrorInfo UNAUTHENTICATED |
+| PermissionDenied | PERMISSION_DENIED | ErrorInfo MODEL_NOT_ALLOWED or METHOD_NOT_ALLOWED |
+| QuotaExceeded | RESOURCE_EXHAUSTED | ErrorInfo QUOTA_EXCEEDED; RetryInfo, unless the request can never pass |
 | UnknownModel | NOT_FOUND | BadRequest with the field, ErrorInfo UNKNOWN_MODEL |
 | UnknownAdapter | NOT_FOUND | BadRequest with the field, ErrorInfo UNKNOWN_ADAPTER |
 | UnusableAdapter | FAILED_PRECONDITION | BadRequest with the field, ErrorInfo UNUSABLE_ADAPTER |
@@ -42,11 +45,14 @@ from klein_services.runtime.errors import (
     DeadlinePassed,
     DeadlineUnreachable,
     DeviceOutOfMemory,
+    PermissionDenied,
     QueueFull,
+    QuotaExceeded,
     ReceiveTimeout,
     ServiceError,
     StagesLost,
     StageUnavailable,
+    Unauthenticated,
     UndecodableMessage,
     UnknownAdapter,
     UnknownModel,
@@ -143,6 +149,14 @@ def status_of(error: BaseException) -> RichStatus:
             return RichStatus(code.INVALID_ARGUMENT, text, (_bad_request(error.violations), info))
         case InvalidInput():
             return RichStatus(code.INVALID_ARGUMENT, text, (_bad_request(error.violations),))
+        case Unauthenticated():
+            return RichStatus(code.UNAUTHENTICATED, text, (_info("UNAUTHENTICATED"),))
+        case PermissionDenied():
+            return RichStatus(code.PERMISSION_DENIED, text, (_info(error.reason),))
+        case QuotaExceeded():
+            retry = () if error.retry_after_seconds is None else (_retry(error.retry_after_seconds),)
+            info = _info("QUOTA_EXCEEDED", quota=error.quota)
+            return RichStatus(code.RESOURCE_EXHAUSTED, text, (info, *retry))
         case UnknownModel():
             info = _info("UNKNOWN_MODEL", model=error.name, known=", ".join(error.known))
             return RichStatus(code.NOT_FOUND, text, (_bad_field(error.field, text), info))
