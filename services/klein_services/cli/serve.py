@@ -21,11 +21,10 @@ from klein_services.runtime.settings import (
     EMBEDDED_MODEL,
     ServerSettings,
     SettingsError,
-    describe,
     load_settings,
-    misspelled,
     variable_name,
 )
+from klein_services.runtime.settings_report import describe, misspelled
 
 _SHORT_FLAGS = {"model_path": "--model"}
 

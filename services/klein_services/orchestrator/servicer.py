@@ -40,7 +40,9 @@ from klein_services.runtime.admission import ConcurrencyLimit
 from klein_services.runtime.channels import IMAGE_MESSAGE_BYTES
 from klein_services.runtime.errors import DeadlinePassed
 from klein_services.runtime.grpc_quirks import write_response
+from klein_services.runtime.settings import SettingsError
 from klein_services.runtime.stage import Service
+from klein_services.runtime.tls import CLIENT, CredentialStore
 
 SERVICE_NAME = "klein_api.v1.ImageService"
 _log = logging.getLogger("klein.orchestrator")
@@ -57,7 +59,16 @@ class Orchestrator(Service):
 
     def __init__(self, settings: OrchestratorSettings, table: RoutingTable) -> None:
         self.request_bytes = settings.limits().request_bytes
-        self._channels = Channels()
+        if problems := list(settings.stage_tls_problems()):
+            raise SettingsError("\n".join(problems))
+        self._credentials: CredentialStore | None = None
+        if settings.stage_tls_ca:
+            self._credentials = CredentialStore(
+                settings.stage_tls_files, self.name, CLIENT, settings.tls_reload_seconds
+            )
+        self._channels = Channels(
+            self._credentials, settings.stage_tls_name, settings.maximum_request_seconds
+        )
         backlog = Backlog()
         self.generator = ImageGenerator(
             table=table,
@@ -90,9 +101,11 @@ class Orchestrator(Service):
         add_ExternalScalerServicer_to_server(self._scaler, server)
 
     async def load(self) -> None:
-        """Begins to watch the tokens file; stages are asked for their descriptions when they are first needed."""
+        """Follows the files of tokens and TLS; stages are asked for their descriptions when they are first needed."""
         if self._authentication is not None:
             self._authentication.start()
+        if self._credentials is not None:
+            self._credentials.start()
 
     async def drain(self) -> None:
         """Ends what KEDA watches; running requests keep their stage calls."""
@@ -102,6 +115,8 @@ class Orchestrator(Service):
         if self._authentication is not None:
             await self._authentication.close()
         await self._channels.close()
+        if self._credentials is not None:
+            self._credentials.stop()
 
 
 class ImageApi(ImageServiceServicer):

@@ -11,7 +11,15 @@ from klein_services.orchestrator.request import AdmissionLimits
 from klein_services.orchestrator.routing import RoutingTable, read_routing_table, single_route_table
 from klein_services.orchestrator.tokens import read_tokens
 from klein_services.runtime.channels import IMAGE_MESSAGE_BYTES
-from klein_services.runtime.settings import ServerSettings, SettingsError, metrics_port_setting, setting
+from klein_services.runtime.pem import PemFiles
+from klein_services.runtime.settings import (
+    ServerSettings,
+    SettingsError,
+    metrics_port_setting,
+    pem_files,
+    pem_problems,
+    setting,
+)
 
 _BYTES_PER_PIXEL = 3.03
 """Bytes of an image file that does not compress: RGB, and the format's overhead."""
@@ -87,6 +95,23 @@ class OrchestratorSettings(ServerSettings):
     image_metadata: bool = setting(
         True, help="Whether the seed, model and steps are stored in the image files"
     )
+    stage_tls_ca: str = setting(
+        "",
+        help="PEM file of the authorities of the stages' certificates; empty: stages are called in plaintext",
+    )
+    stage_tls_certificate: str = setting(
+        "", help="PEM file of the certificate, and its issuers, that is presented to stages"
+    )
+    stage_tls_key: str = setting("", help="PEM file of that certificate's private key")
+    stage_tls_name: str = setting(
+        "", help="Name that every stage's certificate must have; empty: the host of its target"
+    )
+
+    @property
+    def stage_tls_files(self) -> PemFiles:
+        """Files of the TLS with which stages are called."""
+        fields = ("stage_tls_certificate", "stage_tls_key", "stage_tls_ca")
+        return pem_files(self.stage_tls_certificate, self.stage_tls_key, self.stage_tls_ca, fields)
 
     tokens_file: str = setting(
         "", help="Path of a TOML file of the tokens that clients need; empty asks for none"
@@ -94,6 +119,8 @@ class OrchestratorSettings(ServerSettings):
 
     def problems(self) -> Iterator[str]:
         """Yields what is wrong with files and with settings together, such as a response too large to send."""
+        yield from super().problems()
+        yield from self.stage_tls_problems()
         if self.tokens_file:
             try:
                 read_tokens(Path(self.tokens_file))
@@ -111,6 +138,15 @@ class OrchestratorSettings(ServerSettings):
                 f"KLEIN_MAXIMUM_IMAGE_COUNT is {self.maximum_image_count}; a response of "
                 f"{IMAGE_MESSAGE_BYTES >> 20} MiB holds {fitting} images of {largest} pixels: allow fewer images or "
                 "fewer pixels"
+            )
+
+    def stage_tls_problems(self) -> Iterator[str]:
+        """Yields what is wrong with the TLS of calls to stages."""
+        yield from pem_problems(self.stage_tls_files)
+        if (self.stage_tls_certificate or self.stage_tls_name) and not self.stage_tls_ca:
+            yield (
+                "KLEIN_STAGE_TLS_CERTIFICATE and KLEIN_STAGE_TLS_NAME need KLEIN_STAGE_TLS_CA; without it stages are "
+                "called in plaintext"
             )
 
     def table(self) -> RoutingTable:

@@ -19,6 +19,7 @@ from klein_services.runtime.channels import open_channel
 from klein_services.runtime.errors import StagesLost
 from klein_services.runtime.grpc_quirks import PeerStatus, is_cancelled_by_peer
 from klein_services.runtime.status import UNKNOWN_ADAPTER, PeerFailure, explain
+from klein_services.runtime.tls import CredentialStore
 
 ENCODE_PROMPT: Final = "/klein_api.v1.TextEncoderService/EncodePrompt"
 ENCODE_REFERENCE: Final = "/klein_api.v1.VaeDecoderService/EncodeReference"
@@ -217,10 +218,28 @@ class Deadline:
 
 
 class Channels:
-    """One channel for each target, opened when it is first needed."""
+    """One channel for each target, opened when it is first needed.
 
-    def __init__(self) -> None:
+    When the credentials are replaced, new calls get new channels; running ones keep theirs until they must have ended.
+
+    Args:
+        credentials: of TLS; `None` calls stages in plaintext.
+        server_name: name that every stage's certificate must have; empty means the target's host.
+        longest_call_seconds: time after which no call on a replaced channel can still run.
+    """
+
+    def __init__(
+        self,
+        credentials: CredentialStore | None = None,
+        server_name: str = "",
+        longest_call_seconds: float = 3600.0,
+    ) -> None:
+        self._store = credentials
+        self._server_name = server_name
+        self._longest_call_seconds = longest_call_seconds
+        self._credentials = credentials.current if credentials else None
         self._channels: dict[tuple[str, str], grpc.aio.Channel] = {}
+        self._retiring: set[asyncio.Task[None]] = set()
 
     def serving(self, address: StageAddress) -> grpc.aio.Channel:
         """Returns the channel that reaches the stage's replicas whose health is SERVING."""
@@ -231,11 +250,34 @@ class Channels:
         return self._channel(address.target, "")
 
     def _channel(self, target: str, service: str) -> grpc.aio.Channel:
+        if self._store is not None and self._store.current is not self._credentials:
+            self._credentials = self._store.current
+            task = asyncio.create_task(self._retire(list(self._channels.values())))
+            self._retiring.add(task)
+            task.add_done_callback(self._retiring.discard)
+            self._channels = {}
         key = (target, service)
         if key not in self._channels:
-            self._channels[key] = open_channel(target, health_service=service, options=_RECONNECT)
+            self._channels[key] = open_channel(
+                target,
+                health_service=service,
+                credentials=self._credentials,
+                server_name=self._server_name,
+                options=_RECONNECT,
+            )
         return self._channels[key]
+
+    async def _retire(self, channels: list[grpc.aio.Channel]) -> None:
+        """Closes channels after the longest call, or when this task is cancelled."""
+        # channel.close(grace) would miss calls that no task waits for at the moment.
+        try:
+            await asyncio.sleep(self._longest_call_seconds)
+        finally:
+            await asyncio.gather(*(channel.close() for channel in channels))
 
     async def close(self) -> None:
         channels, self._channels = list(self._channels.values()), {}
+        for task in self._retiring:
+            task.cancel()
         await asyncio.gather(*(channel.close() for channel in channels))
+        await asyncio.gather(*self._retiring, return_exceptions=True)

@@ -10,6 +10,8 @@ from typing import Any
 
 import grpc
 
+from klein_services.runtime.pem import Credentials
+from klein_services.runtime.tls import channel_credentials
 from klein_services.runtime.tracing import client_interceptors
 
 STAGE_MESSAGE_BYTES = 4 << 20
@@ -26,6 +28,8 @@ def open_channel(
     *,
     message_bytes: int = STAGE_MESSAGE_BYTES,
     health_service: str = "",
+    credentials: Credentials | None = None,
+    server_name: str = "",
     options: Sequence[tuple[str, Any]] = (),
 ) -> grpc.aio.Channel:
     """Opens a channel, which connects on its first call. Needs a running event loop.
@@ -35,6 +39,8 @@ def open_channel(
         message_bytes: largest message, both ways.
         health_service: full name of the service whose health decides which replicas get calls. Not for
             channels that must reach a replica that loads or drains, such as those for DescribeStage.
+        credentials: certificate, key and authorities for TLS; `None` connects in plaintext.
+        server_name: name that the server's certificate must have; empty means the target's host.
         options: further channel options, which override those set here.
     """
     defaults: list[tuple[str, Any]] = [
@@ -51,8 +57,13 @@ def open_channel(
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.dns_min_time_between_resolutions_ms", DNS_INTERVAL_MILLISECONDS),
     ]
-    return grpc.aio.insecure_channel(
-        target, options=[*defaults, *options], interceptors=client_interceptors()
+    if server_name:
+        defaults.append(("grpc.ssl_target_name_override", server_name))
+    every, interceptors = [*defaults, *options], client_interceptors()
+    if credentials is None:
+        return grpc.aio.insecure_channel(target, options=every, interceptors=interceptors)
+    return grpc.aio.secure_channel(
+        target, channel_credentials(credentials), options=every, interceptors=interceptors
     )
 
 

@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import logging
 import os
+import resource
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -13,16 +14,17 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from klein_services.runtime import logs
+from klein_services.runtime.listener import RESERVED_FILES
+from klein_services.runtime.pem import PemError
 from klein_services.runtime.server import serve
 from klein_services.runtime.settings import (
     ServerSettings,
     SettingsError,
     StageSettings,
     check_temporary_folder,
-    describe,
     load_settings,
-    misspelled,
 )
+from klein_services.runtime.settings_report import describe, misspelled
 from klein_services.runtime.stage import Service
 
 CHECK_CONFIG = "--check-config"
@@ -84,7 +86,7 @@ class EntryPoint(Generic[_Settings]):
             if isinstance(settings, StageSettings):
                 check_temporary_folder()
             service = self.make_service(settings)
-        except SettingsError as error:
+        except (SettingsError, PemError) as error:
             sys.stderr.write(f"{error}\n")
             return 2
         except ModuleNotFoundError as error:
@@ -99,6 +101,7 @@ class EntryPoint(Generic[_Settings]):
         for warning in misspelled(self.settings_class, environment):
             _log.warning("%s", warning)
         keep_large_blocks()
+        allow_files(settings.max_connections + RESERVED_FILES)
         code = asyncio.run(serve(settings, service))
         if any(thread.daemon for thread in threading.enumerate()):
             # A thread that nothing can interrupt may still compute; ending the interpreter under it crashes.
@@ -106,6 +109,14 @@ class EntryPoint(Generic[_Settings]):
             sys.stdout.flush()
             os._exit(code)
         return code
+
+
+def allow_files(count: int) -> None:
+    """Lets this process open at least so many files, connections included, or as many as its hard limit permits."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def keep_large_blocks() -> bool:

@@ -10,7 +10,8 @@ ServiceError
 ├── UndecodableMessage    a message is not one of its type; an InvalidInput, too
 ├── Unauthenticated       the call has no valid token
 ├── PermissionDenied      its token does not allow what it asks for
-│   └── ModelNotAllowed   a model
+│   ├── ModelNotAllowed   a model
+│   └── UnknownPeer       its certificate has none of the names that are allowed here
 ├── QuotaExceeded         its token's quota is used up; retry after `retry_after_seconds`
 ├── UnknownModel          the name is not served here
 ├── UnknownAdapter        the name is not in the adapters' folder
@@ -104,6 +105,18 @@ class PermissionDenied(ServiceError):
     def __init__(self, reason: str, message: str) -> None:
         self.reason = reason
         super().__init__(message)
+
+
+class UnknownPeer(PermissionDenied):
+    """The client's certificate is valid, and has none of the names that this server allows."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        listed = ", ".join(_shortened(name) for name in names[:_SHOWN_NAMES]) or "no name"
+        super().__init__(
+            "UNKNOWN_PEER",
+            f"the certificate of this client is for {listed}, which KLEIN_TLS_CLIENT_NAMES of the server does not "
+            "list; use another certificate, or add the name there",
+        )
 
 
 class QuotaExceeded(ServiceError):

@@ -31,6 +31,7 @@ from klein_services.runtime.orca import LoadReport
 from klein_services.runtime.protowire import frame_deserializer
 from klein_services.runtime.stage import STAGE_SERVICE
 from klein_services.runtime.status import abort_with, status_of
+from klein_services.runtime.tls import check_peer
 
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 _Continuation: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]]"
@@ -98,6 +99,7 @@ def call_contexts(
     on_device_fault: Callable[[DeviceFault], None],
     *,
     is_public: bool = False,
+    client_names: frozenset[str] = frozenset(),
     guard: Guard | None = None,
 ) -> list[CallContext]:
     """Returns everything that surrounds a call of a server, outermost first.
@@ -107,6 +109,7 @@ def call_contexts(
         load: reported to clients that balance by it; `None` reports nothing.
         on_device_fault: called when a handler has lost its device.
         is_public: whether clients call it whose word about their identity is not believed.
+        client_names: names one of which a client's certificate must have; with none, clients are not asked.
         guard: decides which calls may be made; `None` lets all pass.
     """
     return [
@@ -115,6 +118,7 @@ def call_contexts(
         log_access,
         *([partial(report_load, load, frozenset(health.service_names))] if load else []),
         partial(refuse_or_answer_errors, health, on_device_fault),
+        *([partial(refuse_strangers, client_names)] if client_names else []),
         *([partial(authenticate, guard)] if guard else []),
     ]
 
@@ -364,4 +368,11 @@ async def authenticate(guard: Guard, call: Call) -> AsyncIterator[None]:
     tenant = guard.caller_of(call.path, call.metadata)
     if tenant is not None:
         caller.set(tenant)
+    yield
+
+
+@asynccontextmanager
+async def refuse_strangers(client_names: frozenset[str], call: Call) -> AsyncIterator[None]:
+    """Refuses clients whose certificate has none of the allowed names, probes included."""
+    check_peer(call.context.auth_context(), client_names)
     yield

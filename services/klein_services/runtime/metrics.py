@@ -115,6 +115,18 @@ DEADLINE_MISSED = Counter(
 LOAD_SECONDS = Gauge(
     "klein_model_load_seconds", "Seconds that loading and warming up the model took.", ["stage"]
 )
+CERTIFICATE_EXPIRY = Gauge(
+    "klein_certificate_expiry_timestamp_seconds",
+    "Unix time at which a certificate expires: `kind` is server for the one that is presented to clients, client for "
+    "the one that is presented to stages. Absent without TLS.",
+    ["stage", "kind"],
+)
+CERTIFICATE_RELOADS = Counter(
+    "klein_certificate_reloads",
+    "Changes of the files of a certificate, its key or authorities; `outcome` is loaded, or refused for files that "
+    "cannot be used.",
+    ["stage", "kind", "outcome"],
+)
 SERVING = Gauge("klein_serving", "1 while the server takes work, 0 while it loads or drains.", ["stage"])
 DEVICE_MEMORY_BYTES = Gauge(
     "klein_device_memory_bytes",

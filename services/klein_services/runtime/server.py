@@ -14,8 +14,10 @@ from klein_core.errors import DeviceFault, KleinError
 from klein_services.runtime import metrics, tracing
 from klein_services.runtime.health import ServerHealth, State
 from klein_services.runtime.listener import BindError, Listener
+from klein_services.runtime.pem import PemError
 from klein_services.runtime.settings import ServerSettings, SettingsError
 from klein_services.runtime.stage import Service, software_version
+from klein_services.runtime.tls import exposure
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _log = logging.getLogger("klein.server")
@@ -44,7 +46,7 @@ class Server:
         Raises:
             BindError: a port is not available.
             CheckpointError: the model cannot be loaded.
-            SettingsError: the model cannot be loaded as the settings require.
+            SettingsError: TLS or the model cannot be loaded as the settings require.
         """
         try:
             await self.start()
@@ -63,6 +65,11 @@ class Server:
         await self.health.set_state(State.LOADING)
         await self._listener.start()
         _log.info("listening", extra={"port": self.port, "stage": service.name})
+        asks_for_tokens = service.guard is not None
+        if warning := exposure(
+            self.settings, self.port, takes_tokens=service.is_public, asks_for_tokens=asks_for_tokens
+        ):
+            _log.warning("%s", warning)
 
     async def load(self) -> None:
         """Loads and warms up the service, then takes calls."""
@@ -127,7 +134,7 @@ async def serve(settings: ServerSettings, service: Service) -> int:
     try:
         with stop_signals(server.stop_requested, server.stop_now):
             return await server.run()
-    except (BindError, SettingsError, KleinError) as error:
+    except (BindError, SettingsError, PemError, KleinError) as error:
         _log.error("%s", error)
         return 1
     except Exception:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import tempfile
 import typing
@@ -17,6 +16,7 @@ from klein_core.errors import CheckpointError
 from klein_core.model_registry import published_model
 from klein_core.pico import WEIGHTS as EMBEDDED_WEIGHTS
 from klein_core.quantization.constants import NO_QUANTIZATION, QUANTIZATIONS
+from klein_services.runtime.pem import PemError, PemFiles
 
 PREFIX = "KLEIN_"
 EMBEDDED_MODEL = "pico"
@@ -100,11 +100,74 @@ class ServerSettings:
         minimum=0,
         maximum=86400,
     )
+    max_connection_idle_seconds: float = setting(
+        300.0,
+        help="Seconds without a call after which a connection is closed; 0 is never",
+        minimum=0,
+        maximum=86400,
+    )
+    max_connections: int = setting(
+        16384,
+        help="Connections that may be open at once; further ones are closed. Fewer where the process may open fewer "
+        "files",
+        minimum=1,
+        maximum=10**6,
+    )
+    max_connection_streams: int = setting(
+        1024, help="Calls that may run at once on one connection; more wait", minimum=1, maximum=10**6
+    )
+    handshake_timeout_seconds: float = setting(
+        10.0,
+        help="Seconds within which a new connection must finish TLS and begin HTTP/2",
+        minimum=0.1,
+        maximum=3600,
+    )
+    health_port: int = setting(
+        0,
+        help="Port of a second gRPC server with the health service only, always in plaintext; 0 turns it off",
+        minimum=0,
+        maximum=65535,
+    )
+    tls_certificate: str = setting(
+        "",
+        help="PEM file of the server's certificate and its issuers; empty: connections are in plaintext",
+    )
+    tls_key: str = setting("", help="PEM file of the certificate's private key")
+    tls_client_ca: str = setting(
+        "",
+        help="PEM file of the authorities one of which must have issued each client's certificate; empty: clients "
+        "need none",
+    )
+    tls_client_names: str = setting(
+        "",
+        help="Names, separated by commas, one of which a client's certificate must have as a subject alternative "
+        "name or common name; empty: any",
+    )
+    tls_reload_seconds: float = setting(
+        10.0, help="Seconds between two looks at the files of TLS", minimum=0.1, maximum=86400
+    )
     otlp_endpoint: str = setting("", help="OTLP gRPC endpoint for traces, http://host:4317; empty is off")
+
+    @property
+    def tls_files(self) -> PemFiles:
+        """Files of the server's TLS."""
+        fields = ("tls_certificate", "tls_key", "tls_client_ca")
+        return pem_files(self.tls_certificate, self.tls_key, self.tls_client_ca, fields)
+
+    @property
+    def allowed_client_names(self) -> frozenset[str]:
+        """Names in `tls_client_names`."""
+        return frozenset(name.strip() for name in self.tls_client_names.split(",") if name.strip())
 
     def problems(self) -> Iterator[str]:
         """Yields a sentence for each setting whose value is well-formed and cannot be used, such as a path."""
-        yield from ()
+        yield from pem_problems(self.tls_files)
+        if self.tls_client_ca and not self.tls_certificate:
+            yield "KLEIN_TLS_CLIENT_CA is set without KLEIN_TLS_CERTIFICATE; in plaintext no client can be checked"
+        if self.tls_client_names and not self.tls_client_ca:
+            yield "KLEIN_TLS_CLIENT_NAMES is set without KLEIN_TLS_CLIENT_CA, which makes clients present a certificate"
+        if self.health_port and self.health_port in (self.port, self.metrics_port):
+            yield f"KLEIN_HEALTH_PORT is {self.health_port}, which is also the port of another server"
 
     def check(self) -> None:
         """Checks what `problems` checks, for `--check-config`.
@@ -151,6 +214,7 @@ class StageSettings(ServerSettings):
             object.__setattr__(self, "model_name", model_name(named_path))
 
     def problems(self) -> Iterator[str]:
+        yield from super().problems()
         if not _DEVICE.fullmatch(self.device):
             yield f"KLEIN_DEVICE is {self.device!r}; it must be auto, cpu, cuda, cuda:N or mps"
         if self.variant:
@@ -173,6 +237,20 @@ class StageSettings(ServerSettings):
             return Path(self.model_path)
         # With weights of another model, the embedded model's other parts do not apply.
         return None if self.weights_path else EMBEDDED_WEIGHTS
+
+
+def pem_files(certificate: str, key: str, authorities: str, fields: tuple[str, str, str]) -> PemFiles:
+    """Returns PEM files whose messages name the variables of the fields."""
+    first, second, third = (variable_name(field) for field in fields)
+    return PemFiles(certificate, key, authorities, (first, second, third))
+
+
+def pem_problems(files: PemFiles) -> Iterator[str]:
+    """Yields a sentence when PEM files cannot be used."""
+    try:
+        files.read()
+    except PemError as error:
+        yield str(error)
 
 
 def path_problems(field_name: str, path: str) -> Iterator[str]:
@@ -314,39 +392,3 @@ _BOOLEANS = {
     "no": False,
     "off": False,
 }
-
-
-_LIKENESS = 0.93
-"""Similarity of a misspelled name: one or two of its letters are wrong, missing or too many."""
-
-
-def misspelled(cls: type[ServerSettings], environment: Mapping[str, str]) -> list[str]:
-    """Returns a sentence for each `KLEIN_` variable that is not a setting of this class but looks like one.
-
-    Other variables are not reported: the stages may share an environment.
-    """
-    known = [variable_name(field.name) for field in dataclasses.fields(cls)]
-    unread = sorted(name for name in environment if name.startswith(PREFIX) and name not in known)
-    nearest = {name: difflib.get_close_matches(name, known, n=1, cutoff=_LIKENESS) for name in unread}
-    return [
-        f"{name} is no setting of this server and is not read; {meant[0]} is one"
-        for name, meant in nearest.items()
-        if meant
-    ]
-
-
-def describe(loaded: LoadedSettings[Any]) -> str:
-    """Returns a table of every setting: variable, value, source, help."""
-    rows: list[tuple[str, str, str]] = []
-    helps: list[str] = []
-    for field in dataclasses.fields(loaded.settings):
-        value, limits = getattr(loaded.settings, field.name), limits_of(field)
-        if isinstance(value, bool):
-            text = "true" if value else "false"
-        else:
-            text = number_text(value) if isinstance(value, float) else str(value) or '""'
-        rows.append((variable_name(field.name), text, loaded.sources[field.name]))
-        helps.append(f"{field.metadata.get('help', '')}{f' ({limits})' if limits else ''}")
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    cells = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(f"{text}  {help_text}" for text, help_text in zip(cells, helps, strict=True))
