@@ -5,7 +5,7 @@
 | InvalidInput | INVALID_ARGUMENT | BadRequest with every violation |
 | UndecodableMessage | INVALID_ARGUMENT | BadRequest with the field `request`, ErrorInfo UNDECODABLE_MESSAGE |
 | Unauthenticated | UNAUTHENTICATED | ErrorInfo UNAUTHENTICATED |
-| PermissionDenied | PERMISSION_DENIED | ErrorInfo MODEL_NOT_ALLOWED or METHOD_NOT_ALLOWED; UNKNOWN_PEER for a certificate |
+| PermissionDenied | PERMISSION_DENIED | ErrorInfo MODEL_NOT_ALLOWED, METHOD_NOT_ALLOWED or UNKNOWN_PEER |
 | QuotaExceeded | RESOURCE_EXHAUSTED | ErrorInfo QUOTA_EXCEEDED; RetryInfo, unless the request can never pass |
 | UnknownModel | NOT_FOUND | BadRequest with the field, ErrorInfo UNKNOWN_MODEL |
 | UnknownAdapter | NOT_FOUND | BadRequest with the field, ErrorInfo UNKNOWN_ADAPTER |
