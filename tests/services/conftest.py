@@ -10,6 +10,7 @@ import pytest
 from klein_services.runtime.channels import open_channel
 from klein_services.runtime.server import running_server
 from tests.services.fakes.runtime_toy import Toy
+from tests.services.fakes.span_collector import SpanCollector, tracing_to_collector
 
 
 @pytest.fixture
@@ -33,6 +34,12 @@ async def toy_address(toy: Toy) -> AsyncIterator[str]:
 async def toy_channel(toy_address: str):
     async with open_channel(toy_address) as channel:
         yield channel
+
+
+@pytest.fixture
+async def span_collector() -> AsyncIterator[SpanCollector]:
+    async with tracing_to_collector() as collector:
+        yield collector
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+from klein_services.denoiser.step_spans import StepSpans
 from klein_services.runtime import metrics
 
 STAGE = "denoiser"
@@ -67,6 +68,8 @@ class ScheduledRequest:
     """This request's share of device time so far."""
     exemplar: dict[str, str] | None = field(default_factory=metrics.exemplar)
     """Links this request's observations, which the engine's thread makes, to its trace."""
+    spans: StepSpans | None = None
+    """Spans of the request; `None` while tracing is off."""
 
     @property
     def sort_key(self) -> tuple[int, float, int]:
@@ -149,10 +152,14 @@ class Batch:
 
 def observe_step(batch: Batch, seconds: float, token_budget: int) -> None:
     """Records one step. Without a token budget one image counts as a full step."""
+    requests = {item.request.sequence: item.request for item in batch.items}
     metrics.STEP_SECONDS.labels(STAGE).observe(seconds)
     metrics.STEP_TOKENS.labels(STAGE).observe(batch.tokens)
-    metrics.STEP_REQUESTS.labels(STAGE).observe(len({item.request.sequence for item in batch.items}))
+    metrics.STEP_REQUESTS.labels(STAGE).observe(len(requests))
     metrics.STEP_OCCUPANCY.labels(STAGE).set(batch.tokens / max(token_budget, batch.tokens))
+    for request in requests.values():
+        if request.spans is not None:
+            request.spans.stepped(request.steps_done, seconds, len(requests), batch.tokens)
 
 
 def observe_budget(tokens: int) -> None:
@@ -170,6 +177,8 @@ def observe_load(queued_count: int, running_count: int, backlog_seconds: float) 
 def observe_started(request: ScheduledRequest, queue_seconds: float) -> None:
     """Records the time from a request's admission to its first step."""
     metrics.QUEUE_WAIT_SECONDS.labels(STAGE).observe(queue_seconds, request.exemplar)
+    if request.spans is not None:
+        request.spans.started(queue_seconds)
 
 
 def observe_finished(request: ScheduledRequest) -> None:

@@ -24,6 +24,8 @@ from klein_services.denoiser.request import (
 )
 from klein_services.denoiser.request_planner import RequestPlanner
 from klein_services.denoiser.scheduled_request import ScheduledRequest
+from klein_services.denoiser.step_spans import StepSpans
+from klein_services.runtime import tracing
 from klein_services.runtime.request_parts import RequestParts, read_parts
 from klein_services.runtime.stage import deadline_of
 from klein_services.runtime.worker import Worker
@@ -60,6 +62,8 @@ class DenoiserServicer(denoiser_service_pb2_grpc.DenoiserServiceServicer):
         async with read_parts(request_iterator, timeout_seconds=denoiser.receive_timeout_seconds) as parts:
             params = parse_spec((await parts.spec_part()).spec, denoiser.model, denoiser.limits)
             request = denoiser.planner.scheduled_request(params, deadline)
+            if tracing.enabled():
+                request.spans = StepSpans(params.generation.steps - params.first_step, params.first_step)
             channel = EventChannel(asyncio.get_running_loop())
             with _admitted(denoiser.engine, request, channel, context):
                 await _submit(denoiser, request, params, parts)
@@ -87,6 +91,8 @@ def _admitted(
         yield
     finally:
         engine.cancel(request)
+        if request.spans is not None:
+            request.spans.close()
 
 
 async def _submit(

@@ -34,6 +34,8 @@ from klein_services.orchestrator.stage_client import (
     StageDisagreement,
 )
 from klein_services.orchestrator.timings import Timings, TransferMetrics
+from klein_services.runtime import semantic_conventions as names
+from klein_services.runtime import tracing
 from klein_services.runtime.byte_lru import ByteLru
 from klein_services.runtime.metrics import CACHE_REQUESTS, initialize_caches
 from klein_services.runtime.protowire import (
@@ -241,7 +243,10 @@ class InputEncoder:
         self._keys.append(key)
         timing = self._timings.of(address.stage, operation)
         cached = self._cache.get(key)
-        CACHE_REQUESTS.labels(key.kind, "hit" if cached else "miss").inc()
+        found = "hit" if cached else "miss"
+        CACHE_REQUESTS.labels(key.kind, found).inc()
+        attributes = {names.KLEIN_CACHE_KIND: key.kind, names.KLEIN_CACHE_OUTCOME: found}
+        tracing.add_event(names.CACHE_LOOKUP, attributes)
         if cached is not None:
             yield cached.summary
             for frame in cached.frames:

@@ -21,6 +21,7 @@ from klein_services.orchestrator.backlog import Work
 from klein_services.orchestrator.decoding import DecodedImage, FrameQueue, decode_latents
 from klein_services.orchestrator.encoding import InputEncoder, TensorCache
 from klein_services.orchestrator.events import EventQueue, ImageEvent
+from klein_services.orchestrator.generation_span import size_attributes
 from klein_services.orchestrator.masked_edit import MaskedEdit
 from klein_services.orchestrator.request import ImageRequest
 from klein_services.orchestrator.routing import DENOISER, VAE_DECODER
@@ -32,6 +33,7 @@ from klein_services.orchestrator.stage_client import (
 )
 from klein_services.orchestrator.stage_directory import StageDirectory
 from klein_services.orchestrator.timings import Timings, seconds_of
+from klein_services.runtime import tracing
 from klein_services.runtime.errors import ServiceError, StagesLost
 from klein_services.runtime.logs import request_id
 from klein_services.runtime.protowire import field_number, indexed_frame_field, is_last_frame
@@ -157,6 +159,7 @@ class Generation:
         """Opens the denoiser's call as soon as the size is known and follows it to its end."""
         if not self._request.size_is_known:
             self._params = self._request.sized(*await self._inputs.image_size())
+            tracing.annotate(size_attributes(self._params))
         address, params, edit = self._request.route.denoiser, self._params, self._request.masked_edit
         spec = DenoiseSpec(
             model=address.model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
@@ -16,11 +17,24 @@ from klein_services.orchestrator.backlog import Backlog
 from klein_services.orchestrator.encoding import TensorCache
 from klein_services.orchestrator.events import Event, EventQueue, ImageEvent
 from klein_services.orchestrator.generation import Generation, GenerationOptions
-from klein_services.orchestrator.request import AdmissionLimits, flow_of, image_count, validated
+from klein_services.orchestrator.generation_span import (
+    end_generation_span,
+    open_generation_span,
+    request_attributes,
+)
+from klein_services.orchestrator.request import (
+    AdmissionLimits,
+    ImageRequest,
+    flow_of,
+    image_count,
+    validated,
+)
 from klein_services.orchestrator.routing import RoutingTable
 from klein_services.orchestrator.stage_client import Channels, Deadline, StageClient
 from klein_services.orchestrator.stage_directory import StageDirectory
 from klein_services.orchestrator.tokens import Tenant
+from klein_services.runtime import semantic_conventions as names
+from klein_services.runtime import tracing
 from klein_services.runtime.admission import ConcurrencyLimit
 from klein_services.runtime.caller import caller, caller_metadata
 from klein_services.runtime.errors import ModelNotAllowed, ServiceError, StagesLost
@@ -34,6 +48,7 @@ from klein_services.runtime.metrics import (
     initialize_requests,
 )
 from klein_services.runtime.status import status_of
+from klein_services.runtime.tracing import OpenSpan
 
 _TRANSIT_SECONDS = 0.05
 """A client whose deadline passes disconnects at most this much before the deadline passes here."""
@@ -41,6 +56,7 @@ _CLIENT_MISTAKES = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITI
 """Codes of an unknown model or adapter and of an adapter that does not fit the model."""
 _UNKNOWN_MODEL = "unknown"
 """Label of requests that name a model without a route."""
+_log = logging.getLogger("klein.orchestrator")
 
 
 @dataclass
@@ -58,6 +74,8 @@ class ImageGenerator:
     """Longest time that a request may take, also one without a deadline."""
     image_metadata: bool = True
     """Whether the seed, model and steps are stored in the image files."""
+    log_prompts: bool = False
+    """Whether prompts are in logs and traces."""
     backlog: Backlog = field(default_factory=Backlog)
     """Work of the requests in progress, by pool of replicas."""
 
@@ -91,15 +109,22 @@ class ImageGenerator:
         options = GenerationOptions(reports_progress, self.image_metadata)
         deadline = Deadline.after(remaining_seconds, self.maximum_seconds)
         table = self.visible_table()
-        with self._counted(spec, table, deadline, options.arrived_at):
+        with self._counted(spec, table, deadline, options.arrived_at) as span:
             route = table.route(spec.model)
-            info = await self.directory.describe_route(route, deadline.remaining_seconds())
-            request = validated(spec, preview_interval_steps, route, info, self.limits)
-            queue = EventQueue()
-            metadata = (*request_metadata(), *caller_metadata())
-            stages = StageClient(self.channels, deadline, metadata, self.backlog)
-            generation = Generation(request, stages, self.directory, self.cache, queue, options)
-            task = asyncio.create_task(generation.run())
+            # Never across a `yield`, where it would be the caller's current span.
+            with span.current():
+                with tracing.span(names.DESCRIBE_STAGES):
+                    info = await self.directory.describe_route(route, deadline.remaining_seconds())
+                request = validated(spec, preview_interval_steps, route, info, self.limits)
+                if span:
+                    span.set(request_attributes(request, is_streamed=reports_progress))
+                if self.log_prompts:
+                    _log_prompts(request, span)
+                queue = EventQueue()
+                metadata = (*request_metadata(), *caller_metadata())
+                stages = StageClient(self.channels, deadline, metadata, self.backlog)
+                generation = Generation(request, stages, self.directory, self.cache, queue, options)
+                task = asyncio.create_task(generation.run())
             task.add_done_callback(lambda _: queue.close())
             try:
                 async for event in queue:
@@ -123,23 +148,38 @@ class ImageGenerator:
     @contextmanager
     def _counted(
         self, spec: ImageSpec, table: RoutingTable, deadline: Deadline, arrived_at: float
-    ) -> Iterator[None]:
-        """Counts a request's images and its duration by outcome, from its arrival on."""
+    ) -> Iterator[OpenSpan]:
+        """Counts a request's images and its duration by outcome, from its arrival on; yields the request's span."""
         outcome = "succeeded"
+        model = spec.model or table.default_model
+        # Clients choose neither the labels and names nor how far to count.
+        model = model if model in table.routes else _UNKNOWN_MODEL
+        span = open_generation_span(model)
         try:
-            yield
+            yield span
         except BaseException as error:
             outcome = _outcome(error, deadline)
+            end_generation_span(span, outcome, error)
             raise
+        else:
+            span.end(grpc.StatusCode.OK)
         finally:
-            model = spec.model or table.default_model
-            # Clients choose neither the labels nor how far to count.
-            labels = (model if model in table.routes else _UNKNOWN_MODEL, flow_of(spec), outcome)
+            labels = (model, flow_of(spec), outcome)
             IMAGES.labels(*labels).inc(min(max(image_count(spec), 1), self.limits.image_count))
             seconds = time.perf_counter() - arrived_at
             REQUEST_SECONDS.labels(*labels).observe(seconds, exemplar())
             if outcome == "expired":
                 DEADLINE_MISSED.labels("orchestrator").inc()
+
+
+def _log_prompts(request: ImageRequest, span: OpenSpan) -> None:
+    """Adds the prompts to the log and to the request's span."""
+    prompts = {"prompt": request.params.prompt}
+    if request.params.negative_prompt is not None:
+        prompts["negative_prompt"] = request.params.negative_prompt
+    _log.info("prompt", extra=prompts)
+    messages = names.input_messages(request.params.prompt, request.params.negative_prompt)
+    span.set({names.GEN_AI_INPUT_MESSAGES: messages})
 
 
 def _outcome(error: BaseException, deadline: Deadline) -> str:

@@ -82,6 +82,7 @@ class Orchestrator(Service):
             maximum_seconds=settings.maximum_request_seconds,
             image_metadata=settings.image_metadata,
             backlog=backlog,
+            log_prompts=settings.log_prompts,
         )
         self._scaler = ExternalScaler(self.generator, settings.scaler_settle_seconds)
         self._authentication = (

@@ -92,6 +92,10 @@ class OrchestratorSettings(ServerSettings):
         minimum=0,
         maximum=3600,
     )
+    log_prompts: bool = setting(
+        False,
+        help="Whether prompts appear in this process's logs and in the traces; otherwise no log has any",
+    )
     image_metadata: bool = setting(
         True, help="Whether the seed, model and steps are stored in the image files"
     )

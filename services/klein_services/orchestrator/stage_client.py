@@ -15,11 +15,13 @@ import grpc
 from klein_core.errors import InvalidInput, Violation
 from klein_services.orchestrator.backlog import Backlog
 from klein_services.orchestrator.routing import DENOISER, TEXT_ENCODER, VAE_DECODER, StageAddress
+from klein_services.runtime import tracing
 from klein_services.runtime.channels import open_channel
 from klein_services.runtime.errors import StagesLost
 from klein_services.runtime.grpc_quirks import PeerStatus, is_cancelled_by_peer
 from klein_services.runtime.status import UNKNOWN_ADAPTER, PeerFailure, explain
 from klein_services.runtime.tls import CredentialStore
+from klein_services.runtime.tracing import NO_SPAN, OpenSpan
 
 ENCODE_PROMPT: Final = "/klein_api.v1.TextEncoderService/EncodePrompt"
 ENCODE_REFERENCE: Final = "/klein_api.v1.VaeDecoderService/EncodeReference"
@@ -81,8 +83,11 @@ class StageClient:
         """Opens a call with one serialized request and a stream of responses."""
         multicallable: grpc.aio.UnaryStreamMultiCallable[bytes, bytes]
         multicallable = self.channels.serving(address).unary_stream(method)
-        call = multicallable(request, timeout=self.deadline.remaining_seconds(), metadata=self.metadata)
-        return ServerStream(address, call, fields)
+        span = tracing.client_span(method, address.target)
+        call = multicallable(
+            request, timeout=self.deadline.remaining_seconds(), metadata=self._metadata(span)
+        )
+        return ServerStream(address, call, fields, span)
 
     def stream_stream(
         self, address: StageAddress, method: str, fields: Mapping[str, str] = PUBLIC_FIELDS
@@ -90,8 +95,13 @@ class StageClient:
         """Opens a call with streams in both directions."""
         multicallable: grpc.aio.StreamStreamMultiCallable[bytes, bytes]
         multicallable = self.channels.serving(address).stream_stream(method)
-        call = multicallable(timeout=self.deadline.remaining_seconds(), metadata=self.metadata)
-        return BidiStream(address, call, fields)
+        span = tracing.client_span(method, address.target)
+        call = multicallable(timeout=self.deadline.remaining_seconds(), metadata=self._metadata(span))
+        return BidiStream(address, call, fields, span)
+
+    def _metadata(self, span: OpenSpan) -> tuple[tuple[str, str], ...]:
+        """Returns a call's metadata, by which the stage makes the call's span the parent of its own."""
+        return tuple((dict(self.metadata) | dict(span.headers())).items()) if span else self.metadata
 
 
 class ServerStream:
@@ -100,11 +110,15 @@ class ServerStream:
     Raises, from every method: the exception that `failure_of` returns for the stage's status.
     """
 
-    def __init__(self, address: StageAddress, call: _ResponseCall, fields: Mapping[str, str]) -> None:
+    def __init__(
+        self, address: StageAddress, call: _ResponseCall, fields: Mapping[str, str], span: OpenSpan = NO_SPAN
+    ) -> None:
         self.address = address
         self._responses = call
         self._fields = fields
         self._status = PeerStatus(call)
+        self._span = span
+        self._failed_with: grpc.StatusCode | None = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -115,7 +129,11 @@ class ServerStream:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        is_over = self._responses.done()
         self._responses.cancel()
+        if self._span:
+            code = await self._responses.code() if is_over else grpc.StatusCode.CANCELLED
+            tracing.end_client_span(self._span, self._failed_with or code)
 
     async def messages(self) -> AsyncIterator[bytes]:
         """Yields the stage's serialized messages as they arrive, until it ends the call with OK."""
@@ -132,6 +150,7 @@ class ServerStream:
     async def _failure(self) -> Exception:
         """Returns the exception for this call, which has ended."""
         error = await self._status.sent()
+        self._failed_with = error.code()
         if error.code() is grpc.StatusCode.OK:
             place = f"{self.address.stage} at {self.address.target}"
             return StageDisagreement(f"{place} ended a call before its input did")
@@ -141,8 +160,10 @@ class ServerStream:
 class BidiStream(ServerStream):
     """Streams of requests to a stage and of its responses."""
 
-    def __init__(self, address: StageAddress, call: _BidiCall, fields: Mapping[str, str]) -> None:
-        super().__init__(address, call, fields)
+    def __init__(
+        self, address: StageAddress, call: _BidiCall, fields: Mapping[str, str], span: OpenSpan = NO_SPAN
+    ) -> None:
+        super().__init__(address, call, fields, span)
         self._call = call
         self._writing = asyncio.Lock()
 

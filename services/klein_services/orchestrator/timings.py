@@ -11,8 +11,11 @@ from typing import Protocol
 from google.protobuf.duration_pb2 import Duration
 
 from klein_api.v1.image_service_pb2 import StageTiming
+from klein_services.runtime import semantic_conventions as names
+from klein_services.runtime import tracing
 from klein_services.runtime.metrics import HOP_BYTES, HOP_SECONDS, STAGE_CALL_SECONDS, STAGE_CALLS, exemplar
 from klein_services.runtime.stage import duration
+from klein_services.runtime.tracing import Attributes
 
 _ORDER = tuple(operation for _, operation in STAGE_CALLS)
 """Operations in the order of a request's life."""
@@ -85,7 +88,7 @@ class Timings:
 
 
 class TransferMetrics:
-    """Bytes and duration of one tensor or image between two processes."""
+    """Bytes, duration and span of one tensor or image between two processes."""
 
     def __init__(self, source: str, destination: str) -> None:
         self._labels = (source, destination)
@@ -95,15 +98,24 @@ class TransferMetrics:
     def add(self, message: bytes) -> None:
         """Counts a message that has been passed on."""
         if not self._byte_count:
-            self._begin_seconds = time.perf_counter()
+            self._begin_seconds = time.monotonic()
         self._byte_count += len(message)
 
     def finish(self) -> None:
         """Reports the transfer, once, when all of it has been passed on."""
         if self._byte_count:
+            end_seconds = time.monotonic()
             HOP_BYTES.labels(*self._labels).inc(self._byte_count)
-            seconds = time.perf_counter() - self._begin_seconds
-            HOP_SECONDS.labels(*self._labels).observe(seconds, exemplar())
+            HOP_SECONDS.labels(*self._labels).observe(end_seconds - self._begin_seconds, exemplar())
+            if tracing.enabled():
+                source, destination = self._labels
+                attributes: Attributes = {
+                    names.KLEIN_HOP_SOURCE: source,
+                    names.KLEIN_HOP_DESTINATION: destination,
+                    names.KLEIN_HOP_BYTES: self._byte_count,
+                }
+                name = names.hop_span_name(source, destination)
+                tracing.record(name, self._begin_seconds, end_seconds, attributes)
 
 
 def seconds_of(duration: Duration) -> float:

@@ -12,7 +12,6 @@ import grpc
 
 from klein_services.runtime.pem import Credentials
 from klein_services.runtime.tls import channel_credentials
-from klein_services.runtime.tracing import client_interceptors
 
 STAGE_MESSAGE_BYTES = 4 << 20
 """Most bytes of a message between the orchestrator and a stage."""
@@ -59,12 +58,10 @@ def open_channel(
     ]
     if server_name:
         defaults.append(("grpc.ssl_target_name_override", server_name))
-    every, interceptors = [*defaults, *options], client_interceptors()
+    every = [*defaults, *options]
     if credentials is None:
-        return grpc.aio.insecure_channel(target, options=every, interceptors=interceptors)
-    return grpc.aio.secure_channel(
-        target, channel_credentials(credentials), options=every, interceptors=interceptors
-    )
+        return grpc.aio.insecure_channel(target, options=every)
+    return grpc.aio.secure_channel(target, channel_credentials(credentials), options=every)
 
 
 @cache

@@ -29,6 +29,7 @@ from klein_services.runtime.health import ServerHealth
 from klein_services.runtime.metrics import Method
 from klein_services.runtime.orca import LoadReport
 from klein_services.runtime.protowire import frame_deserializer
+from klein_services.runtime.semantic_conventions import KLEIN_CALLER
 from klein_services.runtime.stage import STAGE_SERVICE
 from klein_services.runtime.status import abort_with, status_of
 from klein_services.runtime.tls import check_peer
@@ -262,15 +263,20 @@ async def identify_and_trace(is_public: bool, call: Call) -> AsyncIterator[None]
     if call.is_housekeeping:
         yield
         return
-    with tracing.server_span(call.path, call.metadata) as span:
-        try:
+    if not tracing.enabled():
+        yield
+        return
+    span = tracing.server_span(call.path, call.metadata)
+    error: BaseException | None = None
+    try:
+        with span.current():
             yield
-        finally:
-            if span is not None:
-                span.set_attribute("request.id", identity)
-                span.set_attribute("klein.caller", caller.get().name)
-                code = call.context.code()
-                span.set_attribute("rpc.grpc.status_code", getattr(code, "value", (code or 0,))[0])
+    except BaseException as raised:
+        error = raised
+        raise
+    finally:
+        span.set({KLEIN_CALLER: caller.get().name})
+        tracing.end_server_span(span, outcome(call.context, error), identity)
 
 
 @asynccontextmanager

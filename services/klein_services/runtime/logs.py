@@ -37,9 +37,9 @@ def take_request_id(metadata: Sequence[tuple[str, str | bytes]]) -> str:
 
 
 def request_metadata() -> tuple[tuple[str, str], ...]:
-    """Returns the metadata that makes calls to other servers part of the current request."""
+    """Returns the metadata that makes calls to other servers part of the current request and its trace."""
     current = request_id.get()
-    return ((REQUEST_ID_KEY, current),) if current else ()
+    return (*(((REQUEST_ID_KEY, current),) if current else ()), *tracing.headers())
 
 
 def configure(level: str, form: str) -> None:
@@ -75,7 +75,7 @@ class RareWarning:
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object per line: time, level, logger, message, request_id, trace_id, extra fields."""
+    """One JSON object per line: time, level, logger, message, request_id, trace_id, span_id, extra fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
@@ -84,26 +84,28 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        if current := request_id.get():
-            line["request_id"] = current
-        if trace := tracing.trace_id():
-            line["trace_id"] = trace
-        line |= _extra(record)
+        line |= _identifiers() | _extra(record)
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str, ensure_ascii=False)
 
 
 class ConsoleFormatter(logging.Formatter):
-    """One readable line: date and time, level, message, then request_id and the extra fields."""
+    """One readable line: date and time, level, message, then request_id, trace_id, span_id and the extra fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         clock = datetime.fromtimestamp(record.created).isoformat(" ", timespec="milliseconds")
-        current = request_id.get()
-        fields = ({"request_id": current} if current else {}) | _extra(record)
+        fields = _identifiers() | _extra(record)
         extra = "".join(f" {key}={value}" for key, value in fields.items())
         text = f"{clock} {record.levelname:<7} {record.getMessage()}{extra}"
         return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+
+
+def _identifiers() -> dict[str, str]:
+    """Returns the ids of the current request, its trace and its span, those that there are."""
+    trace, span = tracing.identifiers()
+    values = {"request_id": request_id.get(), "trace_id": trace, "span_id": span}
+    return {name: value for name, value in values.items() if value}
 
 
 def _extra(record: logging.LogRecord) -> dict[str, Any]:

@@ -311,6 +311,6 @@ def count_rejection(stage: str, reason: str) -> None:
 
 
 def exemplar() -> dict[str, str] | None:
-    """Returns the labels that link an observation to the current trace; `None` while none is recorded."""
-    identity = tracing.trace_id()
+    """Returns the labels that link an observation to the current trace; `None` unless the trace is exported."""
+    identity = tracing.sampled_trace_id()
     return {"trace_id": identity} if identity else None

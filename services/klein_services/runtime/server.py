@@ -129,9 +129,9 @@ async def serve(settings: ServerSettings, service: Service) -> int:
     Returns:
         The exit code: 0 after a clean stop, 1 when the server could not start or lost its device.
     """
-    tracing.start(settings.otlp_endpoint, service.name, software_version())
     server = Server(settings, service)
     try:
+        tracing.start(settings.otlp_endpoint, service.name, software_version())
         with stop_signals(server.stop_requested, server.stop_now):
             return await server.run()
     except (BindError, SettingsError, PemError, KleinError) as error:

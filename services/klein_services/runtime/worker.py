@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 
 from klein_services.runtime import metrics, tracing
 from klein_services.runtime.errors import DeadlinePassed, QueueFull, StageUnavailable, as_device_fault
+from klein_services.runtime.semantic_conventions import QUEUE
 
 _STOP_SECONDS = 1.0
 _SMOOTHING = 0.2
@@ -89,7 +90,7 @@ class Worker:
 
         Args:
             function: what to compute.
-            operation: label of `klein_stage_duration_seconds`; empty is not measured.
+            operation: label of `klein_stage_duration_seconds` and name of the span; empty is not measured.
             deadline: `time.monotonic()` after which the function is not started.
 
         Raises:
@@ -199,7 +200,10 @@ class Worker:
 
 def _outcome(job: _Job) -> tuple[Any, BaseException | None]:
     def traced() -> Any:
-        with tracing.span(job.operation or "work"):
+        if not job.operation:
+            return job.function()
+        tracing.record(QUEUE, job.queued_at, time.monotonic())
+        with tracing.span(job.operation):
             return job.function()
 
     try:

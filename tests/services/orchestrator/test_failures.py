@@ -9,8 +9,6 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
-from opentelemetry.instrumentation.grpc import aio_client_interceptors
-from opentelemetry.sdk.trace import TracerProvider
 from prometheus_client import REGISTRY
 
 from klein_api.v1.image_service_pb2 import (
@@ -118,11 +116,7 @@ async def test_a_stage_that_comes_back_within_the_retries_is_not_noticed(suite):
     assert (await request).images[0].data == suite.expected_image("fox", 1)
 
 
-async def test_traced_calls_fail_and_end_like_others(monkeypatch):
-    def interceptors():
-        return aio_client_interceptors(tracer_provider=TracerProvider())
-
-    monkeypatch.setattr("klein_services.runtime.channels.client_interceptors", interceptors)
+async def test_traced_calls_fail_and_end_like_others(span_collector):
     async with FakeSuite().running() as suite:
         response = await generate(suite, seed=1, references=REFERENCES)
         assert response.images[0].data == suite.expected_image("", 1, references=REFERENCES)
