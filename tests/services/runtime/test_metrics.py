@@ -73,7 +73,7 @@ def test_a_routed_models_counters_exist_before_its_first_request() -> None:
 def traced(monkeypatch):
     """Records spans without exporting them."""
     provider = TracerProvider()
-    monkeypatch.setattr(tracing, "_provider", provider)
+    monkeypatch.setattr(tracing, "_tracer", provider.get_tracer("test"))
     yield
     provider.shutdown()
 
