@@ -48,6 +48,7 @@ def test_names_are_those_of_the_conventions():
     own = {value for name, value in vars(names).items() if name.startswith("KLEIN_")}
     assert own == {
         "klein.request_id",
+        "klein.caller",
         "klein.flow",
         "klein.image.width",
         "klein.image.height",
@@ -92,6 +93,7 @@ async def test_a_calls_spans_are_one_trace_with_parents(span_collector, toy):
         "rpc.method": "toy.Toy/unary_stream",
         "rpc.response.status_code": "OK",
         "klein.request_id": "mine",
+        "klein.caller": "127.0.0.1",
     }
     host, port = address.split(":")
     assert client.attributes == {
