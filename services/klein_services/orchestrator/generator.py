@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import grpc
@@ -82,6 +82,13 @@ class ImageGenerator:
     def __post_init__(self) -> None:
         initialize_requests((*self.table.routes, _UNKNOWN_MODEL))
 
+    def use(self, table: RoutingTable) -> None:
+        """Routes the requests that come from now on by another table; those in progress keep their stages."""
+        self.table = table
+        self.directory.retain(table.addresses)
+        self.backlog.retain(table.addresses)
+        self.channels.retain(table.addresses)
+
     async def events(
         self,
         spec: ImageSpec,
@@ -109,8 +116,9 @@ class ImageGenerator:
         options = GenerationOptions(reports_progress, self.image_metadata)
         deadline = Deadline.after(remaining_seconds, self.maximum_seconds)
         table = self.visible_table()
-        with self._counted(spec, table, deadline, options.arrived_at) as span:
+        with self._counted(spec, table, deadline, options.arrived_at) as span, ExitStack() as stack:
             route = table.route(spec.model)
+            stack.enter_context(self.channels.used(*route.stages))
             # Never across a `yield`, where it would be the caller's current span.
             with span.current():
                 with tracing.span(names.DESCRIBE_STAGES):

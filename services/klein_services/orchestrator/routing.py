@@ -79,6 +79,11 @@ class RoutingTable:
     allowed: tuple[str, ...] | None = None
     """Names that a caller may use at all, also those without a row; `None` means every name."""
 
+    @property
+    def addresses(self) -> tuple[StageAddress, ...]:
+        """Every pool of the table, once."""
+        return tuple(dict.fromkeys(address for route in self.routes.values() for address in route.stages))
+
     def route(self, model: str) -> Route:
         """Returns the row of a request's model; an empty name means the default.
 

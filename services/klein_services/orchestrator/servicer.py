@@ -40,6 +40,7 @@ from klein_services.runtime.admission import ConcurrencyLimit
 from klein_services.runtime.channels import IMAGE_MESSAGE_BYTES
 from klein_services.runtime.errors import DeadlinePassed
 from klein_services.runtime.grpc_quirks import write_response
+from klein_services.runtime.metrics import ROUTING_TABLE_LOADS
 from klein_services.runtime.settings import SettingsError
 from klein_services.runtime.stage import Service
 from klein_services.runtime.tls import CLIENT, CredentialStore
@@ -59,6 +60,8 @@ class Orchestrator(Service):
 
     def __init__(self, settings: OrchestratorSettings, table: RoutingTable) -> None:
         self.request_bytes = settings.limits().request_bytes
+        self.reload = self.reload_table if settings.routing_table else None
+        self._settings = settings
         if problems := list(settings.stage_tls_problems()):
             raise SettingsError("\n".join(problems))
         self._credentials: CredentialStore | None = None
@@ -85,6 +88,8 @@ class Orchestrator(Service):
             log_prompts=settings.log_prompts,
         )
         self._scaler = ExternalScaler(self.generator, settings.scaler_settle_seconds)
+        for outcome in ("loaded", "refused"):
+            ROUTING_TABLE_LOADS.labels(outcome)
         self._authentication = (
             Authentication(Path(settings.tokens_file), self._on_tokens) if settings.tokens_file else None
         )
@@ -107,6 +112,20 @@ class Orchestrator(Service):
             self._authentication.start()
         if self._credentials is not None:
             self._credentials.start()
+
+    async def reload_table(self) -> None:
+        """Reads the routing table again. One that cannot be used changes nothing."""
+        try:
+            table = await asyncio.to_thread(self._settings.table)
+            if problems := list(self._settings.table_problems(table)):
+                raise SettingsError("; ".join(problems))
+        except SettingsError as error:
+            ROUTING_TABLE_LOADS.labels("refused").inc()
+            _log.error("the routing table was not loaded, the one before stays: %s", error)
+            return
+        self.generator.use(table)
+        ROUTING_TABLE_LOADS.labels("loaded").inc()
+        _log.info("the routing table was loaded", extra={"models": sorted(table.routes)})
 
     async def drain(self) -> None:
         """Ends what KEDA watches; running requests keep their stage calls."""
@@ -195,7 +214,7 @@ async def list_models(
         description, problem = await directory.probe(address, timeout)
         return RoutedStage(target=address.target, description=description, problem=problem)
 
-    addresses = list(dict.fromkeys(address for route in table.routes.values() for address in route.stages))
+    addresses = table.addresses
     stages = dict(zip(addresses, await asyncio.gather(*map(probe, addresses)), strict=True))
     models = [_routed_model(route, stages, limits) for route in table.routes.values()]
     return ListModelsResponse(models=models, default_model=table.default_model)

@@ -131,10 +131,15 @@ class OrchestratorSettings(ServerSettings):
             except SettingsError as error:
                 yield str(error)
         try:
-            routes = self.table().routes
+            table = self.table()
         except SettingsError as error:
             yield str(error)
-            return
+        else:
+            yield from self.table_problems(table)
+
+    def table_problems(self, table: RoutingTable) -> Iterator[str]:
+        """Yields what is wrong with a table under these settings: a response too large to send."""
+        routes = table.routes
         largest = max(route.maximum_pixel_count for route in routes.values())
         if self.maximum_image_count * largest * _BYTES_PER_PIXEL > IMAGE_MESSAGE_BYTES:
             fitting = int(IMAGE_MESSAGE_BYTES / largest / _BYTES_PER_PIXEL)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final, Self, TypeAlias
@@ -261,6 +263,9 @@ class Channels:
         self._credentials = credentials.current if credentials else None
         self._channels: dict[tuple[str, str], grpc.aio.Channel] = {}
         self._retiring: set[asyncio.Task[None]] = set()
+        self._users: Counter[str] = Counter()
+        self._retained: frozenset[str] | None = None
+        self._closing: set[asyncio.Task[None]] = set()
 
     def serving(self, address: StageAddress) -> grpc.aio.Channel:
         """Returns the channel that reaches the stage's replicas whose health is SERVING."""
@@ -269,6 +274,32 @@ class Channels:
     def any(self, address: StageAddress) -> grpc.aio.Channel:
         """Returns the channel that reaches every replica of the stage, also those that load or drain."""
         return self._channel(address.target, "")
+
+    @contextmanager
+    def used(self, *addresses: StageAddress) -> Iterator[None]:
+        """Keeps the channels to these stages open while the block runs, also when `retain` leaves them out."""
+        targets = {address.target for address in addresses}
+        self._users.update(targets)
+        try:
+            yield
+        finally:
+            self._users.subtract(targets)
+            self._close_unused()
+
+    def retain(self, addresses: Iterable[StageAddress]) -> None:
+        """Closes all other channels, each as soon as it is not used."""
+        self._retained = frozenset(address.target for address in addresses)
+        self._close_unused()
+
+    def _close_unused(self) -> None:
+        self._users = +self._users
+        if self._retained is None:
+            return
+        for key in list(self._channels):
+            if key[0] not in self._retained and key[0] not in self._users:
+                task = asyncio.create_task(self._channels.pop(key).close())
+                self._closing.add(task)
+                task.add_done_callback(self._closing.discard)
 
     def _channel(self, target: str, service: str) -> grpc.aio.Channel:
         if self._store is not None and self._store.current is not self._credentials:
@@ -300,5 +331,5 @@ class Channels:
         channels, self._channels = list(self._channels.values()), {}
         for task in self._retiring:
             task.cancel()
-        await asyncio.gather(*(channel.close() for channel in channels))
+        await asyncio.gather(*(channel.close() for channel in channels), *self._closing)
         await asyncio.gather(*self._retiring, return_exceptions=True)

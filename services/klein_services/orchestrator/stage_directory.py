@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import grpc
@@ -133,6 +134,11 @@ class StageDirectory:
         for address in route.stages:
             self._known.pop(address, None)
 
+    def retain(self, addresses: Iterable[StageAddress]) -> None:
+        """Forgets the descriptions of all other stages."""
+        kept = frozenset(addresses)
+        self._known = {address: known for address, known in self._known.items() if address in kept}
+
     async def probe(
         self, address: StageAddress, timeout_seconds: float
     ) -> tuple[DescribeStageResponse | None, str]:
@@ -182,9 +188,10 @@ class StageDirectory:
         return await asyncio.shield(task)
 
     async def _ask(self, address: StageAddress, timeout_seconds: float) -> _Answer:
-        answer = await self._describe(address, self._channels.serving(address), timeout_seconds / 2)
-        if answer.problem:
-            answer = await self._describe(address, self._channels.any(address), timeout_seconds / 2)
+        with self._channels.used(address):
+            answer = await self._describe(address, self._channels.serving(address), timeout_seconds / 2)
+            if answer.problem:
+                answer = await self._describe(address, self._channels.any(address), timeout_seconds / 2)
         return answer
 
     async def _describe(

@@ -191,6 +191,11 @@ TOKENS_CURRENT = Gauge(
     "klein_tokens_current",
     "1 while the tokens in use are those of the tokens file, 0 while that cannot be used.",
 )
+ROUTING_TABLE_LOADS = Counter(
+    "klein_routing_table_loads",
+    "Routing tables read again on SIGHUP; `outcome` is loaded, or refused where the old one stays.",
+    ["outcome"],
+)
 REQUEST_SECONDS = Histogram(
     "klein_request_duration_seconds",
     "Seconds from a request's arrival at the public API to its answer.",

@@ -132,8 +132,9 @@ async def serve(settings: ServerSettings, service: Service) -> int:
     server = Server(settings, service)
     try:
         tracing.start(settings.otlp_endpoint, service.name, software_version())
-        with stop_signals(server.stop_requested, server.stop_now):
-            return await server.run()
+        async with reload_signal(service):
+            with stop_signals(server.stop_requested, server.stop_now):
+                return await server.run()
     except (BindError, SettingsError, PemError, KleinError) as error:
         _log.error("%s", error)
         return 1
@@ -161,6 +162,33 @@ def stop_signals(stop_requested: asyncio.Event, stop_now: asyncio.Event) -> Iter
     finally:
         for number in _SIGNALS:
             loop.remove_signal_handler(number)
+
+
+@asynccontextmanager
+async def reload_signal(service: Service) -> AsyncIterator[None]:
+    """Reloads a service that can on each SIGHUP, while the block runs. Signals during a reload cause one more."""
+    if (reload := service.reload) is None:
+        yield
+        return
+    requested = asyncio.Event()
+
+    async def reload_on_request() -> None:
+        while await requested.wait():
+            requested.clear()
+            try:
+                await reload()
+            except Exception:
+                _log.exception("the reload failed because of a fault")
+
+    task = asyncio.create_task(reload_on_request())
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGHUP, requested.set)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGHUP)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 @asynccontextmanager

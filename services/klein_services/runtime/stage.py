@@ -38,6 +38,9 @@ class Service(Protocol):
     operations: Sequence[str] = ()
     """The `operation` of each `Worker.run`, so that its metrics exist from the start."""
 
+    reload: Callable[[], Awaitable[None]] | None = None
+    """Called on SIGHUP to read again what may change while the service serves; without it SIGHUP ends the process."""
+
     request_bytes: int = STAGE_MESSAGE_BYTES
     """Largest message that the server receives."""
     response_bytes: int = STAGE_MESSAGE_BYTES
