@@ -16,13 +16,13 @@ from klein_core.errors import CheckpointError
 from klein_core.model_registry import published_model
 from klein_core.pico import WEIGHTS as EMBEDDED_WEIGHTS
 from klein_core.quantization.constants import NO_QUANTIZATION, QUANTIZATIONS
+from klein_services.runtime.otlp_endpoint import endpoint_problems
 from klein_services.runtime.pem import PemError, PemFiles
 
 PREFIX = "KLEIN_"
 EMBEDDED_MODEL = "pico"
 """The `model_path` that means the model inside the package; a folder of that name is `./pico`."""
 _DEVICE = re.compile(r"auto|(cpu|cuda|mps)(:\d{1,4})?")
-_ENDPOINT = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[^\s/:]+)(:\d{1,5})?/?")
 _Settings = TypeVar("_Settings", bound="ServerSettings")
 
 
@@ -149,8 +149,7 @@ class ServerSettings:
     )
     otlp_endpoint: str = setting(
         "",
-        help="OTLP gRPC endpoint for traces, such as http://host:4317; empty takes OTEL_EXPORTER_OTLP_ENDPOINT, "
-        "and without that there are no traces",
+        help="OTLP gRPC endpoint for traces, http://host:4317; empty takes OTEL_EXPORTER_OTLP_ENDPOINT, if set",
     )
 
     @property
@@ -173,8 +172,7 @@ class ServerSettings:
             yield "KLEIN_TLS_CLIENT_NAMES is set without KLEIN_TLS_CLIENT_CA, which makes clients present a certificate"
         if self.health_port and self.health_port in (self.port, self.metrics_port):
             yield f"KLEIN_HEALTH_PORT is {self.health_port}, which is also the port of another server"
-        if problem := otlp_endpoint_problem(self.otlp_endpoint):
-            yield problem
+        yield from endpoint_problems(self.otlp_endpoint)
 
     def check(self) -> None:
         """Checks what `problems` checks, for `--check-config`.
@@ -264,14 +262,6 @@ def path_problems(field_name: str, path: str) -> Iterator[str]:
     """Yields a sentence when a setting's path leads nowhere; an empty one is not set."""
     if path and not Path(path).exists():
         yield f"{variable_name(field_name)} is {path!r}; there is no such folder or file"
-
-
-def otlp_endpoint_problem(endpoint: str) -> str:
-    """Returns why spans cannot be sent to an endpoint; empty when they can, or when it is not set."""
-    if not endpoint or _ENDPOINT.fullmatch(endpoint):
-        return ""
-    variable = variable_name("otlp_endpoint")
-    return f"{variable} is {endpoint!r}; it must be http://HOST:PORT, or https://HOST:PORT for TLS"
 
 
 def check_temporary_folder() -> None:

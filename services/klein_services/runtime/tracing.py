@@ -17,14 +17,12 @@ from typing import Any, TypeAlias
 import grpc
 
 from klein_services.runtime import semantic_conventions as names
-from klein_services.runtime.settings import SettingsError, otlp_endpoint_problem
+from klein_services.runtime.otlp_endpoint import wanted_endpoint
 
 Value: TypeAlias = str | int | float | bool
 Attributes: TypeAlias = Mapping[str, Value]
 EXPORT_SECONDS = 5.0
 """Most time that the spans which are left take at the end of a process whose collector does not answer."""
-_STANDARD_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-_PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 _provider: Any = None
 _exporter: Any = None
 _tracer: Any = None
@@ -46,7 +44,7 @@ def start(
         environment: where OpenTelemetry's variables are.
 
     Raises:
-        SettingsError: the endpoint is no URL.
+        EndpointError: the endpoint is no URL.
     """
     global _provider, _exporter, _tracer
     endpoint = wanted_endpoint(endpoint, environment)
@@ -64,30 +62,6 @@ def start(
     _exporter = OTLPSpanExporter(endpoint=endpoint, insecure=endpoint.startswith("http://"))
     _provider.add_span_processor(BatchSpanProcessor(_exporter))
     _tracer = _provider.get_tracer(names.PROVIDER, version)
-
-
-def wanted_endpoint(setting: str, environment: Mapping[str, str]) -> str:
-    """Returns the endpoint to export to: the setting, else OpenTelemetry's variables; empty leaves tracing off.
-
-    Raises:
-        SettingsError: the endpoint is no URL.
-    """
-    if environment.get("OTEL_SDK_DISABLED", "").lower() == "true":
-        return ""
-    if environment.get("OTEL_TRACES_EXPORTER", "") == "none":
-        return ""
-    standard = next(filter(None, map(environment.get, _STANDARD_ENDPOINTS)), "")
-    if problem := otlp_endpoint_problem(setting or standard):
-        raise SettingsError(problem if setting else f"{problem} (from OTEL_EXPORTER_OTLP_ENDPOINT)")
-    protocol = next(filter(None, map(environment.get, _PROTOCOLS)), "grpc")
-    if standard and not setting and protocol != "grpc":
-        _log.warning(
-            "no traces: OpenTelemetry's variables ask for the protocol %s, and only grpc is supported; "
-            "name a gRPC endpoint with KLEIN_OTLP_ENDPOINT",
-            protocol,
-        )
-        return ""
-    return setting or standard
 
 
 def stop() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,8 +21,9 @@ from klein_services.runtime import logs, tracing
 from klein_services.runtime import semantic_conventions as names
 from klein_services.runtime.channels import open_channel
 from klein_services.runtime.errors import StageUnavailable
+from klein_services.runtime.otlp_endpoint import EndpointError, wanted_endpoint
 from klein_services.runtime.server import running_server
-from klein_services.runtime.settings import SettingsError, otlp_endpoint_problem
+from klein_services.runtime.settings import ServerSettings
 from tests.services.fakes.runtime_toy import call, failure, until
 from tests.services.fakes.span_collector import export
 
@@ -226,13 +228,14 @@ def _otel() -> dict[str, str]:
     ],
 )
 def test_the_endpoint_is_the_settings_or_the_standard_variables(setting, environment, endpoint):
-    assert tracing.wanted_endpoint(setting, environment) == endpoint
+    assert wanted_endpoint(setting, environment) == endpoint
 
 
 @pytest.mark.parametrize("endpoint", ["collector:4317", "4317", "ftp://a:1", "http://", "http://a:port"])
 def test_an_endpoint_that_is_no_url_is_refused_by_name(endpoint):
-    assert "KLEIN_OTLP_ENDPOINT" in otlp_endpoint_problem(endpoint)
-    with pytest.raises(SettingsError, match="must be http://HOST:PORT"):
+    (problem,) = ServerSettings(otlp_endpoint=endpoint).problems()
+    assert problem.startswith(f"KLEIN_OTLP_ENDPOINT is {endpoint!r}")
+    with pytest.raises(EndpointError, match=re.escape(problem)):
         tracing.start(endpoint, "toy", "1", {})
     assert not tracing.enabled()
 
