@@ -125,6 +125,17 @@ class Generation:
             )._attempt()
         await self._events.put(StreamGenerateImageResponse(summary=summary))
 
+    @property
+    def asked_pixel_count(self) -> int:
+        """Pixels that the stages were asked for so far: of the input images, and of all images once denoising began."""
+        output = self._params.width_px * self._params.height_px * len(self._params.seeds)
+        return self.input_pixel_count + (output if self._denoiser.done() else 0)
+
+    @property
+    def input_pixel_count(self) -> int:
+        """Pixels of the initial image and the references that are encoded."""
+        return self._inputs.pixel_count
+
     async def _attempt(self) -> GenerationSummary:
         """Encodes, denoises and decodes at once, each as soon as its input arrives."""
         try:

@@ -22,6 +22,7 @@ from klein_services.orchestrator.generation_span import (
     open_generation_span,
     request_attributes,
 )
+from klein_services.orchestrator.quotas import Quotas
 from klein_services.orchestrator.request import (
     AdmissionLimits,
     ImageRequest,
@@ -33,6 +34,7 @@ from klein_services.orchestrator.routing import RoutingTable
 from klein_services.orchestrator.stage_client import Channels, Deadline, StageClient
 from klein_services.orchestrator.stage_directory import StageDirectory
 from klein_services.orchestrator.tokens import Tenant
+from klein_services.orchestrator.usage import RequestUsage, Usage
 from klein_services.runtime import semantic_conventions as names
 from klein_services.runtime import tracing
 from klein_services.runtime.admission import ConcurrencyLimit
@@ -72,6 +74,8 @@ class ImageGenerator:
     """Requests that may be in progress."""
     maximum_seconds: float = 3600.0
     """Longest time that a request may take, also one without a deadline."""
+    quotas: Quotas = field(default_factory=Quotas)
+    usage: Usage = field(default_factory=Usage)
     image_metadata: bool = True
     """Whether the seed, model and steps are stored in the image files."""
     log_prompts: bool = False
@@ -109,6 +113,7 @@ class ImageGenerator:
             UnknownModel: the request names a model that is not routed.
             ModelNotAllowed: the caller's token does not allow the model.
             InvalidInput: fields are outside their limits; all of them are named.
+            QuotaExceeded: the quota of the caller's token is used up.
             StagesLost: a stage cannot be used.
             PeerFailure: a stage failed in another way.
             StageDisagreement: a stage broke the protocol between stages.
@@ -116,7 +121,14 @@ class ImageGenerator:
         options = GenerationOptions(reports_progress, self.image_metadata)
         deadline = Deadline.after(remaining_seconds, self.maximum_seconds)
         table = self.visible_table()
-        with self._counted(spec, table, deadline, options.arrived_at) as span, ExitStack() as stack:
+        current = caller.get()
+        model = spec.model or table.default_model
+        # Clients choose neither the labels and names nor how far to count.
+        model = model if model in table.routes else _UNKNOWN_MODEL
+        usage = RequestUsage(model, flow_of(spec), len(spec.references))
+        with self._counted(spec, usage, deadline, options.arrived_at) as span, ExitStack() as stack:
+            if isinstance(current, Tenant):
+                stack.enter_context(self.quotas.place(current))
             route = table.route(spec.model)
             stack.enter_context(self.channels.used(*route.stages))
             # Never across a `yield`, where it would be the caller's current span.
@@ -128,6 +140,9 @@ class ImageGenerator:
                     span.set(request_attributes(request, is_streamed=reports_progress))
                 if self.log_prompts:
                     _log_prompts(request, span)
+                usage.step_count = request.params.steps
+                if isinstance(current, Tenant):
+                    usage.charge = self.quotas.charge(current, request.most_pixel_count / 1e6)
                 queue = EventQueue()
                 metadata = (*request_metadata(), *caller_metadata())
                 stages = StageClient(self.channels, deadline, metadata, self.backlog)
@@ -139,9 +154,13 @@ class ImageGenerator:
                     if isinstance(event, ImageEvent) and not event.is_preview:
                         image = event.description
                         PIXELS.labels(route.name, request.flow).inc(image.width_px * image.height_px)
+                        usage.image_count += 1
+                        usage.output_megapixels += image.width_px * image.height_px / 1e6
                     yield event
                 await task
             finally:
+                usage.input_megapixels = generation.input_pixel_count / 1e6
+                usage.asked_megapixels = generation.asked_pixel_count / 1e6
                 queue.abandoned = True
                 task.cancel()
                 # The client is gone; ignore how the cancelled task ends.
@@ -155,14 +174,11 @@ class ImageGenerator:
 
     @contextmanager
     def _counted(
-        self, spec: ImageSpec, table: RoutingTable, deadline: Deadline, arrived_at: float
+        self, spec: ImageSpec, usage: RequestUsage, deadline: Deadline, arrived_at: float
     ) -> Iterator[OpenSpan]:
-        """Counts a request's images and its duration by outcome, from its arrival on; yields the request's span."""
+        """Counts a request's images, time and use by outcome, from its arrival on; yields the request's span."""
         outcome = "succeeded"
-        model = spec.model or table.default_model
-        # Clients choose neither the labels and names nor how far to count.
-        model = model if model in table.routes else _UNKNOWN_MODEL
-        span = open_generation_span(model)
+        span = open_generation_span(usage.model)
         try:
             yield span
         except BaseException as error:
@@ -172,10 +188,12 @@ class ImageGenerator:
         else:
             span.end(grpc.StatusCode.OK)
         finally:
-            labels = (model, flow_of(spec), outcome)
+            labels = (usage.model, usage.flow, outcome)
             IMAGES.labels(*labels).inc(min(max(image_count(spec), 1), self.limits.image_count))
             seconds = time.perf_counter() - arrived_at
             REQUEST_SECONDS.labels(*labels).observe(seconds, exemplar())
+            usage.settle(outcome)
+            self.usage.record(caller.get(), usage, outcome, seconds)
             if outcome == "expired":
                 DEADLINE_MISSED.labels("orchestrator").inc()
 

@@ -24,6 +24,8 @@ from klein_services.orchestrator.routing import Route
 from klein_services.orchestrator.stage_directory import RouteInfo
 
 LOSSY_FORMATS = (ImageFormat.IMAGE_FORMAT_JPEG, ImageFormat.IMAGE_FORMAT_WEBP)
+REFERENCE_PIXEL_COUNT = 1024 * 1024
+"""Most pixels of a reference as the model sees it; the vae-decoder scales larger ones down."""
 _OTHER_FIELDS_BYTES = 1 << 20
 """Room for everything but the image files; prompts take most of it."""
 _OTHER_METADATA_BYTES = 4096
@@ -67,6 +69,14 @@ class ImageRequest:
             f"The prompt names nothing that the model {self.route.name!r} can draw, so an image may show only a "
             f"background; it draws, for example: {shown}."
         ]
+
+    @property
+    def most_pixel_count(self) -> int:
+        """Most pixels that the input images and the images may have together, before any file is decoded."""
+        limit = self.params.limits.pixel_count
+        initial = 0 if self.masked_edit is None else max(limit, REFERENCE_PIXEL_COUNT)
+        output = self.params.width_px * self.params.height_px if self.size_is_known else limit
+        return initial + len(self.references) * REFERENCE_PIXEL_COUNT + output * len(self.params.seeds)
 
     @property
     def has_input_images(self) -> bool:

@@ -36,6 +36,7 @@ from klein_services.orchestrator.settings import OrchestratorSettings
 from klein_services.orchestrator.stage_client import Channels
 from klein_services.orchestrator.stage_directory import StageDirectory, incompatibility
 from klein_services.orchestrator.tokens import Tokens
+from klein_services.orchestrator.usage import Usage, UsageLog
 from klein_services.runtime.admission import ConcurrencyLimit
 from klein_services.runtime.channels import IMAGE_MESSAGE_BYTES
 from klein_services.runtime.errors import DeadlinePassed
@@ -86,6 +87,7 @@ class Orchestrator(Service):
             image_metadata=settings.image_metadata,
             backlog=backlog,
             log_prompts=settings.log_prompts,
+            usage=Usage(UsageLog(settings.usage_log) if settings.usage_log else None),
         )
         self._scaler = ExternalScaler(self.generator, settings.scaler_settle_seconds)
         for outcome in ("loaded", "refused"):
@@ -96,6 +98,8 @@ class Orchestrator(Service):
         self.guard = self._authentication
 
     def _on_tokens(self, tokens: Tokens) -> None:
+        self.generator.usage.set_tenants(tokens.names)
+        self.generator.quotas.forget_all_but(tokens.names)
         if unrouted := tokens.models - self.generator.table.routes.keys():
             _log.warning(
                 "the tokens file names models without a row in the routing table: %s",
@@ -134,6 +138,8 @@ class Orchestrator(Service):
     async def close(self) -> None:
         if self._authentication is not None:
             await self._authentication.close()
+        if self.generator.usage.log is not None:
+            await asyncio.to_thread(self.generator.usage.log.close)
         await self._channels.close()
         if self._credentials is not None:
             self._credentials.stop()

@@ -10,6 +10,7 @@ from klein_core.params import DEFAULT_LIMITS
 from klein_services.orchestrator.request import AdmissionLimits
 from klein_services.orchestrator.routing import RoutingTable, read_routing_table, single_route_table
 from klein_services.orchestrator.tokens import read_tokens
+from klein_services.orchestrator.usage import STANDARD_OUTPUT
 from klein_services.runtime.channels import IMAGE_MESSAGE_BYTES
 from klein_services.runtime.pem import PemFiles
 from klein_services.runtime.settings import (
@@ -121,10 +122,16 @@ class OrchestratorSettings(ServerSettings):
         "", help="Path of a TOML file of the tokens that clients need; empty asks for none"
     )
 
+    usage_log: str = setting(
+        "", help="Path of a file that gets a JSON line for each request; - is standard output; empty is off"
+    )
+
     def problems(self) -> Iterator[str]:
         """Yields what is wrong with files and with settings together, such as a response too large to send."""
         yield from super().problems()
         yield from self.stage_tls_problems()
+        if self.usage_log not in ("", STANDARD_OUTPUT) and not Path(self.usage_log).parent.is_dir():
+            yield f"KLEIN_USAGE_LOG is {self.usage_log!r}; its folder does not exist"
         if self.tokens_file:
             try:
                 read_tokens(Path(self.tokens_file))

@@ -182,6 +182,21 @@ ADAPTER_LOADS = Counter(
     "klein_adapter_loads", "Adapter files read to the device; `outcome` is loaded or refused.", ["outcome"]
 )
 CACHE_EVICTIONS = Counter("klein_cache_evictions", "Entries that made room for others.", ["kind"])
+USAGE_REQUESTS = Counter(
+    "klein_usage_requests", "Requests for images by the name of their token.", ["caller", "outcome"]
+)
+USAGE_IMAGES = Counter(
+    "klein_usage_images", "Images delivered by the name of the request's token.", ["caller"]
+)
+USAGE_MEGAPIXELS = Counter(
+    "klein_usage_megapixels",
+    "Megapixels of references and initial images (input) and of images delivered (output), by token name.",
+    ["caller", "direction"],
+)
+USAGE_LINES = Counter(
+    "klein_usage_log_lines", "Lines of the usage log; `outcome` is written or lost.", ["outcome"]
+)
+USAGE_LINES_WAITING = Gauge("klein_usage_log_waiting_lines", "Lines of the usage log that wait for the disk.")
 TOKENS_RELOADS = Counter(
     "klein_tokens_reloads",
     "Changes of the tokens file; `outcome` is loaded, or failed: then the last good one holds.",

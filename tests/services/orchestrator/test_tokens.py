@@ -28,26 +28,13 @@ from klein_services.orchestrator.tokens import (
 from klein_services.runtime import interceptors, logs
 from klein_services.runtime.logs import ConsoleFormatter, JsonFormatter
 from klein_services.runtime.settings import load_settings
-from klein_services.runtime.status import explain
 from tests.services.fakes.fake_stages import MODEL
 from tests.services.fakes.orchestrator_suite import FakeSuite
 from tests.services.fakes.runtime_toy import failure, until
+from tests.services.fakes.tenants import TOKEN, bearer, make, refused
 
-ACME, OTHER = new_token(), new_token()
+ACME, OTHER = TOKEN, new_token()
 FILE = tenant_table(Tenant(name="acme"), ACME)
-
-
-def bearer(token, scheme="Bearer"):
-    return (("authorization", f"{scheme} {token}"),)
-
-
-async def make(suite, metadata=(), **spec):
-    request = api.GenerateImageRequest(spec=api.ImageSpec(prompt="a star", **spec))
-    return await suite.images.GenerateImage(request, metadata=metadata)
-
-
-async def refused(suite, metadata=(), **spec):
-    return explain(await failure(make(suite, metadata, **spec)))
 
 
 @pytest.fixture
@@ -148,7 +135,7 @@ async def test_the_message_of_a_refused_call_is_not_received(tokens_file):
         details = await refused(suite, bearer(ACME), **too_large)
         assert "larger than max" in details.message
         # The same message without a token: nothing of it is read, so its length is not noticed.
-        assert (await refused(suite, **too_large)).code is grpc.StatusCode.UNAUTHENTICATED
+        assert (await refused(suite, (), **too_large)).code is grpc.StatusCode.UNAUTHENTICATED
         call = suite.images.StreamGenerateImage(
             api.StreamGenerateImageRequest(spec=api.ImageSpec(**too_large))
         )
@@ -162,7 +149,7 @@ async def test_refusals_are_counted_and_one_line_of_the_log(suite, caplog, monke
     labels = {"stage": "orchestrator", "reason": "unauthenticated"}
     before = metric("klein_request_rejected_total", **labels)
     for _ in range(20):
-        await refused(suite)
+        await refused(suite, ())
     assert metric("klein_request_rejected_total", **labels) == before + 20
     assert [r.getMessage() for r in caplog.records if r.name == "klein.access"] == ["refused"]
 
