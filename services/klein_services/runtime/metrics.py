@@ -43,6 +43,7 @@ REASONS = (
     "undecodable_message",
     "unknown_adapter",
     "unknown_model",
+    "unknown_peer",
     "unusable_adapter",
 )
 """Values of `reason`: `ErrorInfo.reason` of refusals, or their status codes, in lower case."""
