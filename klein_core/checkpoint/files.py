@@ -6,9 +6,11 @@ A component is one file, or a folder with one `*.safetensors` or with shards and
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from stat import S_ISDIR
 from typing import Any
 
 from klein_core.checkpoint.header import Header, StoredTensor, open_regular, read_header
@@ -244,3 +246,19 @@ class ModelFiles:
     def _root(self, path: Path) -> Path:
         """Returns the folder that the user named, which links inside it may not leave."""
         return self.model if self.model is not None and path.is_relative_to(self.model) else path
+
+
+def access_problem(path: Path) -> str:
+    """Returns what keeps this process from reading a folder or file; empty when nothing does."""
+    try:
+        is_folder = S_ISDIR(path.stat().st_mode)
+    except PermissionError:
+        may_read = False
+    except OSError:
+        return "there is no such folder or file"
+    else:
+        wanted = os.R_OK | os.X_OK if is_folder else os.R_OK
+        may_read = os.access(path, wanted, effective_ids=os.access in os.supports_effective_ids)
+    if may_read:
+        return ""
+    return f"uid {os.geteuid()} may not read it: change its owner or mode, or run as another user"

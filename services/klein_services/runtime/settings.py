@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from klein_core.checkpoint.files import ModelFiles
+from klein_core.checkpoint.files import ModelFiles, access_problem
 from klein_core.errors import CheckpointError
 from klein_core.model_registry import published_model
 from klein_core.pico import WEIGHTS as EMBEDDED_WEIGHTS
@@ -259,9 +259,9 @@ def pem_problems(files: PemFiles) -> Iterator[str]:
 
 
 def path_problems(field_name: str, path: str) -> Iterator[str]:
-    """Yields a sentence when a setting's path leads nowhere; an empty one is not set."""
-    if path and not Path(path).exists():
-        yield f"{variable_name(field_name)} is {path!r}; there is no such folder or file"
+    """Yields a sentence when a setting's path leads nowhere or may not be read; an empty one is not set."""
+    if path and (problem := access_problem(Path(path))):
+        yield f"{variable_name(field_name)} is {path!r}; {problem}"
 
 
 def check_temporary_folder() -> None:

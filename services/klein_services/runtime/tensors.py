@@ -42,7 +42,8 @@ def resolve_device(name: str) -> torch.device:
     available = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     count = available.get(device.type, 0)
     if (device.index or 0) >= count:
-        raise SettingsError(f"KLEIN_DEVICE is {name!r}; this machine has {count} such devices")
+        hint = "; a container has only the GPUs that it asks its runtime for" if device.type == "cuda" else ""
+        raise SettingsError(f"KLEIN_DEVICE is {name!r}; this machine has {count} such devices{hint}")
     return device
 
 

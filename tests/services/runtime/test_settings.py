@@ -1,5 +1,9 @@
 """Settings: precedence, refusals that name what is wrong, and the table of --check-config."""
 
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -128,3 +132,40 @@ def test_a_part_of_its_own_is_no_part_of_the_embedded_model():
 
 def test_stages_have_ports_of_their_own():
     assert (TextEncoderSettings().port, VaeDecoderSettings().port) == (50051, 50053)
+
+
+@contextmanager
+def as_nobody() -> Iterator[int]:
+    """Yields the uid of a user who owns no file, when the tests run as root; else their own uid."""
+    uid = os.geteuid()
+    if uid == 0:
+        os.seteuid(65534)
+    try:
+        yield os.geteuid()
+    finally:
+        os.seteuid(uid)
+
+
+@pytest.mark.parametrize("below", ["", "transformer"], ids=["itself", "its parent"])
+def test_a_model_that_may_not_be_read_is_refused_with_the_uid(below: str):
+    with tempfile.TemporaryDirectory() as private:
+        os.chmod(private, 0)
+        place = str(Path(private, below))
+        try:
+            with as_nobody() as uid:
+                problems = list(StageSettings(model_path=place).problems())
+        finally:
+            os.chmod(private, 0o700)
+    assert problems == [
+        f"KLEIN_MODEL_PATH is {place!r}; uid {uid} may not read it: change its owner or mode, or run as another user"
+    ]
+
+
+def test_a_model_file_that_may_not_be_read_is_refused():
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        weights = Path(folder, "model.safetensors")
+        weights.touch(mode=0)
+        with as_nobody():
+            (problem,) = StageSettings(weights_path=str(weights)).problems()
+    assert problem.startswith(f"KLEIN_WEIGHTS_PATH is '{weights}'; uid ")
