@@ -42,12 +42,6 @@ Timeout = Annotated[
         min=0.001, max=LONGEST_TIMEOUT_SECONDS, metavar="SECONDS", help="Longest wait for an answer."
     ),
 ]
-TokenFile = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE", help="File with the token for the orchestrator; by default KLEIN_TOKEN is sent."
-    ),
-]
 
 commands = typer.Typer()
 
@@ -183,10 +177,8 @@ def generate(
             min=0.001, max=LONGEST_TIMEOUT_SECONDS, metavar="SECONDS", help="Longest wait for all images."
         ),
     ] = 600.0,
-    token_file: TokenFile = None,
 ) -> None:
     """Make images through a running suite and write them to files."""
-    from klein_services.cli.client import read_token
     from klein_services.cli.generate import GenerateOptions, run_generate
 
     options = GenerateOptions(
@@ -214,7 +206,7 @@ def generate(
         force=force,
         as_json=as_json,
     )
-    run_generate(options, target, timeout, messages(), read_token(token_file))
+    run_generate(options, target, timeout, messages())
 
 
 @commands.command(
@@ -223,23 +215,19 @@ def generate(
 def adapters(
     target: Target = DEFAULT_TARGET,
     timeout: Timeout = 10.0,
-    token_file: TokenFile = None,
 ) -> None:
     """List the adapters that requests may name: kind, rank, layers, size, problems."""
-    from klein_services.cli.client import read_token
     from klein_services.cli.status import run_adapters
 
-    raise typer.Exit(run_adapters(target, timeout, Console(), read_token(token_file)))
+    raise typer.Exit(run_adapters(target, timeout, Console()))
 
 
 @commands.command(epilog="Exits with 0 only when every stage of every model serves: `klein status && …`.")
 def status(
     target: Target = DEFAULT_TARGET,
     timeout: Timeout = 10.0,
-    token_file: TokenFile = None,
 ) -> None:
     """Show the models and their stages: health, device, load, problems."""
-    from klein_services.cli.client import read_token
     from klein_services.cli.status import run_status
 
-    raise typer.Exit(run_status(target, timeout, Console(), read_token(token_file)))
+    raise typer.Exit(run_status(target, timeout, Console()))

@@ -58,8 +58,7 @@ def open_channel(
     ]
     if server_name:
         defaults.append(("grpc.ssl_target_name_override", server_name))
-    # gRPC takes the first of two options of a name.
-    every = list(dict([*defaults, *options]).items())
+    every = [*defaults, *options]
     if credentials is None:
         return grpc.aio.insecure_channel(target, options=every)
     return grpc.aio.secure_channel(target, channel_credentials(credentials), options=every)
