@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -11,31 +10,20 @@ import typer
 from rich.console import Console
 
 from klein_services.cli.output import messages
-from klein_services.cli.ports import DEFAULT_PORT, LOOPBACK
-
-DEFAULT_TARGET = f"{LOOPBACK}:{DEFAULT_PORT}"
+from klein_services.cli.target import (
+    DEFAULT_TARGET,
+    AuthorityFlag,
+    CertificateFlag,
+    KeyFlag,
+    ServerNameFlag,
+    TargetFlag,
+    read_target,
+)
 
 LONGEST_TIMEOUT_SECONDS = 24 * 3600.0
 """Longest duration that an orchestrator's settings allow a request; gRPC's own timers have a limit, too."""
 
 
-def _checked_target(target: str) -> str:
-    if not target.strip():
-        raise typer.BadParameter("it is empty; name an orchestrator as HOST:PORT")
-    url = re.match(r"(https?|grpcs?)://([^/]*)", target, re.IGNORECASE)
-    if url:
-        raise typer.BadParameter(
-            f"{target} is a URL, but gRPC takes HOST:PORT; leave out {url[1]}:// as in {url[2]}"
-        )
-    return target
-
-
-Target = Annotated[
-    str,
-    typer.Option(
-        metavar="HOST:PORT", envvar="KLEIN_TARGET", help="The orchestrator to call.", callback=_checked_target
-    ),
-]
 Timeout = Annotated[
     float,
     typer.Option(
@@ -170,7 +158,11 @@ def generate(
         bool,
         typer.Option("--json", help="Print one JSON object: files, seeds, model, timings, warnings."),
     ] = False,
-    target: Target = DEFAULT_TARGET,
+    target: TargetFlag = DEFAULT_TARGET,
+    tls_ca: AuthorityFlag = None,
+    tls_certificate: CertificateFlag = None,
+    tls_key: KeyFlag = None,
+    tls_name: ServerNameFlag = "",
     timeout: Annotated[
         float,
         typer.Option(
@@ -206,28 +198,39 @@ def generate(
         force=force,
         as_json=as_json,
     )
-    run_generate(options, target, timeout, messages())
+    called = read_target(target, tls_ca, tls_certificate, tls_key, tls_name)
+    run_generate(options, called, timeout, messages())
 
 
 @commands.command(
     epilog="[bold]klein generate --adapter NAME:0.8[/] takes these names. Exits with 0 only when all can be used."
 )
 def adapters(
-    target: Target = DEFAULT_TARGET,
+    target: TargetFlag = DEFAULT_TARGET,
+    tls_ca: AuthorityFlag = None,
+    tls_certificate: CertificateFlag = None,
+    tls_key: KeyFlag = None,
+    tls_name: ServerNameFlag = "",
     timeout: Timeout = 10.0,
 ) -> None:
     """List the adapters that requests may name: kind, rank, layers, size, problems."""
     from klein_services.cli.status import run_adapters
 
-    raise typer.Exit(run_adapters(target, timeout, Console()))
+    called = read_target(target, tls_ca, tls_certificate, tls_key, tls_name)
+    raise typer.Exit(run_adapters(called, timeout, Console()))
 
 
 @commands.command(epilog="Exits with 0 only when every stage of every model serves: `klein status && …`.")
 def status(
-    target: Target = DEFAULT_TARGET,
+    target: TargetFlag = DEFAULT_TARGET,
+    tls_ca: AuthorityFlag = None,
+    tls_certificate: CertificateFlag = None,
+    tls_key: KeyFlag = None,
+    tls_name: ServerNameFlag = "",
     timeout: Timeout = 10.0,
 ) -> None:
     """Show the models and their stages: health, device, load, problems."""
     from klein_services.cli.status import run_status
 
-    raise typer.Exit(run_status(target, timeout, Console()))
+    called = read_target(target, tls_ca, tls_certificate, tls_key, tls_name)
+    raise typer.Exit(run_status(called, timeout, Console()))

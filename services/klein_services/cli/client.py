@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from klein_api.v1 import image_service_pb2 as api
 from klein_api.v1.image_service_pb2_grpc import ImageServiceStub
+from klein_services.cli.target import Target
 from klein_services.runtime.channels import IMAGE_MESSAGE_BYTES, open_channel
 
 if TYPE_CHECKING:
@@ -28,9 +29,15 @@ class Generation:
 
 
 @asynccontextmanager
-async def connect(target: str) -> AsyncIterator[ImageServiceAsyncStub]:
-    """Opens a channel to an orchestrator for the duration of the block."""
-    async with open_channel(target, message_bytes=IMAGE_MESSAGE_BYTES) as channel:
+async def connect(target: Target | str) -> AsyncIterator[ImageServiceAsyncStub]:
+    """Opens a channel to an orchestrator for the duration of the block, in plaintext if only an address is given."""
+    called = Target(target) if isinstance(target, str) else target
+    async with open_channel(
+        called.address,
+        message_bytes=IMAGE_MESSAGE_BYTES,
+        credentials=called.credentials,
+        server_name=called.server_name,
+    ) as channel:
         yield ImageServiceStub(channel)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import grpc
 from rich.console import Console
@@ -13,6 +14,9 @@ from rich.text import Text
 from klein_core.errors import Violation
 from klein_services.cli.exit_codes import FAILED, INTERRUPTED, MISUSED
 from klein_services.runtime.status import UNKNOWN_ADAPTER, StatusDetails, explain
+
+if TYPE_CHECKING:
+    from klein_services.cli.target import Target
 
 _FLAGS = {
     "prompt": "PROMPT",
@@ -62,7 +66,9 @@ class CliError(Exception):
             console.print(Text.assemble(("Hint: ", "bold"), self.hint), soft_wrap=True)
 
 
-def call_error(error: grpc.aio.AioRpcError, target: str, reference_names: Sequence[str] = ()) -> CliError:
+def call_error(
+    error: grpc.aio.AioRpcError, target: Target | str, reference_names: Sequence[str] = ()
+) -> CliError:
     """Returns a failed call's status as a sentence with a hint about what to do.
 
     Args:
@@ -109,11 +115,18 @@ def call_error(error: grpc.aio.AioRpcError, target: str, reference_names: Sequen
             return CliError(f"{_sentence(details)} ({code.name})", "The server's log shows the cause.")
 
 
-def _unavailable(details: StatusDetails, target: str) -> CliError:
+def _unavailable(details: StatusDetails, target: Target | str) -> CliError:
+    # Imported here: both modules import this one.
+    from klein_services.cli.handshake import handshake_error
+    from klein_services.cli.target import Target
+
     if details.reason:
         return CliError(
             _sentence(details), f"`klein status --target {target}` shows the stages; try again soon."
         )
+    called = Target(target) if isinstance(target, str) else target
+    if explained := handshake_error(details.message, called):
+        return explained
     return CliError(
         f"Nothing answers at {target}.",
         "Start the suite with `klein up`, or name another server with --target.",

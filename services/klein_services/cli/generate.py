@@ -21,6 +21,7 @@ from klein_services.cli.exit_codes import MISUSED
 from klein_services.cli.image_files import STANDARD_STREAM, ImageFiles
 from klein_services.cli.output import GenerationProgress
 from klein_services.cli.status import list_models, model_text
+from klein_services.cli.target import Target
 
 _FORMATS = {
     "png": image_pb2.IMAGE_FORMAT_PNG,
@@ -111,7 +112,9 @@ class GenerateOptions:
             raise CliError(f"A number is far outside its limits: {error}.", exit_code=MISUSED) from error
 
 
-def run_generate(options: GenerateOptions, target: str, timeout_seconds: float, console: Console) -> None:
+def run_generate(
+    options: GenerateOptions, target: Target | str, timeout_seconds: float, console: Console
+) -> None:
     """Requests the images, shows progress, writes the files, prints a line or a JSON object about them.
 
     Raises:
@@ -147,7 +150,7 @@ def run_generate(options: GenerateOptions, target: str, timeout_seconds: float, 
 async def _generate(
     spec: api.ImageSpec,
     reference_names: tuple[str, ...],
-    target: str,
+    target: Target | str,
     timeout_seconds: float,
     console: Console,
 ) -> Generation:

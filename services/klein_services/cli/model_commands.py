@@ -114,6 +114,22 @@ def up(
     threads: Annotated[
         int, typer.Option(min=0, help="CPU threads of each stage; 0 takes half of the cores.")
     ] = 0,
+    tls_certificate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="PEM file of the public API's certificate; with it, it speaks TLS."
+        ),
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="PEM file of that certificate's private key.")
+    ] = None,
+    tls_client_ca: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="PEM file of the authorities one of which must have issued each client's certificate.",
+        ),
+    ] = None,
     log_folder: Annotated[
         Path | None, typer.Option(help="Folder of the logs; by default a temporary one, kept after failures.")
     ] = None,
@@ -126,6 +142,7 @@ def up(
     from klein_services.cli.up import run_up
 
     parts = {"transformer": transformer, "vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
+    tls = {"tls_certificate": tls_certificate, "tls_key": tls_key, "tls_client_ca": tls_client_ca}
     options = SuiteOptions(
         model=model,
         parts={component: path for component, path in parts.items() if path is not None},
@@ -139,6 +156,7 @@ def up(
         offload=offload.value,
         threads=threads,
         log_folder=log_folder,
+        tls={setting: path.resolve() for setting, path in tls.items() if path is not None},
     )
     raise typer.Exit(run_up(options, Console(), verbose=verbose))
 

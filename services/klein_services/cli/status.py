@@ -15,9 +15,10 @@ from klein_services.cli.errors import call_error
 from klein_services.cli.exit_codes import FAILED
 from klein_services.cli.output import file_size
 from klein_services.cli.process import STAGES
+from klein_services.cli.target import Target
 
 
-def run_status(target: str, timeout_seconds: float, console: Console) -> int:
+def run_status(target: Target | str, timeout_seconds: float, console: Console) -> int:
     """Prints a table; returns 0 only when every stage of every model serves.
 
     Raises:
@@ -36,7 +37,7 @@ def run_status(target: str, timeout_seconds: float, console: Console) -> int:
     return 0 if all_serve else FAILED
 
 
-async def list_models(target: str, timeout_seconds: float) -> api.ListModelsResponse:
+async def list_models(target: Target | str, timeout_seconds: float) -> api.ListModelsResponse:
     """Returns an orchestrator's models; raises CliError when it does not answer."""
     try:
         async with connect(target) as stub:
@@ -90,7 +91,7 @@ def _health(stage: api.RoutedStage) -> Text:
     return Text("wrong", "red") if stage.problem else Text("serving", "green")
 
 
-def run_adapters(target: str, timeout_seconds: float, console: Console) -> int:
+def run_adapters(target: Target | str, timeout_seconds: float, console: Console) -> int:
     """Prints a table of every model's adapters; returns 0 only when all of them can be used.
 
     Raises:

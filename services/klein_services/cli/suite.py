@@ -38,7 +38,13 @@ from klein_services.cli.process import (
 )
 from klein_services.cli.stage_process import settings_class
 from klein_services.runtime.channels import host_for_url
-from klein_services.runtime.settings import SettingsError, check_temporary_folder, load_settings
+from klein_services.runtime.settings import (
+    ServerSettings,
+    SettingsError,
+    check_temporary_folder,
+    load_settings,
+    variable_name,
+)
 
 METRICS_PORTS = range(9464, 9464 + len(PROCESSES))
 GRACE_SECONDS = 5.0
@@ -56,8 +62,25 @@ _COMMON_FLAGS = {
     "KLEIN_ADAPTERS_FOLDER": "--adapters",
     "KLEIN_OFFLOAD": "--offload",
     "KLEIN_THREADS": "--threads",
+    "KLEIN_TLS_CERTIFICATE": "--tls-certificate",
+    "KLEIN_TLS_KEY": "--tls-key",
+    "KLEIN_TLS_CLIENT_CA": "--tls-client-ca",
 }
 """Variable → flag of `klein up` that sets it for every process."""
+
+_NO_TLS = dict.fromkeys(
+    (
+        "KLEIN_TLS_CERTIFICATE",
+        "KLEIN_TLS_KEY",
+        "KLEIN_TLS_CLIENT_CA",
+        "KLEIN_TLS_CLIENT_NAMES",
+        "KLEIN_HEALTH_PORT",
+    ),
+    "",
+)
+_NO_STAGE_TLS = dict.fromkeys(
+    ("KLEIN_STAGE_TLS_CA", "KLEIN_STAGE_TLS_CERTIFICATE", "KLEIN_STAGE_TLS_KEY", "KLEIN_STAGE_TLS_NAME"), ""
+)
 
 OnChange = Callable[[Mapping[str, StartupPhase]], None]
 
@@ -88,6 +111,8 @@ class SuiteOptions:
     """`None` creates a temporary folder, which is removed after a clean end."""
     adapters: Path | None = None
     """Folder of the adapters that requests may name."""
+    tls: Mapping[str, Path] = field(default_factory=dict)
+    """Setting of the public API's TLS, such as `tls_certificate`, → its file."""
     settings: Mapping[str, str] = field(default_factory=dict)
     """Further `KLEIN_` variables for every process."""
 
@@ -117,8 +142,13 @@ class Suite:
             self.metrics_ports = {
                 process: each.port for process, each in zip(PROCESSES, metrics, strict=True)
             }
+            self.health_ports: dict[str, int] = {}
+            """Plaintext ports for the probes of the processes that speak TLS."""
             for process in PROCESSES:
-                self._check_settings(process)
+                settings = self._check_settings(process)
+                if settings.tls_certificate:
+                    port = settings.health_port or held.enter_context(ReservedPort()).port
+                    self.health_ports[process] = port
             self.log_folder = options.log_folder or Path(tempfile.mkdtemp(prefix="klein-"))
             try:
                 self.log_folder.mkdir(parents=True, exist_ok=True)
@@ -132,6 +162,13 @@ class Suite:
         """Address of the public API for clients on this machine."""
         host = LOOPBACK if self.options.host in _EVERY_ADDRESS else self.options.host
         return f"{host_for_url(host)}:{self.ports[ORCHESTRATOR]}"
+
+    def probe_address(self, process: str) -> str:
+        """Returns the plaintext address that answers a process's health."""
+        address = self._address(process)
+        if port := self.health_ports.get(process):
+            return f"{address.rpartition(':')[0]}:{port}"
+        return address
 
     def __enter__(self) -> Suite:
         try:
@@ -164,7 +201,7 @@ class Suite:
         """
         phases = dict.fromkeys(PROCESSES, StartupPhase.STARTING)
         end = time.monotonic() + timeout_seconds
-        with Probes({process: child.address for process, child in self.children.items()}) as probes:
+        with Probes({process: self.probe_address(process) for process in PROCESSES}) as probes:
             while not cancelled():
                 self.raise_if_died()
                 waiting = [name for name, phase in phases.items() if phase is not StartupPhase.READY]
@@ -233,19 +270,29 @@ class Suite:
             return _COMMON_FLAGS
         return _COMMON_FLAGS | {"KLEIN_WEIGHTS_PATH": f"--{COMPONENTS[process].replace('_', '-')}"}
 
-    def _check_settings(self, process: str) -> None:
-        """Raises CliError, with the flags of `klein up`, for settings that would stop a process at its start."""
+    def _check_settings(self, process: str) -> ServerSettings:
+        """Returns the settings of a process.
+
+        Raises:
+            CliError: they would stop it at its start; the text has the flags of `klein up`.
+        """
         environment = inherited_environment() | self._settings(process)
         try:
-            load_settings(settings_class(process), environment, {}).settings.check()
+            settings = load_settings(settings_class(process), environment, {}).settings
+            settings.check()
         except SettingsError as error:
             sentence = with_period(with_flags(str(error), self.flags(process)))
             raise CliError(sentence, "`klein up --help` shows every flag.", MISUSED) from error
+        return settings
+
+    def _address(self, process: str) -> str:
+        return self.target if process == ORCHESTRATOR else f"{LOOPBACK}:{self.ports[process]}"
 
     def _child_spec(self, process: str) -> ChildSpec:
         environment = inherited_environment() | self._settings(process)
-        address = self.target if process == ORCHESTRATOR else f"{LOOPBACK}:{self.ports[process]}"
-        return ChildSpec(process, address, environment, self.log_folder / f"{process}.log")
+        if port := self.health_ports.get(process):
+            environment["KLEIN_HEALTH_PORT"] = str(port)
+        return ChildSpec(process, self._address(process), environment, self.log_folder / f"{process}.log")
 
     def _settings(self, process: str) -> dict[str, str]:
         is_public = process == ORCHESTRATOR
@@ -259,17 +306,20 @@ class Suite:
             "KLEIN_DRAIN_DELAY_SECONDS": "0",
             "KLEIN_GRACE_SECONDS": f"{GRACE_SECONDS:g}",
         }
-        # Exactly these stages, whatever routing table the user's shell names.
-        targets = {"KLEIN_ROUTING_TABLE": ""} | {
+        # Exactly these stages, in plaintext, whatever the user's shell names.
+        targets = {"KLEIN_ROUTING_TABLE": "", **_NO_STAGE_TLS} | {
             f"KLEIN_{stage.replace('-', '_').upper()}_TARGET": f"{LOOPBACK}:{self.ports[stage]}"
             for stage in STAGES
         }
+        targets |= {variable_name(name): str(path) for name, path in self.options.tls.items()}
         specific = targets if is_public else self._stage_settings(process)
         return common | specific | dict(self.options.settings)
 
     def _stage_settings(self, stage: str) -> dict[str, str]:
         parts, model = self.options.parts, self.files.model
         return {
+            # The user's own variables are for the public API.
+            **_NO_TLS,
             "KLEIN_MODEL_PATH": PICO if model in (None, WEIGHTS) else str(model),
             # An empty value masks the user's own variable, which may be for another model.
             "KLEIN_WEIGHTS_PATH": str(parts.get(COMPONENTS[stage], "")),

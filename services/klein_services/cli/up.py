@@ -12,7 +12,7 @@ from rich.text import Text
 from klein_services.cli.errors import CliError
 from klein_services.cli.exit_codes import FAILED
 from klein_services.cli.ports import DEFAULT_PORT, LOOPBACK
-from klein_services.cli.process import PROCESSES
+from klein_services.cli.process import ORCHESTRATOR, PROCESSES
 from klein_services.cli.restarts import Restarts
 from klein_services.cli.startup import FollowedLogs, StopSignals, wait_with_progress
 from klein_services.cli.status import list_models, model_text
@@ -65,6 +65,9 @@ def about_model(suite: Suite) -> str:
     Raises:
         CliError: every stage serves, but the model cannot be used, because the stages do not fit each other.
     """
+    if ORCHESTRATOR in suite.health_ports:
+        # The authority that issued its certificate is not known here.
+        return suite.model_name
     try:
         models = asyncio.run(list_models(suite.target, DESCRIPTION_SECONDS)).models
     except CliError:
@@ -84,6 +87,9 @@ def how_to_call(suite: Suite) -> str:
     """Returns commands that call the suite, and the addresses of its metrics."""
     address = shlex.quote(suite.target)
     target = "" if suite.target == f"{LOOPBACK}:{DEFAULT_PORT}" else f" --target {address}"
+    grpcurl = "-plaintext"
+    if ORCHESTRATOR in suite.health_ports:
+        target, grpcurl = f"{target} --tls-ca CA.pem", "-cacert CA.pem"
     metrics = "\n".join(
         f"    {process:<13} http://127.0.0.1:{suite.metrics_ports[process]}/metrics" for process in PROCESSES
     )
@@ -91,7 +97,7 @@ def how_to_call(suite: Suite) -> str:
 Call it:
     klein generate "a large red heart on a yellow background"{target} -o heart.png
     klein status{target}
-    grpcurl -plaintext -d '{{"spec": {{"prompt": "a blue star"}}}}' {address} \\
+    grpcurl {grpcurl} -d '{{"spec": {{"prompt": "a blue star"}}}}' {address} \\
         klein_api.v1.ImageService/GenerateImage
 Metrics:
 {metrics}

@@ -61,10 +61,13 @@ class Orchestrator(ImageServiceServicer):
 
 
 @contextmanager
-def serving(servicer: ImageServiceServicer) -> Iterator[str]:
+def serving(
+    servicer: ImageServiceServicer, credentials: grpc.ServerCredentials | None = None
+) -> Iterator[str]:
     server = grpc.server(ThreadPoolExecutor(4))
     add_ImageServiceServicer_to_server(servicer, server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    address = "127.0.0.1:0"
+    port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     server.start()
     try:
         yield f"127.0.0.1:{port}"
