@@ -119,9 +119,8 @@ def environment(container: Object, all_objects: list[Object]) -> dict[str, str]:
                 text = text.replace(f"$({name})", value)
             found[entry["name"]] = text
         elif (reference := entry["valueFrom"].get("configMapKeyRef")) is not None:
-            found[entry["name"]] = named(all_objects, "ConfigMap", reference["name"])["data"][
-                reference["key"]
-            ]
+            data = named(all_objects, "ConfigMap", reference["name"])["data"]
+            found[entry["name"]] = data.get(reference["key"], "")
     return found
 
 
