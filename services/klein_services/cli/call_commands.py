@@ -1,4 +1,4 @@
-"""Commands that call a running suite: generate, adapters, status."""
+"""Commands that call a running suite: generate, adapters, status, top."""
 
 from __future__ import annotations
 
@@ -234,3 +234,34 @@ def status(
 
     called = read_target(target, tls_ca, tls_certificate, tls_key, tls_name)
     raise typer.Exit(run_status(called, timeout, Console()))
+
+
+@commands.command(
+    epilog="[bold]klein top[/]: the suite of this machine\n\n"
+    "[bold]klein top --metrics dns:///denoiser.klein.svc:9465 --metrics dns:///orchestrator.klein.svc:9467[/]\n\n"
+    "[bold]klein top --once --json | jq .images_per_second[/]"
+)
+def top(
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--metrics",
+            "-m",
+            metavar="HOST:PORT",
+            help="A metrics page; may be repeated; dns:///NAME:PORT is every address of a name; by default those of "
+            "this machine, 127.0.0.1:9464 to 9467.",
+        ),
+    ] = None,
+    interval: Annotated[
+        float, typer.Option(min=0.1, max=3600, metavar="SECONDS", help="Time between two looks.")
+    ] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Print the load of one interval and exit.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object a line instead of a table.")
+    ] = False,
+) -> None:
+    """Watch the load of every process: queues, steps, throughput, refusals. Ctrl-C ends it."""
+    from klein_services.cli.scrape import DEFAULT_TARGETS
+    from klein_services.cli.top import run_top
+
+    raise typer.Exit(run_top(metrics or DEFAULT_TARGETS, interval, Console(), once=once, as_json=as_json))

@@ -16,7 +16,7 @@ from klein_services.cli.process import ORCHESTRATOR, PROCESSES
 from klein_services.cli.restarts import Restarts
 from klein_services.cli.startup import FollowedLogs, StopSignals, wait_with_progress
 from klein_services.cli.status import list_models, model_text
-from klein_services.cli.suite import Suite, SuiteOptions
+from klein_services.cli.suite import METRICS_PORTS, Suite, SuiteOptions
 
 WATCH_SECONDS = 0.1
 DESCRIPTION_SECONDS = 10.0
@@ -90,6 +90,9 @@ def how_to_call(suite: Suite) -> str:
     grpcurl = "-plaintext"
     if ORCHESTRATOR in suite.health_ports:
         target, grpcurl = f"{target} --tls-ca CA.pem", "-cacert CA.pem"
+    is_default = list(suite.metrics_ports.values()) == list(METRICS_PORTS)
+    ports = suite.metrics_ports.values()
+    pages = "" if is_default else "".join(f" --metrics {LOOPBACK}:{port}" for port in ports)
     metrics = "\n".join(
         f"    {process:<13} http://127.0.0.1:{suite.metrics_ports[process]}/metrics" for process in PROCESSES
     )
@@ -98,6 +101,8 @@ Call it:
     klein generate "a large red heart on a yellow background"{target} -o heart.png
     klein status{target}
     grpcurl {grpcurl} -d '{{"spec": {{"prompt": "a blue star"}}}}' {address} \\
+    klein top{pages}
+    grpcurl -plaintext -d '{{"spec": {{"prompt": "a blue star"}}}}' {address} \\
         klein_api.v1.ImageService/GenerateImage
 Metrics:
 {metrics}
