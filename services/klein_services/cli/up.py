@@ -90,6 +90,9 @@ def how_to_call(suite: Suite) -> str:
     grpcurl = "-plaintext"
     if ORCHESTRATOR in suite.health_ports:
         target, grpcurl = f"{target} --tls-ca CA.pem", "-cacert CA.pem"
+        if "tls_client_ca" in suite.options.tls:
+            target += " --tls-certificate CLIENT.pem --tls-key CLIENT.key"
+            grpcurl += " -cert CLIENT.pem -key CLIENT.key"
     is_default = list(suite.metrics_ports.values()) == list(METRICS_PORTS)
     ports = suite.metrics_ports.values()
     pages = "" if is_default else "".join(f" --metrics {LOOPBACK}:{port}" for port in ports)
