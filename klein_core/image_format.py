@@ -17,6 +17,15 @@ METADATA_BYTE_LIMIT = 60_000
 """A JPEG's EXIF block is limited to 64 KiB; the other formats use the same limit."""
 SOFTWARE = "Software"
 """The metadata key that is also written to an EXIF tag."""
+DIGITAL_SOURCE_TYPE = "DigitalSourceType"
+"""The metadata key that is also written to XMP, for readers that look for IPTC's property."""
+TRAINED_ALGORITHMIC_MEDIA = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+"""IPTC's digital source type of an image that a model made."""
+COMPOSITE_WITH_TRAINED_ALGORITHMIC_MEDIA = (
+    "http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTrainedAlgorithmicMedia"
+)
+"""IPTC's digital source type of an image of which a model made parts."""
+DIGITAL_SOURCE_TYPES = (TRAINED_ALGORITHMIC_MEDIA, COMPOSITE_WITH_TRAINED_ALGORITHMIC_MEDIA)
 
 _KEY_LENGTH = 79
 """Longest key of a PNG text chunk."""
@@ -52,6 +61,13 @@ def metadata_violations(metadata: Mapping[str, str]) -> Iterator[Violation]:
         yield Violation(
             "metadata",
             f"takes {size} bytes as JSON, {SOFTWARE} counted twice; at most {METADATA_BYTE_LIMIT} are allowed",
+        )
+    source_type = metadata.get(DIGITAL_SOURCE_TYPE, TRAINED_ALGORITHMIC_MEDIA)
+    if source_type not in DIGITAL_SOURCE_TYPES:
+        shown = source_type[:_SHOWN_CHARACTERS]
+        yield Violation(
+            "metadata",
+            f"has the {DIGITAL_SOURCE_TYPE} {shown!r}; must be one of {', '.join(DIGITAL_SOURCE_TYPES)}",
         )
     bad = [
         key for key in metadata if not (1 <= len(key) <= _KEY_LENGTH and key.isascii() and key.isprintable())

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from klein_services.cli import call_commands, model_commands
+from klein_services.cli import call_commands, model_commands, token_commands
 from klein_services.cli.errors import CliError
 from klein_services.cli.exit_codes import FAILED, INTERRUPTED
 from klein_services.cli.output import messages
@@ -32,6 +32,7 @@ serve_app = typer.Typer(
 for group in (model_commands.commands, call_commands.commands):
     app.add_typer(group)
 app.add_typer(serve_app, name="serve")
+app.add_typer(token_commands.commands, name="token")
 
 
 def run(arguments: list[str] | None = None) -> int:

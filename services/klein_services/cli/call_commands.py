@@ -30,6 +30,12 @@ Timeout = Annotated[
         min=0.001, max=LONGEST_TIMEOUT_SECONDS, metavar="SECONDS", help="Longest wait for an answer."
     ),
 ]
+TokenFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="File with the token for the orchestrator; by default KLEIN_TOKEN is sent."
+    ),
+]
 
 commands = typer.Typer()
 
@@ -169,8 +175,10 @@ def generate(
             min=0.001, max=LONGEST_TIMEOUT_SECONDS, metavar="SECONDS", help="Longest wait for all images."
         ),
     ] = 600.0,
+    token_file: TokenFile = None,
 ) -> None:
     """Make images through a running suite and write them to files."""
+    from klein_services.cli.client import read_token
     from klein_services.cli.generate import GenerateOptions, run_generate
 
     options = GenerateOptions(
@@ -199,7 +207,7 @@ def generate(
         as_json=as_json,
     )
     called = read_target(target, tls_ca, tls_certificate, tls_key, tls_name)
-    run_generate(options, called, timeout, messages())
+    run_generate(options, called, timeout, messages(), read_token(token_file))
 
 
 @commands.command(
@@ -212,12 +220,14 @@ def adapters(
     tls_key: KeyFlag = None,
     tls_name: ServerNameFlag = "",
     timeout: Timeout = 10.0,
+    token_file: TokenFile = None,
 ) -> None:
     """List the adapters that requests may name: kind, rank, layers, size, problems."""
+    from klein_services.cli.client import read_token
     from klein_services.cli.status import run_adapters
 
     called = read_target(target, tls_ca, tls_certificate, tls_key, tls_name)
-    raise typer.Exit(run_adapters(called, timeout, Console()))
+    raise typer.Exit(run_adapters(called, timeout, Console(), read_token(token_file)))
 
 
 @commands.command(epilog="Exits with 0 only when every stage of every model serves: `klein status && …`.")
@@ -228,12 +238,14 @@ def status(
     tls_key: KeyFlag = None,
     tls_name: ServerNameFlag = "",
     timeout: Timeout = 10.0,
+    token_file: TokenFile = None,
 ) -> None:
     """Show the models and their stages: health, device, load, problems."""
+    from klein_services.cli.client import read_token
     from klein_services.cli.status import run_status
 
     called = read_target(target, tls_ca, tls_certificate, tls_key, tls_name)
-    raise typer.Exit(run_status(called, timeout, Console()))
+    raise typer.Exit(run_status(called, timeout, Console(), read_token(token_file)))
 
 
 @commands.command(

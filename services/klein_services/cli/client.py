@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from klein_api.v1 import image_service_pb2 as api
 from klein_api.v1.image_service_pb2_grpc import ImageServiceStub
+from klein_services.cli.errors import CliError
+from klein_services.cli.exit_codes import MISUSED
 from klein_services.cli.target import Target
 from klein_services.runtime.channels import IMAGE_MESSAGE_BYTES, open_channel
 
@@ -16,6 +21,10 @@ if TYPE_CHECKING:
     from klein_api.v1.image_service_pb2_grpc import ImageServiceAsyncStub
 
 
+TOKEN_VARIABLE = "KLEIN_TOKEN"
+"""Environment variable of the token; there is no flag, because other users of a machine see those."""
+_LONGEST_TOKEN_FILE = 8192
+_TOKEN = re.compile(r"[!-~]{1,4096}")
 OPERATIONS = ("encode-prompt", "encode-initial-image", "encode-reference", "denoise", "decode")
 """Operations of a request, in the order in which it passes them."""
 
@@ -41,21 +50,58 @@ async def connect(target: Target | str) -> AsyncIterator[ImageServiceAsyncStub]:
         yield ImageServiceStub(channel)
 
 
+def authorization(token: str = "") -> tuple[tuple[str, str], ...]:
+    """Returns the metadata that carries a token, by default that of `KLEIN_TOKEN`; empty without one.
+
+    Raises:
+        CliError: the text cannot be a token. It is not shown.
+    """
+    token = token or os.environ.get(TOKEN_VARIABLE, "").strip()
+    if token and not _TOKEN.fullmatch(token):
+        raise CliError(
+            "The token has characters that no token has, or too many.",
+            f"{TOKEN_VARIABLE} and --token-file must hold a token and nothing else.",
+            MISUSED,
+        )
+    return (("authorization", f"Bearer {token}"),) if token else ()
+
+
+def read_token(file: Path | None) -> str:
+    """Returns the token in a file, without the white space around it; empty without a file.
+
+    Raises:
+        CliError: the file cannot be read, or is empty.
+    """
+    if file is None:
+        return ""
+    try:
+        with file.open("rb") as content:
+            token = content.read(_LONGEST_TOKEN_FILE).decode("ascii", "replace").strip()
+    except OSError as error:
+        raise CliError(f"--token-file {file} cannot be read: {error.strerror}.", exit_code=MISUSED) from error
+    if not token:
+        raise CliError(f"--token-file {file} is empty.", exit_code=MISUSED)
+    return token
+
+
 async def generate(
     stub: ImageServiceAsyncStub,
     spec: api.ImageSpec,
     *,
     timeout_seconds: float | None = None,
+    token: str = "",
     on_event: Callable[[api.StreamGenerateImageResponse], None] = lambda event: None,
 ) -> Generation:
-    """Makes the images of `spec` and passes each event to `on_event`.
+    """Makes the images of `spec` and passes each event to `on_event`; `token` is as in `authorization`.
 
     Raises:
+        CliError: the token cannot be sent.
         grpc.aio.AioRpcError: the call failed.
     """
     images: list[api.GeneratedImage] = []
     summary = api.GenerationSummary()
-    call = stub.StreamGenerateImage(api.StreamGenerateImageRequest(spec=spec), timeout=timeout_seconds)
+    request = api.StreamGenerateImageRequest(spec=spec)
+    call = stub.StreamGenerateImage(request, timeout=timeout_seconds, metadata=authorization(token))
     async for event in call:
         on_event(event)
         match event.WhichOneof("event"):

@@ -105,7 +105,9 @@ def call_error(
                 f"What listens at {target} is not a klein orchestrator.",
                 "Check --target and the server's version.",
             )
-        case grpc.StatusCode.UNAUTHENTICATED | grpc.StatusCode.PERMISSION_DENIED:
+        case grpc.StatusCode.UNAUTHENTICATED:
+            return CliError(_sentence(details), "Set KLEIN_TOKEN, or name a file with --token-file.", MISUSED)
+        case grpc.StatusCode.PERMISSION_DENIED:
             return CliError(_sentence(details), "Ask the server's operator for access.")
         case grpc.StatusCode.CANCELLED:
             return CliError("The call was cancelled.", exit_code=INTERRUPTED)
@@ -136,6 +138,9 @@ def _unavailable(details: StatusDetails, target: Target | str) -> CliError:
 def _exhausted(details: StatusDetails) -> CliError:
     if details.retry_after_seconds:
         return CliError(_sentence(details), f"Try again in {details.retry_after_seconds:.0f} s.")
+    if details.reason == "QUOTA_EXCEEDED":
+        hint = "Ask for fewer or smaller images, or the server's operator for a larger quota."
+        return CliError(_sentence(details), hint)
     if "larger than max" in details.message:
         return CliError(
             "The image files are larger than the server takes.", "Make the files smaller.", MISUSED

@@ -113,7 +113,7 @@ class GenerateOptions:
 
 
 def run_generate(
-    options: GenerateOptions, target: Target | str, timeout_seconds: float, console: Console
+    options: GenerateOptions, target: Target | str, timeout_seconds: float, console: Console, token: str = ""
 ) -> None:
     """Requests the images, shows progress, writes the files, prints a line or a JSON object about them.
 
@@ -124,7 +124,9 @@ def run_generate(
     if options.as_json and files.is_standard_output:
         raise CliError("--json and -o - both need standard output.", "Name a file with -o.", MISUSED)
     spec = options.image_spec(files.format_name)
-    generation = asyncio.run(_generate(spec, options.reference_names, target, timeout_seconds, console))
+    generation = asyncio.run(
+        _generate(spec, options.reference_names, target, timeout_seconds, console, token)
+    )
     written, failures = _write_all(files, generation)
     # Also after a failure: its seeds make the same images again.
     if options.as_json:
@@ -137,7 +139,7 @@ def run_generate(
     if generation.summary.warnings:
         name = generation.summary.model
         try:
-            models = asyncio.run(list_models(target, _DESCRIPTION_SECONDS)).models
+            models = asyncio.run(list_models(target, _DESCRIPTION_SECONDS, token)).models
             about = next((model_text(model) for model in models if model.name == name), name)
         except CliError:
             # The images are made and written; a missing description is no failure.
@@ -153,11 +155,14 @@ async def _generate(
     target: Target | str,
     timeout_seconds: float,
     console: Console,
+    token: str,
 ) -> Generation:
     with GenerationProgress(console) as progress:
         try:
             async with connect(target) as stub:
-                return await generate(stub, spec, timeout_seconds=timeout_seconds, on_event=progress.handle)
+                return await generate(
+                    stub, spec, timeout_seconds=timeout_seconds, token=token, on_event=progress.handle
+                )
         except grpc.aio.AioRpcError as error:
             raise call_error(error, target, reference_names) from error
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from klein_api.v1 import image_service_pb2 as api
-from klein_services.cli.client import connect
+from klein_services.cli.client import authorization, connect
 from klein_services.cli.errors import call_error
 from klein_services.cli.exit_codes import FAILED
 from klein_services.cli.output import file_size
@@ -18,13 +18,13 @@ from klein_services.cli.process import STAGES
 from klein_services.cli.target import Target
 
 
-def run_status(target: Target | str, timeout_seconds: float, console: Console) -> int:
+def run_status(target: Target | str, timeout_seconds: float, console: Console, token: str = "") -> int:
     """Prints a table; returns 0 only when every stage of every model serves.
 
     Raises:
         CliError: the orchestrator does not answer.
     """
-    answer = asyncio.run(list_models(target, timeout_seconds))
+    answer = asyncio.run(list_models(target, timeout_seconds, token))
     console.print(status_table(answer))
     for model in answer.models:
         if model.description:
@@ -37,11 +37,14 @@ def run_status(target: Target | str, timeout_seconds: float, console: Console) -
     return 0 if all_serve else FAILED
 
 
-async def list_models(target: Target | str, timeout_seconds: float) -> api.ListModelsResponse:
+async def list_models(
+    target: Target | str, timeout_seconds: float, token: str = ""
+) -> api.ListModelsResponse:
     """Returns an orchestrator's models; raises CliError when it does not answer."""
     try:
         async with connect(target) as stub:
-            return await stub.ListModels(api.ListModelsRequest(), timeout=timeout_seconds)
+            metadata = authorization(token)
+            return await stub.ListModels(api.ListModelsRequest(), timeout=timeout_seconds, metadata=metadata)
     except grpc.aio.AioRpcError as error:
         raise call_error(error, target) from error
 
@@ -91,13 +94,13 @@ def _health(stage: api.RoutedStage) -> Text:
     return Text("wrong", "red") if stage.problem else Text("serving", "green")
 
 
-def run_adapters(target: Target | str, timeout_seconds: float, console: Console) -> int:
+def run_adapters(target: Target | str, timeout_seconds: float, console: Console, token: str = "") -> int:
     """Prints a table of every model's adapters; returns 0 only when all of them can be used.
 
     Raises:
         CliError: the orchestrator does not answer.
     """
-    answer = asyncio.run(list_models(target, timeout_seconds))
+    answer = asyncio.run(list_models(target, timeout_seconds, token))
     for model in answer.models:
         if model.adapters:
             console.print(adapters_table(model))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from klein_api.v1.denoiser_service_pb2 import DenoiseLatentsRequest, DenoiseLatentsResponse, DenoiseSpec
@@ -17,12 +18,16 @@ from klein_api.v1.image_service_pb2 import (
     StreamGenerateImageResponse,
 )
 from klein_api.v1.vae_decoder_service_pb2 import DecodeSpec
+from klein_core.image_format import DIGITAL_SOURCE_TYPE
 from klein_services.orchestrator.backlog import Work
 from klein_services.orchestrator.decoding import DecodedImage, FrameQueue, decode_latents
 from klein_services.orchestrator.encoding import InputEncoder, TensorCache
 from klein_services.orchestrator.events import EventQueue, ImageEvent
 from klein_services.orchestrator.generation_span import size_attributes
+from klein_services.orchestrator.image_release import ImageRelease
+from klein_services.orchestrator.manifest_signer import SigningFailed
 from klein_services.orchestrator.masked_edit import MaskedEdit
+from klein_services.orchestrator.provenance import digital_source_type
 from klein_services.orchestrator.request import ImageRequest
 from klein_services.orchestrator.routing import DENOISER, VAE_DECODER
 from klein_services.orchestrator.stage_client import (
@@ -53,6 +58,10 @@ class GenerationOptions:
     """Whether queue positions and steps become events."""
     image_metadata: bool = True
     """Whether the seed, model and steps are stored in the image files."""
+    release: ImageRelease = field(default_factory=ImageRelease)
+    """Passed by every image before the client gets it."""
+    warnings: tuple[str, ...] = ()
+    """Sentences for the client besides those of the request."""
     arrived_at: float = field(default_factory=time.perf_counter)
     """Reading of `time.perf_counter()` when the request came."""
 
@@ -104,6 +113,7 @@ class Generation:
             InvalidInput: a reference, the initial image or the mask cannot be used, or the size that it gives.
             PeerFailure: a stage failed in another way.
             StageDisagreement: a stage broke the protocol.
+            ContentDenied, ContentPolicyFailed, SigningFailed: an image may not be sent.
         """
         try:
             summary = await self._attempt()
@@ -258,6 +268,7 @@ class Generation:
         edit = self._request.masked_edit
         if self._options.image_metadata:
             metadata["model"] = self._request.route.name
+            metadata[DIGITAL_SOURCE_TYPE] = digital_source_type(self._request)
             metadata["seed"], metadata["steps"] = str(params.seeds[index]), str(params.steps)
             if edit is not None:
                 metadata["strength"] = f"{edit.strength:g}"
@@ -270,12 +281,14 @@ class Generation:
             metadata=metadata,
         )
         image = await self._decode(spec, latents, edit if edit is not None and edit.has_overlay else None)
+        description = self._description(index, image)
+        chunks = await self._released(description, image)
         self._output_pixel_count += image.summary.width_px * image.summary.height_px
         if index == 0 and self._preview is not None:
             # A preview of a finished image is of no use.
             self._preview.cancel()
             self._preview_latents.abandon()
-        await self._events.put(ImageEvent(self._description(index, image), image.chunks))
+        await self._events.put(ImageEvent(description, chunks))
 
     async def _decode_preview(self, latents: FrameQueue, step: int) -> None:
         """Decodes the preview after `step` steps. A failure is only logged, because the next one may succeed."""
@@ -286,13 +299,14 @@ class Generation:
         )
         try:
             image = await self._decode(spec, latents)
-        except (ServiceError, StageDisagreement) as error:
+            description = self._description(0, image)
+            description.step = step
+            chunks = await self._released(description, image)
+        except (ServiceError, StageDisagreement, SigningFailed) as error:
             _log.warning("no preview: %s", error)
             latents.abandon()
         else:
-            description = self._description(0, image)
-            description.step = step
-            await self._events.put(ImageEvent(description, image.chunks, is_preview=True))
+            await self._events.put(ImageEvent(description, chunks, is_preview=True))
 
     async def _decode(
         self, spec: DecodeSpec, latents: FrameQueue, overlay: MaskedEdit | None = None
@@ -302,6 +316,11 @@ class Generation:
         pixel_count = self._params.width_px * self._params.height_px
         return await decode_latents(
             self._stages, address, spec, latents.frames(), timing, pixel_count, overlay
+        )
+
+    async def _released(self, description: GeneratedImage, image: DecodedImage) -> Sequence[memoryview]:
+        return await self._options.release.released(
+            self._request, description, self._params.steps, image.chunks, self._stages.deadline
         )
 
     def _description(self, index: int, image: DecodedImage) -> GeneratedImage:
@@ -327,7 +346,7 @@ class Generation:
             guidance_scale=params.guidance,
             stage_timings=self._timings.messages(),
             total_duration=duration(time.perf_counter() - self._options.arrived_at),
-            warnings=self._request.warnings,
+            warnings=[*self._request.warnings, *self._options.warnings],
         )
 
 

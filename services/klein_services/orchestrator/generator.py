@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import grpc
 
@@ -22,6 +22,7 @@ from klein_services.orchestrator.generation_span import (
     open_generation_span,
     request_attributes,
 )
+from klein_services.orchestrator.image_release import ImageRelease
 from klein_services.orchestrator.quotas import Quotas
 from klein_services.orchestrator.request import (
     AdmissionLimits,
@@ -39,7 +40,7 @@ from klein_services.runtime import semantic_conventions as names
 from klein_services.runtime import tracing
 from klein_services.runtime.admission import ConcurrencyLimit
 from klein_services.runtime.caller import caller, caller_metadata
-from klein_services.runtime.errors import ModelNotAllowed, ServiceError, StagesLost
+from klein_services.runtime.errors import ContentDenied, ModelNotAllowed, ServiceError, StagesLost
 from klein_services.runtime.logs import request_metadata
 from klein_services.runtime.metrics import (
     DEADLINE_MISSED,
@@ -80,6 +81,8 @@ class ImageGenerator:
     """Whether the seed, model and steps are stored in the image files."""
     log_prompts: bool = False
     """Whether prompts are in logs and traces."""
+    release: ImageRelease = field(default_factory=ImageRelease)
+    """The checks and the signature of images."""
     backlog: Backlog = field(default_factory=Backlog)
     """Work of the requests in progress, by pool of replicas."""
 
@@ -115,10 +118,12 @@ class ImageGenerator:
             InvalidInput: fields are outside their limits; all of them are named.
             QuotaExceeded: the quota of the caller's token is used up.
             StagesLost: a stage cannot be used.
+            ContentDenied: the content policy refuses the request or an image.
+            ContentPolicyFailed: it gave no decision.
             PeerFailure: a stage failed in another way.
             StageDisagreement: a stage broke the protocol between stages.
         """
-        options = GenerationOptions(reports_progress, self.image_metadata)
+        options = GenerationOptions(reports_progress, self.image_metadata, self.release)
         deadline = Deadline.after(remaining_seconds, self.maximum_seconds)
         table = self.visible_table()
         current = caller.get()
@@ -143,6 +148,12 @@ class ImageGenerator:
                 usage.step_count = request.params.steps
                 if isinstance(current, Tenant):
                     usage.charge = self.quotas.charge(current, request.most_pixel_count / 1e6)
+                await self.release.check_request(request, deadline)
+                wants_previews = request.preview_interval_steps > 0
+                warnings = self.release.warnings(request, wanted_previews=wants_previews)
+                options = replace(options, warnings=tuple(warnings))
+                if not self.release.allows_previews:
+                    request = replace(request, preview_interval_steps=0)
                 queue = EventQueue()
                 metadata = (*request_metadata(), *caller_metadata())
                 stages = StageClient(self.channels, deadline, metadata, self.backlog)
@@ -214,7 +225,7 @@ def _outcome(error: BaseException, deadline: Deadline) -> str:
     match error:
         case asyncio.CancelledError() | GeneratorExit():
             return "expired" if is_late else "cancelled"
-        case InvalidInput() | ModelNotAllowed():
+        case InvalidInput() | ModelNotAllowed() | ContentDenied():
             return "rejected"
         case StagesLost() if is_late:
             # A stage that did not answer within what was left of the deadline.

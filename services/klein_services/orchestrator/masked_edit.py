@@ -28,6 +28,12 @@ class MaskedEdit:
     has_overlay: bool
     """Whether the initial image's own pixels stand outside the mask."""
 
+    @property
+    def is_partial(self) -> bool:
+        """Whether a part of the initial image is to stay: without a mask or added sides, all of it is made anew."""
+        sides = self.inpainting.expand
+        return self.mask is not None or any((sides.left_px, sides.top_px, sides.right_px, sides.bottom_px))
+
     def files(self, image_chunks: FileChunks, mask_chunks: FileChunks) -> Iterator[bytes]:
         """Yields both files as serialized messages, each in the field that its argument names."""
         yield from image_chunks.messages(self.initial_image)

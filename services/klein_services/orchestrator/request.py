@@ -7,12 +7,14 @@ import secrets
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from klein_api.v1.image_pb2 import ImageFormat, Priority
 from klein_api.v1.image_service_pb2 import ImageSpec
 from klein_core.errors import InvalidInput, Violation
 from klein_core.image_format import METADATA_BYTE_LIMIT, format_size_violations, metadata_violations
 from klein_core.params import DEFAULT_LIMITS, AdapterChoice, GenerationParams, Limits, fitted_size
+from klein_services.orchestrator.input_images import InputImage, input_images
 from klein_services.orchestrator.masked_edit import (
     MASKED_EDIT,
     MaskedEdit,
@@ -69,6 +71,11 @@ class ImageRequest:
             f"The prompt names nothing that the model {self.route.name!r} can draw, so an image may show only a "
             f"background; it draws, for example: {shown}."
         ]
+
+    @cached_property
+    def input_images(self) -> tuple[InputImage, ...]:
+        """The files of the request: the initial image, its mask, the references."""
+        return input_images(self.masked_edit, self.references)
 
     @property
     def most_pixel_count(self) -> int:

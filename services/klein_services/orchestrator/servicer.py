@@ -30,6 +30,7 @@ from klein_services.orchestrator.encoding import TensorCache
 from klein_services.orchestrator.events import ImageEvent, collected
 from klein_services.orchestrator.external_scaler import ExternalScaler
 from klein_services.orchestrator.generator import ImageGenerator
+from klein_services.orchestrator.image_release import ImageRelease
 from klein_services.orchestrator.request import AdmissionLimits
 from klein_services.orchestrator.routing import Route, RoutingTable, StageAddress
 from klein_services.orchestrator.settings import OrchestratorSettings
@@ -88,6 +89,9 @@ class Orchestrator(Service):
             backlog=backlog,
             log_prompts=settings.log_prompts,
             usage=Usage(UsageLog(settings.usage_log) if settings.usage_log else None),
+            release=ImageRelease(
+                settings.content_policy(self._credentials), settings.signer(), settings.image_metadata
+            ),
         )
         self._scaler = ExternalScaler(self.generator, settings.scaler_settle_seconds)
         for outcome in ("loaded", "refused"):
@@ -116,6 +120,7 @@ class Orchestrator(Service):
             self._authentication.start()
         if self._credentials is not None:
             self._credentials.start()
+        self.generator.release.start()
 
     async def reload_table(self) -> None:
         """Reads the routing table again. One that cannot be used changes nothing."""
@@ -141,6 +146,7 @@ class Orchestrator(Service):
         if self.generator.usage.log is not None:
             await asyncio.to_thread(self.generator.usage.log.close)
         await self._channels.close()
+        await self.generator.release.close()
         if self._credentials is not None:
             self._credentials.stop()
 

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from klein_core.params import DEFAULT_LIMITS
+from klein_services.orchestrator.content_policy import POINTS, ContentPolicy, PolicyOptions, message_options
+from klein_services.orchestrator.manifest_signer import DIGEST, INGREDIENT_CONTENTS, ManifestSigner
 from klein_services.orchestrator.request import AdmissionLimits
 from klein_services.orchestrator.routing import RoutingTable, read_routing_table, single_route_table
+from klein_services.orchestrator.stage_client import Channels
 from klein_services.orchestrator.tokens import read_tokens
 from klein_services.orchestrator.usage import STANDARD_OUTPUT
 from klein_services.runtime.channels import IMAGE_MESSAGE_BYTES
@@ -21,6 +24,7 @@ from klein_services.runtime.settings import (
     pem_problems,
     setting,
 )
+from klein_services.runtime.tls import CredentialStore
 
 _BYTES_PER_PIXEL = 3.03
 """Bytes of an image file that does not compress: RGB, and the format's overhead."""
@@ -98,7 +102,47 @@ class OrchestratorSettings(ServerSettings):
         help="Whether prompts appear in this process's logs and in the traces; otherwise no log has any",
     )
     image_metadata: bool = setting(
-        True, help="Whether the seed, model and steps are stored in the image files"
+        True,
+        help="Whether the seed, model, steps and digital source type are stored in the image files and manifests",
+    )
+    c2pa_certificate: str = setting(
+        "", help="PEM file of the certificate chain that signs images with C2PA manifests; empty signs none"
+    )
+    c2pa_key: str = setting(
+        "", help="PEM file of the private key of the first certificate, without a password"
+    )
+    c2pa_ingredients: str = setting(
+        DIGEST,
+        help="Content of a manifest about the files of a request: their digests; also their own manifests, which may "
+        "hold pictures; or also thumbnails of them and of the image",
+        choices=INGREDIENT_CONTENTS,
+    )
+    c2pa_timestamp_url: str = setting(
+        "", help="URL of an RFC 3161 time-stamp authority that is asked for each image; empty asks none"
+    )
+    content_policy_target: str = setting(
+        "",
+        help="gRPC target of a ContentPolicyService that decides about requests and images; empty asks none",
+    )
+    content_policy_points: str = setting(
+        "both", help="What the content policy decides about", choices=("both", *POINTS)
+    )
+    content_policy_timeout_seconds: float = setting(
+        5.0,
+        help="Longest time in seconds that a decision of the content policy may take",
+        minimum=0.01,
+        maximum=600,
+    )
+    content_policy_tls: bool = setting(
+        True,
+        help="Whether the content policy is called with the TLS files of the stages where those are set; else it is "
+        "called in plaintext",
+    )
+    content_policy_fail_open: bool = setting(
+        False, help="Whether requests and images without a decision are allowed; else they are refused"
+    )
+    content_policy_sends_files: bool = setting(
+        True, help="Whether the content policy gets the image files of requests; else it gets their digests"
     )
     stage_tls_ca: str = setting(
         "",
@@ -143,6 +187,13 @@ class OrchestratorSettings(ServerSettings):
             yield str(error)
         else:
             yield from self.table_problems(table)
+        try:
+            signer = self.signer()
+        except SettingsError as error:
+            yield str(error)
+        else:
+            if signer is not None:
+                signer.close()
 
     def table_problems(self, table: RoutingTable) -> Iterator[str]:
         """Yields what is wrong with a table under these settings: a response too large to send."""
@@ -181,6 +232,49 @@ class OrchestratorSettings(ServerSettings):
             self.default_size_px,
             self.maximum_pixel_count,
         )
+
+    def signer(self) -> ManifestSigner | None:
+        """Reads the credentials that sign images; `None` when images are not signed.
+
+        Raises:
+            SettingsError: they cannot sign, or only one of both is given.
+        """
+        if not self.c2pa_certificate and not self.c2pa_key:
+            return None
+        if self.c2pa_timestamp_url and not self.c2pa_timestamp_url.startswith(("http://", "https://")):
+            raise SettingsError(
+                f"KLEIN_C2PA_TIMESTAMP_URL is {self.c2pa_timestamp_url!r}; it must begin with http:// or https://"
+            )
+        fields = ("c2pa_certificate", "c2pa_key", "c2pa_certificate")
+        return ManifestSigner(
+            pem_files(self.c2pa_certificate, self.c2pa_key, "", fields),
+            ingredients=self.c2pa_ingredients,
+            timestamp_url=self.c2pa_timestamp_url,
+            reload_seconds=self.tls_reload_seconds,
+            # Room for every image of every request and one preview each, so that none is refused after its work.
+            queue_limit=self.queue_limit * (self.maximum_image_count + 1),
+        )
+
+    def content_policy(self, credentials: CredentialStore | None = None) -> ContentPolicy | None:
+        """Returns the client of the content policy; `None` when there is none.
+
+        Args:
+            credentials: of TLS to the stages, if they are called so.
+        """
+        if not self.content_policy_target:
+            return None
+        channels = Channels(
+            credentials if self.content_policy_tls else None,
+            longest_call_seconds=self.content_policy_timeout_seconds,
+            options=message_options(self.limits().request_bytes),
+        )
+        options = PolicyOptions(
+            timeout_seconds=self.content_policy_timeout_seconds,
+            fails_open=self.content_policy_fail_open,
+            points=POINTS if self.content_policy_points == "both" else (self.content_policy_points,),
+            sends_files=self.content_policy_sends_files,
+        )
+        return ContentPolicy(self.content_policy_target, channels, options)
 
     def limits(self) -> AdmissionLimits:
         return AdmissionLimits(

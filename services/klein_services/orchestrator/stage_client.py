@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -249,6 +249,7 @@ class Channels:
         credentials: of TLS; `None` calls stages in plaintext.
         server_name: name that every stage's certificate must have; empty means the target's host.
         longest_call_seconds: time after which no call on a replaced channel can still run.
+        options: further options of every channel.
     """
 
     def __init__(
@@ -256,8 +257,10 @@ class Channels:
         credentials: CredentialStore | None = None,
         server_name: str = "",
         longest_call_seconds: float = 3600.0,
+        options: Sequence[tuple[str, int]] = (),
     ) -> None:
         self._store = credentials
+        self._options = (*_RECONNECT, *options)
         self._server_name = server_name
         self._longest_call_seconds = longest_call_seconds
         self._credentials = credentials.current if credentials else None
@@ -274,6 +277,10 @@ class Channels:
     def any(self, address: StageAddress) -> grpc.aio.Channel:
         """Returns the channel that reaches every replica of the stage, also those that load or drain."""
         return self._channel(address.target, "")
+
+    def to(self, target: str) -> grpc.aio.Channel:
+        """Returns the channel to a server that is no stage."""
+        return self._channel(target, "")
 
     @contextmanager
     def used(self, *addresses: StageAddress) -> Iterator[None]:
@@ -315,7 +322,7 @@ class Channels:
                 health_service=service,
                 credentials=self._credentials,
                 server_name=self._server_name,
-                options=_RECONNECT,
+                options=self._options,
             )
         return self._channels[key]
 

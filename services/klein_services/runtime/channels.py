@@ -58,7 +58,8 @@ def open_channel(
     ]
     if server_name:
         defaults.append(("grpc.ssl_target_name_override", server_name))
-    every = [*defaults, *options]
+    # gRPC takes the first of two options of a name.
+    every = list(dict([*defaults, *options]).items())
     if credentials is None:
         return grpc.aio.insecure_channel(target, options=every)
     return grpc.aio.secure_channel(target, channel_credentials(credentials), options=every)

@@ -16,7 +16,9 @@ ServiceError
 ├── UnknownModel          the name is not served here
 ├── UnknownAdapter        the name is not in the adapters' folder
 ├── UnusableAdapter       its file cannot be applied to this model
-└── AdapterMemoryFull     the adapters in use fill their memory; retry later
+├── AdapterMemoryFull     the adapters in use fill their memory; retry later
+├── ContentDenied         the operator's content policy refuses the request or its image
+└── ContentPolicyFailed   the content policy gave no decision, and requests need one
 
 `klein_core.errors` has the model's own errors; `klein_services.runtime.status` maps both to gRPC.
 """
@@ -204,6 +206,24 @@ class AdapterMemoryFull(ServiceError):
             f"the adapter {self.name!r} does not fit next to those that other requests use now "
             f"({limit_bytes / 2**20:.0f} MiB in all); retry"
         )
+
+
+class ContentDenied(ServiceError):
+    """The operator's content policy refuses a request or an image that was made for it."""
+
+    def __init__(self, subject: str, reason_code: str, reason: str) -> None:
+        self.subject = subject
+        """request or image."""
+        self.reason_code = _shortened(reason_code) or "UNSPECIFIED"
+        detail = f": {reason}" if reason else ""
+        super().__init__(f"the content policy denies this {subject}{detail}")
+
+
+class ContentPolicyFailed(ServiceError):
+    """The content policy gave no decision; without one, nothing is made and no image is sent."""
+
+    def __init__(self) -> None:
+        super().__init__("the content policy gave no decision, and requests need one; retry later")
 
 
 def _shortened(text: str) -> str:

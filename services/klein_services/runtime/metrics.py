@@ -25,6 +25,8 @@ TOKEN_BUCKETS = tuple(float(256 * 2**power) for power in range(10))
 
 REASONS = (
     "adapter_memory_full",
+    "content_denied",
+    "content_policy_failed",
     "deadline_unreachable",
     "device_fault",
     "failed_precondition",
@@ -119,7 +121,7 @@ LOAD_SECONDS = Gauge(
 CERTIFICATE_EXPIRY = Gauge(
     "klein_certificate_expiry_timestamp_seconds",
     "Unix time at which a certificate expires: `kind` is server for the one that is presented to clients, client for "
-    "the one that is presented to stages. Absent without TLS.",
+    "the one that is presented to stages, signer for the one that signs images. Absent where there is none.",
     ["stage", "kind"],
 )
 CERTIFICATE_RELOADS = Counter(
@@ -225,6 +227,28 @@ IMAGES = Counter(
     ["model", "flow", "outcome"],
 )
 PIXELS = Counter("klein_pixels", "Pixels of images that were answered.", ["model", "flow"])
+CONTENT_POLICY_DECISIONS = Counter(
+    "klein_content_policy_decisions",
+    "Checks by the content policy; `point` is request or image, `decision` is allow, deny or error.",
+    ["point", "decision"],
+)
+CONTENT_POLICY_SECONDS = Histogram(
+    "klein_content_policy_duration_seconds",
+    "Seconds from the call of the content policy to its decision.",
+    ["point"],
+    buckets=RPC_BUCKETS,
+)
+SIGNED_IMAGES = Counter(
+    "klein_c2pa_signatures",
+    "Images and previews given to the C2PA signer; `outcome` is signed or failed.",
+    ["outcome"],
+)
+SIGN_SECONDS = Histogram(
+    "klein_c2pa_sign_duration_seconds",
+    "Seconds that signing one image took, without the wait for the signer.",
+    ["format"],
+    buckets=STEP_BUCKETS,
+)
 
 
 @dataclass(frozen=True)

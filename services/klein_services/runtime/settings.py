@@ -145,7 +145,10 @@ class ServerSettings:
         "name or common name; empty: any",
     )
     tls_reload_seconds: float = setting(
-        10.0, help="Seconds between two looks at the files of TLS", minimum=0.1, maximum=86400
+        10.0,
+        help="Seconds between two looks at the files of certificates and keys",
+        minimum=0.1,
+        maximum=86400,
     )
     otlp_endpoint: str = setting(
         "",

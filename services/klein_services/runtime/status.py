@@ -19,6 +19,8 @@
 | StageUnavailable | UNAVAILABLE | ErrorInfo STAGE_UNAVAILABLE |
 | StagesLost | UNAVAILABLE, without retries by gRPC | ErrorInfo STAGE_UNAVAILABLE |
 | DeviceFault | UNAVAILABLE, without retries by gRPC | ErrorInfo DEVICE_FAULT; the process ends and is replaced |
+| ContentDenied | PERMISSION_DENIED | ErrorInfo CONTENT_DENIED with the policy's reason code |
+| ContentPolicyFailed | UNAVAILABLE, without retries by gRPC | ErrorInfo CONTENT_POLICY_FAILED |
 | PeerFailure | the other server's | the other server's |
 | anything else | INTERNAL | ErrorInfo INTERNAL_ERROR with an id that the log has too |
 
@@ -42,6 +44,8 @@ from grpc_status import rpc_status
 from klein_core.errors import DeviceFault, InvalidInput, Violation
 from klein_services.runtime.errors import (
     AdapterMemoryFull,
+    ContentDenied,
+    ContentPolicyFailed,
     DeadlinePassed,
     DeadlineUnreachable,
     DeviceOutOfMemory,
@@ -65,6 +69,8 @@ DEVICE_FAULT = "DEVICE_FAULT"
 """`ErrorInfo.reason` of an UNAVAILABLE whose server has lost its device."""
 UNKNOWN_ADAPTER = "UNKNOWN_ADAPTER"
 """`ErrorInfo.reason` of a NOT_FOUND that is about an adapter."""
+CONTENT_DENIED = "CONTENT_DENIED"
+"""`ErrorInfo.reason` of a PERMISSION_DENIED by the content policy, which another token would not change."""
 _NO_RETRY = ("grpc-retry-pushback-ms", "-1")
 """Trailer by which a server keeps a client's gRPC from retrying (gRFC A6, pushback)."""
 MESSAGE_BYTES = 1024
@@ -187,6 +193,11 @@ def status_of(error: BaseException) -> RichStatus:
         case StageUnavailable():
             is_final = isinstance(error, StagesLost)
             return RichStatus(code.UNAVAILABLE, text, (_info("STAGE_UNAVAILABLE"),), is_final)
+        case ContentDenied():
+            info = _info(CONTENT_DENIED, subject=error.subject, reason_code=error.reason_code)
+            return RichStatus(code.PERMISSION_DENIED, text, (info,))
+        case ContentPolicyFailed():
+            return RichStatus(code.UNAVAILABLE, text, (_info("CONTENT_POLICY_FAILED"),), is_final=True)
         case PeerFailure():
             return error.status
         case DeviceOutOfMemory():

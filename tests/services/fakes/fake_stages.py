@@ -168,6 +168,8 @@ class FakeVaeDecoder(FakeStage, vae_decoder_service_pb2_grpc.VaeDecoderServiceSe
     announced_extra_bytes: int = 0
     padding: bytes = b""
     """Follows every image."""
+    files: dict[int, bytes] = field(default_factory=dict)
+    """Image files by format, for tests that need real ones; a format without one gets the bytes of its inputs."""
 
     def add_service(self, server) -> None:
         vae_decoder_service_pb2_grpc.add_VaeDecoderServiceServicer_to_server(self, server)
@@ -250,7 +252,7 @@ class FakeVaeDecoder(FakeStage, vae_decoder_service_pb2_grpc.VaeDecoderServiceSe
                 latents = overlaid(latents, spec.overlay, *self._files(files, "initial_image_chunk"))
             elif files:
                 raise InvalidInput.of("overlay", "is not set, and files came")
-            image = encoded_image(latents, spec.format, quality) + self.padding
+            image = self.files.get(spec.format) or encoded_image(latents, spec.format, quality) + self.padding
             rows, columns, _ = reader.spec.shape
             yield vae_pb2.DecodeLatentsResponse(
                 summary=vae_pb2.DecodeSummary(

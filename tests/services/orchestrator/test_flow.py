@@ -15,6 +15,7 @@ from klein_api.v1.image_service_pb2 import (
     ListModelsRequest,
     StreamGenerateImageRequest,
 )
+from klein_core.image_format import TRAINED_ALGORITHMIC_MEDIA
 from klein_services.runtime.channels import STAGE_MESSAGE_BYTES
 from klein_services.runtime.errors import StageUnavailable
 from tests.services.fakes.fake_denoiser import FakeDenoiser
@@ -109,7 +110,12 @@ async def test_format_and_quality_reach_the_decoder(suite):
 
 async def test_the_file_holds_its_seed_but_not_the_prompt(suite):
     await generate(suite, prompt="secret", seed=5)
-    assert dict(suite.vae_decoder.decode_specs[0].metadata) == {"model": "fake", "seed": "5", "steps": "4"}
+    assert dict(suite.vae_decoder.decode_specs[0].metadata) == {
+        "DigitalSourceType": TRAINED_ALGORITHMIC_MEDIA,
+        "model": "fake",
+        "seed": "5",
+        "steps": "4",
+    }
 
 
 async def test_the_file_holds_the_prompts_of_a_client_that_asks_for_it(suite):
