@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -139,6 +140,10 @@ def targets(all_objects: list[Object]) -> Iterator[str]:
         for name, value in environment(pod.main, all_objects).items():
             if name.endswith("_TARGET") and value not in addresses:
                 yield f"{pod.path}: {name} is {value}; there is no such Service"
+    for each in of_kind(all_objects, "ConfigMap"):
+        for key, text in each["data"].items():
+            for target in sorted(set(re.findall(r"dns:///[^\"]*", text)) - addresses):
+                yield f"{path_of(each)}: {key} has {target}; there is no such Service"
 
 
 @rule

@@ -18,6 +18,7 @@ KUBERNETES = ROOT / "deploy" / "kubernetes"
 OVERLAYS = tuple(
     str(path.parent.relative_to(KUBERNETES))
     for path in sorted((KUBERNETES / "overlays").rglob("kustomization.yaml"))
+    if path.parent.name != "denoiser-base"  # a part of an overlay
 )
 Object = dict[str, Any]
 

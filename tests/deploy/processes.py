@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from klein_core.pico import WEIGHTS
 from klein_services.cli.ports import LOOPBACK, ReservedPort
 from tests.deploy.invariants import servers
-from tests.deploy.manifests import Object, Pod, arguments, environment, of_kind
+from tests.deploy.manifests import Object, Pod, arguments, environment, named, of_kind
 from tests.deploy.tools import ROOT
 from tests.services.fakes.certificates import Authority
 
@@ -60,6 +60,9 @@ class Disk:
         folder.mkdir(parents=True, exist_ok=True)
         if "secret" in volume and not (folder / "tls.crt").exists():
             self._issue(volume["secret"]["secretName"], folder)
+        if wanted := volume.get("configMap", {}).get("name"):
+            for key, text in named(self._objects, "ConfigMap", wanted)["data"].items():
+                (folder / key).write_text(text)
         if volume["name"] in ("models", "model"):
             # One name deep where all models are mounted, the folder itself where one is.
             link = folder / "klein-4b"

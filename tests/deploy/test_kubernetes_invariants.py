@@ -124,7 +124,7 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     ),
     "open by default": (remove("NetworkPolicy", "default-deny"), "no NetworkPolicy denies"),
     "policy of another port": (
-        set_in("NetworkPolicy", "denoiser", "spec/ingress/0/ports/0/port", 50051),
+        set_in("NetworkPolicy", "stages", "spec/ingress/0/ports/0/port", 50051),
         "opens {50051}",
     ),
     "way to a port where nothing listens": (
@@ -189,3 +189,10 @@ def test_the_images_are_targets_of_the_dockerfile() -> None:
     text = dockerfile.read_text()
     for image in IMAGES:
         assert re.search(rf"^FROM .+ AS {image.removeprefix('klein-')}$", text, re.MULTILINE)
+
+
+def test_a_route_without_a_service_is_found() -> None:
+    found = objects("overlays/tested/two-models")
+    (table,) = of_kind(found, "ConfigMap")
+    table["data"]["routing.toml"] = table["data"]["routing.toml"].replace("denoiser-base:", "denoiser-bass:")
+    assert any("dns:///denoiser-bass:50052; there is no such Service" in each for each in problems(found))
