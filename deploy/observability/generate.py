@@ -1,4 +1,4 @@
-"""Generator of the alert rules: `python -m deploy.observability.generate [--check]`."""
+"""Generator of the alert rules and the dashboards: `python -m deploy.observability.generate [--check]`."""
 
 from __future__ import annotations
 
@@ -99,6 +99,11 @@ def main(arguments: Sequence[str]) -> int:
     except ValueError as error:
         parser.error(str(error))
     files = rule_files(parameters)
+    if root == ROOT:
+        # Imported here: without the extra `dev` there are rules, but no dashboards.
+        from deploy.observability.grafana import dashboard_files
+
+        files |= dashboard_files(root)
     outdated = stale(files, root)
     if check:
         for path in outdated:
