@@ -297,15 +297,13 @@ def initialize(stage: str, service_names: Iterable[str], operations: Sequence[st
     SERVING.labels(stage)
     DEADLINE_MISSED.labels(stage)
     if operations:
-        initialize_queue(stage)
+        initialize_queue(stage, operations)
     for reason in (*REASONS, OTHER_REASON):
         REJECTED.labels(stage, reason)
-    for operation in operations:
-        STAGE_SECONDS.labels(stage, operation)
 
 
-def initialize_queue(stage: str) -> None:
-    """Creates the label sets of a device's queue."""
+def initialize_queue(stage: str, operations: Iterable[str] = ()) -> None:
+    """Creates the label sets of a device's queue, and of the operations that wait in it."""
     for metric in (
         QUEUE_DEPTH,
         QUEUE_WAIT_SECONDS,
@@ -315,6 +313,8 @@ def initialize_queue(stage: str) -> None:
         DEADLINE_MISSED,
     ):
         metric.labels(stage)
+    for operation in operations:
+        STAGE_SECONDS.labels(stage, operation)
 
 
 def initialize_steps(stage: str) -> None:

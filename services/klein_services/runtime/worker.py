@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -49,9 +49,10 @@ class Worker:
     Args:
         name: the stage's name, the `stage` label of its metrics.
         queue_limit: most functions that wait for the running one; more are refused.
+        operations: the `operation` of each `run`, so that its metrics exist from the start.
     """
 
-    def __init__(self, name: str, queue_limit: int) -> None:
+    def __init__(self, name: str, queue_limit: int, operations: Sequence[str] = ()) -> None:
         self.name = name
         self.queue_limit = queue_limit
         self._waiting: deque[_Job] = deque()
@@ -59,7 +60,7 @@ class Worker:
         self._closed = False
         self._changed = threading.Condition()
         self._mean_seconds: float | None = None
-        metrics.initialize_queue(name)
+        metrics.initialize_queue(name, operations)
         # A daemon, so that a load or a step that cannot be interrupted does not keep a stopped process alive.
         self._thread = threading.Thread(target=self._work, name=f"{name}-worker", daemon=True)
         self._thread.start()

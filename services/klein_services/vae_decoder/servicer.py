@@ -200,7 +200,9 @@ class VaeDecoderStage(ModelService):
         """Requests that are received, computed or answered; each may hold a file or an image."""
         # Not the device's worker, which must not wait while the CPU compresses an image. One place in the
         # queue for every slot: an image that has been decoded must not be refused here.
-        self.files = Worker(f"{self.name}-files", self.slots.limit)
+        self.files = Worker(
+            f"{self.name}-files", self.slots.limit, (READ_REFERENCE, READ_INITIAL_IMAGE, WRITE_IMAGE)
+        )
         """Reads and writes image files."""
         self.decoder: VaeDecoder
         """The model; set by `load_model`."""
