@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from io import BytesIO
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -17,7 +18,12 @@ from hypothesis.extra import numpy as arrays
 from PIL import ExifTags, Image, ImageFile, ImageOps, JpegImagePlugin
 
 from klein_core.errors import InvalidInput
-from klein_core.image_format import METADATA_BYTE_LIMIT, SIDE_LIMITS_PX, format_size_violations
+from klein_core.image_format import (
+    METADATA_BYTE_LIMIT,
+    SIDE_LIMITS_PX,
+    TRAINED_ALGORITHMIC_MEDIA,
+    format_size_violations,
+)
 from klein_core.vae_decoder.image_io import (
     ReferenceLimits,
     encode_image,
@@ -101,6 +107,29 @@ def test_metadata_comes_back(image_format):
     comment = exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
     assert json.loads(comment.removeprefix(b"ASCII\0\0\0")) == metadata
     assert exif[ExifTags.Base.Software] == "klein-suite"
+
+
+@pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
+@pytest.mark.parametrize("model", ["pico", "<a & 'b' \">", "x" * 50_000])
+def test_the_digital_source_type_is_in_xmp_and_changes_no_pixel(image_format, model):
+    metadata = {"DigitalSourceType": TRAINED_ALGORITHMIC_MEDIA, "model": model}
+    image = Image.open(BytesIO(encode_image(PIXELS, image_format, metadata=metadata)))
+    packet = image.info["xmp"] if image_format != "png" else image.text["XML:com.adobe.xmp"].encode()
+    description = next(
+        element for element in ElementTree.fromstring(packet).iter() if element.tag.endswith("}Description")
+    )
+    iptc = "{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}"
+    assert description.get(f"{iptc}DigitalSourceType") == TRAINED_ALGORITHMIC_MEDIA
+    assert description.get(f"{iptc}AISystemUsed") == model[:512]
+    plain = Image.open(BytesIO(encode_image(PIXELS, image_format)))
+    assert image.tobytes() == plain.tobytes()
+    assert "xmp" not in plain.info
+
+
+def test_another_digital_source_type_is_refused():
+    with pytest.raises(InvalidInput, match="DigitalSourceType 'digitalArt'") as caught:
+        encode_image(PIXELS, "png", metadata={"DigitalSourceType": "digitalArt"})
+    assert fields(caught) == ["metadata"]
 
 
 @pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])

@@ -295,16 +295,20 @@ class VaeDecoderFacts(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     LATENT_CHANNELS_FIELD_NUMBER: _builtins.int
+    WATERMARK_FIELD_NUMBER: _builtins.int
     latent_channels: _builtins.int
     """Channels of the latents that it takes and makes."""
+    watermark: _builtins.str
+    """Name of the watermark that marks the pixels of every image; empty when none does."""
     def __init__(
         self,
         *,
         latent_channels: _builtins.int = ...,
+        watermark: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["latent_channels", b"latent_channels"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["latent_channels", b"latent_channels", "watermark", b"watermark"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -196,8 +196,8 @@ class ContentPolicy:
         multicallable: Callable[..., Any] = self._channels.to(self._target).unary_unary(_METHODS[point])
         timeout = min(self._options.timeout_seconds, deadline.remaining_seconds())
         span, code = tracing.client_span(_METHODS[point], self._target), grpc.StatusCode.CANCELLED
-        metadata = (*request_metadata(), *(span.headers() if span else ()))
-        call = multicallable(message, timeout=timeout, metadata=metadata)
+        metadata = dict(request_metadata()) | (dict(span.headers()) if span else {})
+        call = multicallable(message, timeout=timeout, metadata=tuple(metadata.items()))
         try:
             data = await call
             code = grpc.StatusCode.OK

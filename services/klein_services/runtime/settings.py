@@ -145,10 +145,7 @@ class ServerSettings:
         "name or common name; empty: any",
     )
     tls_reload_seconds: float = setting(
-        10.0,
-        help="Seconds between two looks at the files of certificates and keys",
-        minimum=0.1,
-        maximum=86400,
+        10.0, help="Seconds between two looks at certificates and keys", minimum=0.1, maximum=86400
     )
     otlp_endpoint: str = setting(
         "",

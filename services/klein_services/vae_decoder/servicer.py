@@ -22,6 +22,7 @@ from klein_core.vae_decoder.tiling import TilingPolicy
 from klein_services.runtime.admission import ConcurrencyLimit
 from klein_services.runtime.frames import MAX_FRAME_BYTES
 from klein_services.runtime.request_parts import read_parts
+from klein_services.runtime.settings import SettingsError
 from klein_services.runtime.stage import Loaded, ModelService, deadline_of, duration, require_model
 from klein_services.runtime.tensors import (
     dtype_name,
@@ -45,6 +46,7 @@ from klein_services.vae_decoder.request import (
 )
 from klein_services.vae_decoder.settings import VaeDecoderSettings
 from klein_services.vae_decoder.uploads import InitialImageFiles, Preparation
+from klein_services.vae_decoder.watermark import Watermark, WatermarkFailed
 
 _log = logging.getLogger("klein.vae_decoder")
 
@@ -151,7 +153,7 @@ class VaeDecoderServicer(vae_decoder_service_pb2_grpc.VaeDecoderServiceServicer)
                     lambda: stage.decoder.decode(latents_tensor(frames)), operation=DECODE, deadline=deadline
                 )
                 written = await stage.files.run(
-                    lambda: write_image(decoded.value, encoding, image),
+                    lambda: write_image(decoded.value, encoding, image, stage.watermark),
                     operation=WRITE_IMAGE,
                     deadline=deadline,
                 )
@@ -170,10 +172,19 @@ class VaeDecoderServicer(vae_decoder_service_pb2_grpc.VaeDecoderServiceServicer)
 
 
 def write_image(
-    made: torch.Tensor, encoding: Encoding, image: InitialImage | None
+    made: torch.Tensor, encoding: Encoding, image: InitialImage | None, watermark: Watermark | None
 ) -> tuple[bytes, torch.Size]:
-    """Lays a decoded image into the initial image, if there is one, and encodes it; returns the file and its shape."""
+    """Lays a decoded image into the initial image, if there is one, marks and encodes it.
+
+    Returns:
+        The file and the shape of its pixels.
+
+    Raises:
+        WatermarkFailed: the image cannot be marked.
+    """
     pixels = made if image is None else image.laid_over(made)
+    if watermark is not None:
+        pixels = watermark.applied(pixels)
     return encode_image(pixels, encoding.name, encoding.quality, encoding.metadata), pixels.shape
 
 
@@ -204,6 +215,8 @@ class VaeDecoderStage(ModelService):
             f"{self.name}-files", self.slots.limit, (READ_REFERENCE, READ_INITIAL_IMAGE, WRITE_IMAGE)
         )
         """Reads and writes image files."""
+        self.watermark = Watermark(settings.watermark) if settings.watermark else None
+        """Marks every image; `None` when none is set."""
         self.decoder: VaeDecoder
         """The model; set by `load_model`."""
 
@@ -233,9 +246,17 @@ class VaeDecoderStage(ModelService):
         )
         _log.info("%s", decoder.tiling)
         side_px = self.settings.warm_up_size_px // SIZE_MULTIPLE_PX * SIZE_MULTIPLE_PX
-        decoder.decode(decoder.encode(torch.zeros(side_px, side_px, 3)))
+        pixels = decoder.decode(decoder.encode(torch.zeros(side_px, side_px, 3)))
+        if self.watermark is not None:
+            try:
+                self.watermark.applied(pixels)
+            except WatermarkFailed as error:
+                cause = f": {error.__cause__}" if error.__cause__ else ""
+                raise SettingsError(f"KLEIN_WATERMARK: {error}{cause}") from error
         self.decoder = decoder
-        facts = stage_service_pb2.VaeDecoderFacts(latent_channels=decoder.config.packed_channels)
+        facts = stage_service_pb2.VaeDecoderFacts(
+            latent_channels=decoder.config.packed_channels, watermark=self.settings.watermark
+        )
         return Loaded(
             device=str(device),
             dtype=dtype_name(decoder.dtype),

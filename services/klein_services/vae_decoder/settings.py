@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from klein_core.params import DEFAULT_LIMITS
-from klein_services.runtime.settings import StageSettings, metrics_port_setting, setting
+from klein_services.runtime.settings import SettingsError, StageSettings, metrics_port_setting, setting
+from klein_services.vae_decoder.watermark import Watermark
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,3 +43,17 @@ class VaeDecoderSettings(StageSettings):
         minimum=0,
         maximum=10**7,
     )
+    watermark: str = setting(
+        "",
+        help="Callable that marks the pixels of every image, as module:callable or the name of an entry point; empty "
+        "marks none",
+    )
+
+    def problems(self) -> Iterator[str]:
+        """Yields what is wrong with paths and names, the watermark's included."""
+        yield from super().problems()
+        if self.watermark:
+            try:
+                Watermark(self.watermark)
+            except SettingsError as error:
+                yield str(error)

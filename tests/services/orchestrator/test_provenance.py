@@ -366,7 +366,7 @@ def test_credentials_that_cannot_sign_stop_the_start(authority, tmp_path):
     authority.issue(key=rsa.generate_private_key(public_exponent=65537, key_size=1024))
     assert "RSA of at least 2048 bits" in fault_text(authority)
     secret = key.read_text()
-    key.write_text(secret.replace("PRIVATE", "PRVATE"))
+    key.write_text(secret.replace("PRIVATE", "SECRET"))
     assert secret.splitlines()[1] not in fault_text(authority)
 
 
