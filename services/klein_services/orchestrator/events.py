@@ -62,14 +62,11 @@ class EventQueue:
     def __init__(self) -> None:
         self._events: asyncio.Queue[Event | None] = asyncio.Queue(_EVENTS_AT_ONCE)
         self._closed = False
-        self.was_used = False
-        """Whether an event was ever added, so that the client may have got one."""
         self.abandoned = False
         """Whether the reader is gone. `asyncio.Task.cancelling` does not show it: a task group may leave it raised."""
 
     async def put(self, event: Event) -> None:
         """Adds an event, once there is room for it."""
-        self.was_used = True
         await self._events.put(event)
 
     def close(self) -> None:

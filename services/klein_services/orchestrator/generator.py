@@ -14,15 +14,17 @@ import grpc
 from klein_api.v1.image_service_pb2 import ImageSpec
 from klein_core.errors import InvalidInput
 from klein_services.orchestrator.backlog import Backlog
+from klein_services.orchestrator.checkpoint_pace import CheckpointPace
 from klein_services.orchestrator.encoding import TensorCache
 from klein_services.orchestrator.events import Event, EventQueue, ImageEvent
-from klein_services.orchestrator.generation import Generation, GenerationOptions
+from klein_services.orchestrator.generation import Generation
 from klein_services.orchestrator.generation_span import (
     end_generation_span,
     open_generation_span,
     request_attributes,
 )
 from klein_services.orchestrator.image_release import ImageRelease
+from klein_services.orchestrator.progress import GenerationOptions
 from klein_services.orchestrator.quotas import Quotas
 from klein_services.orchestrator.request import (
     AdmissionLimits,
@@ -83,6 +85,9 @@ class ImageGenerator:
     """Whether prompts are in logs and traces."""
     release: ImageRelease = field(default_factory=ImageRelease)
     """The checks and the signature of images."""
+    resume_bytes: int = 0
+    """Most bytes of one request's latents kept to resume it; 0 keeps none."""
+    pace: CheckpointPace = field(default_factory=CheckpointPace)
     backlog: Backlog = field(default_factory=Backlog)
     """Work of the requests in progress, by pool of replicas."""
 
@@ -123,7 +128,9 @@ class ImageGenerator:
             PeerFailure: a stage failed in another way.
             StageDisagreement: a stage broke the protocol between stages.
         """
-        options = GenerationOptions(reports_progress, self.image_metadata, self.release)
+        options = GenerationOptions(
+            reports_progress, self.image_metadata, self.release, resume_bytes=self.resume_bytes
+        )
         deadline = Deadline.after(remaining_seconds, self.maximum_seconds)
         table = self.visible_table()
         current = caller.get()
@@ -157,7 +164,9 @@ class ImageGenerator:
                 queue = EventQueue()
                 metadata = (*request_metadata(), *caller_metadata())
                 stages = StageClient(self.channels, deadline, metadata, self.backlog)
-                generation = Generation(request, stages, self.directory, self.cache, queue, options)
+                generation = Generation(
+                    request, stages, self.directory, self.cache, queue, options, self.pace
+                )
                 task = asyncio.create_task(generation.run())
             task.add_done_callback(lambda _: queue.close())
             try:
@@ -170,8 +179,8 @@ class ImageGenerator:
                     yield event
                 await task
             finally:
-                usage.input_megapixels = generation.input_pixel_count / 1e6
-                usage.asked_megapixels = generation.asked_pixel_count / 1e6
+                usage.input_megapixels = generation.progress.input_pixel_count / 1e6
+                usage.asked_megapixels = generation.progress.asked_pixel_count / 1e6
                 queue.abandoned = True
                 task.cancel()
                 # The client is gone; ignore how the cancelled task ends.

@@ -92,6 +92,7 @@ class Orchestrator(Service):
             release=ImageRelease(
                 settings.content_policy(self._credentials), settings.signer(), settings.image_metadata
             ),
+            resume_bytes=settings.resume_bytes,
         )
         self._scaler = ExternalScaler(self.generator, settings.scaler_settle_seconds)
         for outcome in ("loaded", "refused"):

@@ -101,6 +101,13 @@ class OrchestratorSettings(ServerSettings):
         False,
         help="Whether prompts appear in this process's logs and in the traces; otherwise no log has any",
     )
+    resume_bytes: int = setting(
+        32 * 1024 * 1024,
+        help="Most bytes of one request's latents kept to resume it when a stage is lost; larger requests start again; "
+        "0 keeps none",
+        minimum=0,
+        maximum=1024**3,
+    )
     image_metadata: bool = setting(
         True,
         help="Whether the seed, model, steps and digital source type are stored in the image files and manifests",

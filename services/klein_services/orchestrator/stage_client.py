@@ -18,10 +18,10 @@ from klein_core.errors import InvalidInput, Violation
 from klein_services.orchestrator.backlog import Backlog
 from klein_services.orchestrator.routing import DENOISER, TEXT_ENCODER, VAE_DECODER, StageAddress
 from klein_services.runtime import tracing
-from klein_services.runtime.channels import open_channel
+from klein_services.runtime.channels import KEEPALIVE_MILLISECONDS, open_channel
 from klein_services.runtime.errors import StagesLost
 from klein_services.runtime.grpc_quirks import PeerStatus, is_cancelled_by_peer
-from klein_services.runtime.status import UNKNOWN_ADAPTER, PeerFailure, explain
+from klein_services.runtime.status import DEVICE_FAULT, UNKNOWN_ADAPTER, PeerFailure, explain
 from klein_services.runtime.tls import CredentialStore
 from klein_services.runtime.tracing import NO_SPAN, OpenSpan
 
@@ -58,8 +58,17 @@ PUBLIC_FIELDS: Mapping[str, str] = {
 
 _RECEIVE_TIMEOUT = "RECEIVE_TIMEOUT"
 _LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
-_RECONNECT = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 500))
-"""A stage that came back is used within a second; gRPC's own backoff grows to two minutes."""
+_OPTIONS = (
+    # A stage that came back is used within a second; gRPC's own backoff grows to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 500),
+    # gRPC's threads answer pings while Python computes, so a replica that does not is stopped or unreachable.
+    ("grpc.keepalive_time_ms", KEEPALIVE_MILLISECONDS),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_MILLISECONDS),
+    # gRPC 1.85 waits this long for the answer, a minute by default, whatever the timeout above.
+    ("grpc.http2.ping_timeout_ms", KEEPALIVE_MILLISECONDS),
+    ("grpc.keepalive_permit_without_calls", 1),
+)
 _BidiCall: TypeAlias = "grpc.aio.StreamStreamCall[bytes, bytes]"
 _ResponseCall: TypeAlias = "grpc.aio.UnaryStreamCall[bytes, bytes] | grpc.aio.StreamStreamCall[bytes, bytes]"
 _log = logging.getLogger("klein.orchestrator")
@@ -207,9 +216,13 @@ def failure_of(
     code, message, place = error.code(), error.details() or "", f"{address.stage} at {address.target}"
     details = explain(error)
     if code in _LOST or details.reason == _RECEIVE_TIMEOUT:
-        return StagesLost(f"{place} is unavailable: {message}")
+        has_lost_device = details.reason == DEVICE_FAULT
+        return StagesLost(
+            f"{place} is unavailable: {message}", address.stage, has_lost_device=has_lost_device
+        )
     if code is grpc.StatusCode.NOT_FOUND and details.reason != UNKNOWN_ADAPTER:
-        return StagesLost(f"{place} does not serve {address.model!r}, as the routing table says: {message}")
+        problem = f"does not serve {address.model!r}, as the routing table says: {message}"
+        return StagesLost(f"{place} {problem}", address.stage)
     if code is not grpc.StatusCode.INVALID_ARGUMENT:
         return PeerFailure(error, address.stage)
     public = [
@@ -260,7 +273,7 @@ class Channels:
         options: Sequence[tuple[str, int]] = (),
     ) -> None:
         self._store = credentials
-        self._options = (*_RECONNECT, *options)
+        self._options = (*_OPTIONS, *options)
         self._server_name = server_name
         self._longest_call_seconds = longest_call_seconds
         self._credentials = credentials.current if credentials else None

@@ -15,7 +15,7 @@ from klein_api.v1.stage_service_pb2_grpc import StageServiceStub
 from klein_services.orchestrator.backlog import Backlog
 from klein_services.orchestrator.routing import Route, StageAddress
 from klein_services.orchestrator.stage_client import Channels
-from klein_services.runtime.errors import StagesLost
+from klein_services.runtime.errors import DeadlinePassed, StagesLost
 
 _DESCRIBE_TIMEOUT_SECONDS = 5.0
 _ATTEMPTS = 3
@@ -34,6 +34,9 @@ class RouteInfo:
     """Everything but the prompt that determines the bytes of a prompt embedding."""
     vae_decoder_version: str
     """Everything but the image file that determines the bytes of reference latents."""
+    denoiser_version: str
+    """Everything but the request that determines the bytes of latents."""
+    latent_channels: int
     default_size_px: int
     """Width and height that the model was trained for; 0 when unknown."""
     pixel_count: int
@@ -52,6 +55,13 @@ class RouteInfo:
                 "default_size_px",
                 "pixel_count",
             )
+        )
+
+    def makes_same_latents(self, other: RouteInfo) -> bool:
+        """Returns whether latents that the route's stages made as `other` may be mixed with those made now."""
+        return all(
+            getattr(self, name) == getattr(other, name)
+            for name in ("text_encoder_version", "vae_decoder_version", "denoiser_version")
         )
 
 
@@ -95,7 +105,7 @@ class StageDirectory:
         self._channels = channels
         self._backlog = backlog or Backlog()
         self._ttl_seconds = ttl_seconds
-        self._wait_seconds = wait_seconds
+        self.wait_seconds = wait_seconds
         self._known: dict[StageAddress, _Known] = {}
         self._asking: dict[StageAddress, asyncio.Task[_Answer]] = {}
 
@@ -107,6 +117,7 @@ class StageDirectory:
         Raises:
             StagesLost: a stage does not answer, does not serve, is another stage, serves another model
                 than the table says, or does not fit the others; all such stages are named.
+            DeadlinePassed: `timeout_seconds` passed while a stage was waited for.
         """
         answers = await asyncio.gather(
             *(self._description(address, timeout_seconds) for address in route.stages)
@@ -124,6 +135,8 @@ class StageDirectory:
             default_guidance_scale=facts.default_guidance_scale,
             text_encoder_version=_version(route.text_encoder, text_encoder),
             vae_decoder_version=_version(route.vae_decoder, vae_decoder),
+            denoiser_version=_denoiser_version(route.denoiser, denoiser),
+            latent_channels=facts.latent_channels,
             default_size_px=facts.default_size_px,
             pixel_count=facts.pixel_count,
             subject_words=tuple(facts.subject_words),
@@ -156,7 +169,7 @@ class StageDirectory:
         known = self._known.get(address)
         if known is not None and time.monotonic() < known.fresh_until:
             return known.description
-        waits_until = time.monotonic() + self._wait_seconds
+        waits_until = time.monotonic() + self.wait_seconds
         problem = f"{address.stage} at {address.target} does not answer"
         try:
             with self._backlog.expected(address):
@@ -173,8 +186,7 @@ class StageDirectory:
                             break
                         await asyncio.sleep(_PAUSE_SECONDS)
         except TimeoutError:
-            # The last answer's problem says more than the time that has passed.
-            return problem
+            raise DeadlinePassed(problem) from None
         return problem
 
     async def _shared_answer(self, address: StageAddress) -> _Answer:
@@ -227,6 +239,11 @@ def _version(address: StageAddress, description: DescribeStageResponse) -> str:
     lasting.ClearField("load")
     lasting.ClearField("device")
     return f"{address.target}\n{lasting.SerializeToString(deterministic=True).hex()}"
+
+
+def _denoiser_version(address: StageAddress, description: DescribeStageResponse) -> str:
+    """Returns what determines a denoiser's latents besides the request; adapters come and go without a restart."""
+    return f"{address.target}\n{description.version} {description.weights_digest} {description.dtype}"
 
 
 def incompatibility(

@@ -159,7 +159,17 @@ class StagesLost(StageUnavailable):
     """Stages behind this server take no work, after all attempts.
 
     A retry at another replica of this server is useless: it would call the same stages.
+
+    Args:
+        reason: sent to the client.
+        stage: name of the stage; empty when several or none in particular are lost.
+        has_lost_device: whether the stage reported that its device failed, which the request may have caused.
     """
+
+    def __init__(self, reason: str, stage: str = "", *, has_lost_device: bool = False) -> None:
+        self.stage = stage
+        self.has_lost_device = has_lost_device
+        super().__init__(reason)
 
 
 class UnknownModel(ServiceError):

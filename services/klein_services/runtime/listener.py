@@ -12,7 +12,7 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha.reflection import enable_server_reflection
 
 from klein_core.errors import DeviceFault
-from klein_services.runtime.channels import HTTP2_FRAME_BYTES, host_for_url
+from klein_services.runtime.channels import HTTP2_FRAME_BYTES, KEEPALIVE_MILLISECONDS, host_for_url
 from klein_services.runtime.health import ServerHealth
 from klein_services.runtime.interceptors import CallInterceptor, call_contexts
 from klein_services.runtime.metrics_server import MetricsServer
@@ -184,7 +184,7 @@ def _options(settings: ServerSettings, request_bytes: int, response_bytes: int) 
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.keepalive_timeout_ms", 20_000),
         ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MILLISECONDS // 2),
     ]
     if settings.max_connection_idle_seconds:
         options.append(("grpc.max_connection_idle_ms", int(settings.max_connection_idle_seconds * 1000)))

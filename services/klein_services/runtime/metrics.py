@@ -107,6 +107,11 @@ ABANDONED_SECONDS = Counter(
     "Seconds computed for requests that were cancelled or expired before they got their answer.",
     ["stage"],
 )
+REQUEST_RECOVERIES = Counter(
+    "klein_request_recoveries",
+    "Times that a request went on with another replica after a stage was lost.",
+    ["stage"],
+)
 REJECTED = Counter(
     "klein_request_rejected",
     "Refused requests; `reason` is the status detail's in lower case, the status code's where it has none, or other.",

@@ -33,6 +33,8 @@ _NEGATIVE_PROMPT_EMBEDDING_KEY = b"\x1a"
 """Key of `DenoiseLatentsRequest.negative_prompt_embedding`."""
 _REFERENCE_LATENTS_KEY = b"\x22"
 """Key of `DenoiseLatentsRequest.reference_latents`."""
+_RESUME_LATENTS_KEY = b"\x2a"
+"""Key of `DenoiseLatentsRequest.resume_latents`."""
 _INITIAL_IMAGE_KEYS = {b"\x12": b"\x32", b"\x1a": b"\x3a"}
 """Keys of `DenoiseLatentsRequest` by those of `EncodeInitialImageResponse`: of initial latents and mask."""
 _FRAME_FIELD = 2
@@ -234,8 +236,17 @@ def as_negative_prompt_embedding(frame: bytes) -> bytes:
 
 def as_reference_latents(index: int, frame: bytes) -> bytes:
     """Makes field 2 a `DenoiseLatentsRequest` of reference `index`'s latents."""
+    return _indexed(_REFERENCE_LATENTS_KEY, index, frame)
+
+
+def as_resume_latents(index: int, frame: bytes) -> bytes:
+    """Makes field 2 a `DenoiseLatentsRequest` of the latents that image `index` resumes from."""
+    return _indexed(_RESUME_LATENTS_KEY, index, frame)
+
+
+def _indexed(key: bytes, index: int, frame: bytes) -> bytes:
     head = _INDEX_KEY + encode_varint(index) if index else b""
-    return b"".join((_REFERENCE_LATENTS_KEY, encode_varint(len(head) + len(frame)), head, frame))
+    return b"".join((key, encode_varint(len(head) + len(frame)), head, frame))
 
 
 def as_initial_image_part(frame: bytes) -> bytes:

@@ -43,6 +43,10 @@ class FakeDenoiser(FakeStage, denoiser_service_pb2_grpc.DenoiserServiceServicer)
     steps_done: int = 0
     lost_calls: int = 0
     """So many calls end with UNAVAILABLE after their steps."""
+    lost_after_steps: list[int] = field(default_factory=list)
+    """Steps of the schedule after which the next calls end with UNAVAILABLE, and with the checkpoint of that step."""
+    lost_after_frames: int = 0
+    """So many frames of final latents are sent before the next call ends with UNAVAILABLE."""
 
     def add_service(self, server) -> None:
         denoiser_service_pb2_grpc.add_DenoiserServiceServicer_to_server(self, server)
@@ -80,6 +84,8 @@ class FakeDenoiser(FakeStage, denoiser_service_pb2_grpc.DenoiserServiceServicer)
                 for message in self._latents(spec, index, tensors, "latents"):
                     yield message
                     self.frames_sent += 1
+                    if self.frames_sent == self.lost_after_frames:
+                        raise StageUnavailable("lost")
             summary = denoiser_pb2.DenoiseSummary(step_count=spec.step_count)
             summary.compute_duration.FromMilliseconds(7)
             yield denoiser_pb2.DenoiseLatentsResponse(summary=summary)
@@ -93,7 +99,9 @@ class FakeDenoiser(FakeStage, denoiser_service_pb2_grpc.DenoiserServiceServicer)
             part = message.WhichOneof("part")
             value = getattr(message, part)
             name, frame = (
-                (f"{part}[{value.index}]", value.frame) if part == "reference_latents" else (part, value)
+                (f"{part}[{value.index}]", value.frame)
+                if part in ("reference_latents", "resume_latents")
+                else (part, value)
             )
             reader = readers.setdefault(name, FrameReader(name, limit_bytes=64 << 20))
             reader.add(frame)
@@ -102,14 +110,20 @@ class FakeDenoiser(FakeStage, denoiser_service_pb2_grpc.DenoiserServiceServicer)
             expected.add("negative_prompt_embedding")
         if spec.HasField("strength"):
             expected |= {"initial_latents", "mask"}
+        if spec.resume_step:
+            expected |= {f"resume_latents[{i}]" for i in range(len(spec.seeds))}
         if expected != readers.keys():
             raise InvalidInput.of("spec", f"expected {expected}, got {readers.keys()}")
         for reader in readers.values():
             reader.require_finished()
-        return {name: bytes(reader.data) for name, reader in readers.items()}
+        tensors = {name: bytes(reader.data) for name, reader in readers.items()}
+        for index, seed in enumerate(spec.seeds if spec.resume_step else ()):
+            if tensors[f"resume_latents[{index}]"] != checkpoint_latents(spec, seed, spec.resume_step):
+                raise InvalidInput.of("resume_latents", f"are not those of seed {seed}")
+        return tensors
 
     async def _steps(self, spec, tensors) -> AsyncIterator[denoiser_pb2.DenoiseLatentsResponse]:
-        for step in range(1, spec.step_count + 1):
+        for step in range(spec.resume_step + 1, spec.step_count + 1):
             if self.step_gate is not None:
                 await self.step_gate.wait()
             await asyncio.sleep(self.step_seconds)
@@ -121,6 +135,18 @@ class FakeDenoiser(FakeStage, denoiser_service_pb2_grpc.DenoiserServiceServicer)
                 for index in range(len(spec.seeds)):
                     for message in self._latents(spec, index, tensors, "preview"):
                         yield message
+            if (
+                spec.checkpoint_interval_steps
+                and step % spec.checkpoint_interval_steps == 0 < spec.step_count - step
+            ):
+                for index, seed in enumerate(spec.seeds):
+                    shape = (spec.height_px // 16, spec.width_px // 16, LATENT_CHANNELS)
+                    for frame in frames(checkpoint_latents(spec, seed, step), *shape):
+                        part = denoiser_pb2.IndexedTensorFrame(index=index, frame=frame)
+                        yield denoiser_pb2.DenoiseLatentsResponse(checkpoint=part)
+            if self.lost_after_steps and self.lost_after_steps[0] == step:
+                self.lost_after_steps.pop(0)
+                raise StageUnavailable("lost")
 
     def _latents(self, spec, index, tensors, arm) -> list[denoiser_pb2.DenoiseLatentsResponse]:
         references = [tensors[f"reference_latents[{i}]"] for i in range(spec.reference_count)]
@@ -148,3 +174,8 @@ class FakeDenoiser(FakeStage, denoiser_service_pb2_grpc.DenoiserServiceServicer)
             )
             for frame in frames(data, *shape)
         ]
+
+
+def checkpoint_latents(spec, seed, step) -> bytes:
+    """Latents that only this seed and this step have."""
+    return image_latents(spec.width_px, spec.height_px, seed, f"step {step}".encode(), b"", [])

@@ -14,7 +14,7 @@ from klein_api.v1 import vae_decoder_service_pb2 as vae_pb2
 from klein_api.v1.stage_service_pb2_grpc import StageServiceServicer, add_StageServiceServicer_to_server
 from klein_api.v1.tensor_pb2 import TensorFrame
 from klein_core.errors import InvalidInput
-from klein_services.runtime.errors import UnknownModel
+from klein_services.runtime.errors import StageUnavailable, UnknownModel
 from klein_services.runtime.frames import MAX_FRAME_BYTES, FrameReader
 from klein_services.runtime.stage import Service
 from tests.services.fakes.fake_tensors import (
@@ -156,6 +156,8 @@ class FakeVaeDecoder(FakeStage, vae_decoder_service_pb2_grpc.VaeDecoderServiceSe
     latent_channels: int = LATENT_CHANNELS
     encode_error: BaseException | None = None
     decode_error: BaseException | None = None
+    lost_decodes: int = 0
+    """So many decodings end with UNAVAILABLE."""
     reading_gate: asyncio.Event | None = None
     """Holds back the reading of latents until it is set."""
     decode_gate: asyncio.Event | None = None
@@ -244,6 +246,9 @@ class FakeVaeDecoder(FakeStage, vae_decoder_service_pb2_grpc.VaeDecoderServiceSe
             reader.require_finished()
             if self.decode_gate is not None:
                 await self.decode_gate.wait()
+            if self.lost_decodes:
+                self.lost_decodes -= 1
+                raise StageUnavailable("lost")
             if self.decode_error is not None:
                 raise self.decode_error
             quality = spec.quality if spec.HasField("quality") else None

@@ -124,7 +124,7 @@ async def drained(call, events=None) -> None:
 
 def parts_running() -> set[str]:
     """Returns the parts of requests that have tasks now."""
-    names = ("Generation.run", "Generation._decode", "InputEncoder.")
+    names = ("Generation.run", "ImageDelivery.", "InputEncoder.")
     return {name for name in names for task in asyncio.all_tasks() if name in repr(task)}
 
 

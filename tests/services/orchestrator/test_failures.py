@@ -12,9 +12,7 @@ from grpc_status import rpc_status
 from prometheus_client import REGISTRY
 
 from klein_api.v1.image_service_pb2 import (
-    ImageSpec,
     ListModelsRequest,
-    StreamGenerateImageRequest,
 )
 from klein_core.errors import DeviceFault
 from klein_services.runtime.errors import DeadlineUnreachable, QueueFull, ReceiveTimeout, StageUnavailable
@@ -26,7 +24,6 @@ from tests.services.fakes.fake_stages import FakeTextEncoder, FakeVaeDecoder
 from tests.services.fakes.fake_tensors import reference_file
 from tests.services.fakes.orchestrator_suite import (
     FakeSuite,
-    drained,
     generate,
     nothing_left_running,
     refusal,
@@ -138,15 +135,6 @@ async def test_a_stage_that_is_lost_under_way_costs_a_unary_request_nothing_but_
     assert suite.text_encoder.calls == 1
     suite.denoiser.lost_calls = 2
     assert (await refusal(suite, prompt="fox")).code is grpc.StatusCode.UNAVAILABLE
-
-
-async def test_a_client_that_got_an_event_does_not_get_it_again(suite):
-    suite.denoiser.lost_calls = 1
-    call = suite.images.StreamGenerateImage(StreamGenerateImageRequest(spec=ImageSpec(seed=1)))
-    events = []
-    with pytest.raises(grpc.aio.AioRpcError, match="denoiser"):
-        await drained(call, events)
-    assert [event.step.step for event in events].count(1) == 1
 
 
 async def test_a_stage_that_is_down_is_named(free_port):

@@ -80,7 +80,7 @@ async def test_what_the_denoiser_refuses_is_not_kept(suite):
 PARTS_RUNNING = {
     "encoding": {"Generation.run", "InputEncoder."},
     "denoising": {"Generation.run"},
-    "decoding": {"Generation.run", "Generation._decode"},
+    "decoding": {"Generation.run", "ImageDelivery."},
 }
 
 
