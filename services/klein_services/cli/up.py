@@ -103,9 +103,8 @@ def how_to_call(suite: Suite) -> str:
 Call it:
     klein generate "a large red heart on a yellow background"{target} -o heart.png
     klein status{target}
-    grpcurl {grpcurl} -d '{{"spec": {{"prompt": "a blue star"}}}}' {address} \\
     klein top{pages}
-    grpcurl -plaintext -d '{{"spec": {{"prompt": "a blue star"}}}}' {address} \\
+    grpcurl {grpcurl} -d '{{"spec": {{"prompt": "a blue star"}}}}' {address} \\
         klein_api.v1.ImageService/GenerateImage
 Metrics:
 {metrics}

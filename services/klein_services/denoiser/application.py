@@ -34,6 +34,7 @@ from klein_services.denoiser.servicer import SERVICE_NAME, Denoiser, DenoiserSer
 from klein_services.denoiser.settings import OFFLOAD_BLOCKS, DenoiserSettings
 from klein_services.denoiser.warmup import BUDGET_SIDE_PX, measure_budget, synchronize, warm_up
 from klein_services.runtime import metrics, stage
+from klein_services.runtime.load_phases import READ_WEIGHTS, WARM_UP, phase
 from klein_services.runtime.settings import SettingsError
 from klein_services.runtime.stage import Service
 from klein_services.runtime.tensors import (
@@ -145,7 +146,8 @@ def load_denoiser(settings: DenoiserSettings, preparation: Worker) -> Denoiser:
     files = settings.model_files(TRANSFORMER)
     sampling = read_sampling(files)
     report_memory(STAGE, device)
-    transformer = load_transformer(settings, files, device)
+    with phase(READ_WEIGHTS):
+        transformer = load_transformer(settings, files, device)
     token_bytes = bytes_per_token(transformer.config, transformer.dtype)
     model = ServedModel(
         name=settings.model_name,
@@ -229,13 +231,14 @@ def assemble(
 ) -> Denoiser:
     """Warms up `step` with images of `sizes_px`, (width, height) each, and builds a denoiser around it."""
     times = StepTimes()
-    warm_up(step, planner.sample, planner.sample_tokens, sizes_px, times)
     token_budget = 0  # one image at a time, so that results do not depend on other requests
-    if settings.packs(on_gpu=planner.device.type == "cuda"):
-        image_tokens = planner.sample_tokens(BUDGET_SIDE_PX, BUDGET_SIDE_PX)
-        token_budget = settings.token_budget or measure_budget(
-            step, planner.sample, image_tokens, settings.step_image_limit, times
-        )
+    with phase(WARM_UP):
+        warm_up(step, planner.sample, planner.sample_tokens, sizes_px, times)
+        if settings.packs(on_gpu=planner.device.type == "cuda"):
+            image_tokens = planner.sample_tokens(BUDGET_SIDE_PX, BUDGET_SIDE_PX)
+            token_budget = settings.token_budget or measure_budget(
+                step, planner.sample, image_tokens, settings.step_image_limit, times
+            )
     config = SchedulerConfig(
         queue_limit=settings.queue_limit,
         token_budget=token_budget,

@@ -121,7 +121,9 @@ DEADLINE_MISSED = Counter(
     "klein_deadline_missed", "Requests whose deadline passed before they were answered.", ["stage"]
 )
 LOAD_SECONDS = Gauge(
-    "klein_model_load_seconds", "Seconds that loading and warming up the model took.", ["stage"]
+    "klein_model_load_seconds",
+    "Seconds from the begin of the process to its first request, by phase; their sum is the whole.",
+    ["stage", "phase"],
 )
 CERTIFICATE_EXPIRY = Gauge(
     "klein_certificate_expiry_timestamp_seconds",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
@@ -14,6 +13,7 @@ from klein_core.errors import DeviceFault, KleinError
 from klein_services.runtime import metrics, tracing
 from klein_services.runtime.health import ServerHealth, State
 from klein_services.runtime.listener import BindError, Listener
+from klein_services.runtime.load_phases import begin_load, process_began_at
 from klein_services.runtime.pem import PemError
 from klein_services.runtime.settings import ServerSettings, SettingsError
 from klein_services.runtime.stage import Service, software_version
@@ -26,7 +26,7 @@ _log = logging.getLogger("klein.server")
 class Server:
     """One server and its state: loading, serving, draining, stopped."""
 
-    def __init__(self, settings: ServerSettings, service: Service) -> None:
+    def __init__(self, settings: ServerSettings, service: Service, began_at: float | None = None) -> None:
         self.settings = settings
         self.service = service
         self.health = ServerHealth(service.name, service.service_names)
@@ -34,6 +34,7 @@ class Server:
         self.stop_now = asyncio.Event()
         self._listener = Listener(settings, service, self.health, self._on_device_fault)
         self._lost_device = False
+        self._began_at = began_at
 
     @property
     def port(self) -> int:
@@ -73,12 +74,13 @@ class Server:
 
     async def load(self) -> None:
         """Loads and warms up the service, then takes calls."""
-        started_at = time.monotonic()
+        phases = begin_load(self._began_at)
         await self.service.load()
-        seconds = time.monotonic() - started_at
-        metrics.LOAD_SECONDS.labels(self.service.name).set(seconds)
+        seconds = phases.report(self.service.name)
         await self.health.set_state(State.SERVING)
-        _log.info("serving", extra={"port": self.port, "load_seconds": round(seconds, 3)})
+        fields = {f"{phase}_seconds": round(value, 3) for phase, value in seconds.items()}
+        total = round(sum(seconds.values()), 3)
+        _log.info("serving", extra={"port": self.port, "load_seconds": total} | fields)
 
     async def drain(self) -> None:
         """Publishes NOT_SERVING, waits until clients notice, refuses new calls and lets running ones finish."""
@@ -129,7 +131,7 @@ async def serve(settings: ServerSettings, service: Service) -> int:
     Returns:
         The exit code: 0 after a clean stop, 1 when the server could not start or lost its device.
     """
-    server = Server(settings, service)
+    server = Server(settings, service, process_began_at())
     try:
         tracing.start(settings.otlp_endpoint, service.name, software_version())
         async with reload_signal(service):

@@ -14,6 +14,7 @@ from klein_core.checkpoint.key_mapping import TEXT_ENCODER
 from klein_core.errors import InvalidInput
 from klein_core.params import prompt_violations
 from klein_services.runtime.frames import FrameEnvelope
+from klein_services.runtime.load_phases import IMPORT, READ_WEIGHTS, WARM_UP, phase
 from klein_services.runtime.stage import Loaded, ModelService, deadline_of, duration, require_model
 from klein_services.runtime.tensors import (
     dtype_name,
@@ -86,16 +87,19 @@ class TextEncoderStage(ModelService):
 
     def load_model(self) -> Loaded:
         # transformers takes seconds to import; health must answer meanwhile.
-        from klein_core.text_encoder.encoder import TextEncoder
+        with phase(IMPORT):
+            from klein_core.text_encoder.encoder import TextEncoder
 
         set_threads(self.settings.threads)
         device = resolve_device(self.settings.device)
         report_memory(self.name, device)
         dtype = resolve_dtype(self.settings.dtype)
-        encoder = TextEncoder.from_folder(
-            self.settings.model_files(TEXT_ENCODER), device, dtype, self.settings.quantization
-        )
-        warm = encoder.encode([""])[0]
+        with phase(READ_WEIGHTS):
+            encoder = TextEncoder.from_folder(
+                self.settings.model_files(TEXT_ENCODER), device, dtype, self.settings.quantization
+            )
+        with phase(WARM_UP):
+            warm = encoder.encode([""])[0]
         self.encoder = encoder
         facts = stage_service_pb2.TextEncoderFacts(
             sequence_length=encoder.config.sequence_length,

@@ -21,6 +21,7 @@ from klein_core.vae_decoder.initial_image import InitialImage
 from klein_core.vae_decoder.tiling import TilingPolicy
 from klein_services.runtime.admission import ConcurrencyLimit
 from klein_services.runtime.frames import MAX_FRAME_BYTES
+from klein_services.runtime.load_phases import READ_WEIGHTS, WARM_UP, phase
 from klein_services.runtime.request_parts import read_parts
 from klein_services.runtime.settings import SettingsError
 from klein_services.runtime.stage import Loaded, ModelService, deadline_of, duration, require_model
@@ -237,16 +238,18 @@ class VaeDecoderStage(ModelService):
         set_threads(self.settings.threads)
         device = resolve_device(self.settings.device)
         report_memory(self.name, device)
-        decoder = VaeDecoder.from_folder(
-            self.settings.model_files(VAE),
-            device,
-            resolve_dtype(self.settings.dtype),
-            ReferenceLimits(byte_count=self.settings.reference_bytes),
-            TilingPolicy(self.settings.tiling, (self.settings.tiling_limit_mib << 20) or None),
-        )
+        with phase(READ_WEIGHTS):
+            decoder = VaeDecoder.from_folder(
+                self.settings.model_files(VAE),
+                device,
+                resolve_dtype(self.settings.dtype),
+                ReferenceLimits(byte_count=self.settings.reference_bytes),
+                TilingPolicy(self.settings.tiling, (self.settings.tiling_limit_mib << 20) or None),
+            )
         _log.info("%s", decoder.tiling)
         side_px = self.settings.warm_up_size_px // SIZE_MULTIPLE_PX * SIZE_MULTIPLE_PX
-        pixels = decoder.decode(decoder.encode(torch.zeros(side_px, side_px, 3)))
+        with phase(WARM_UP):
+            pixels = decoder.decode(decoder.encode(torch.zeros(side_px, side_px, 3)))
         if self.watermark is not None:
             try:
                 self.watermark.applied(pixels)
