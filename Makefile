@@ -40,8 +40,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup  ## Start the four services and make four images in out/.
 	@$(BIN)/python -m klein_services.cli.demo
 
-test: setup  ## Run the whole test suite.
-	@$(BIN)/python -m pytest
+# One thread in each process: tiny models gain nothing from more, and threads that wait for each other take processor time.
+test: setup  ## Run the whole test suite, in a process for each processor, four at most.
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 test-deploy: setup  ## Check and exercise deploy/ with the programs of deploy/tools.
 	@test -d .tools || PYTHON=$(BIN)/python ./deploy/tools/install.sh

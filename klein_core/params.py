@@ -190,16 +190,18 @@ def fitted_size(width_px: int, height_px: int, limits: Limits = DEFAULT_LIMITS) 
     smallest = limits.side_px // SIZE_MULTIPLE_PX
     token_count = limits.pixel_count // SIZE_MULTIPLE_PX**2
 
-    def columns_of(rows: int) -> int:
-        fewest, most = max(smallest, math.ceil(0.75 * token_count / rows)), token_count // rows
-        return min(max(round(rows * aspect), fewest), most)
+    def sizes() -> Iterator[tuple[int, int]]:
+        for rows in range(smallest, token_count // smallest + 1):
+            fewest, most = max(smallest, math.ceil(0.75 * token_count / rows)), token_count // rows
+            for columns in (math.floor(rows * aspect), math.ceil(rows * aspect)):
+                yield min(max(columns, fewest), most), rows
 
-    def distance(rows: int) -> tuple[float, int]:
-        columns = columns_of(rows)
+    def distance(size: tuple[int, int]) -> tuple[float, int]:
+        columns, rows = size
         return abs(math.log(columns / rows / aspect)), -columns * rows
 
-    rows = min(range(smallest, token_count // smallest + 1), key=distance)
-    return columns_of(rows) * SIZE_MULTIPLE_PX, rows * SIZE_MULTIPLE_PX
+    columns, rows = min(sizes(), key=distance)
+    return columns * SIZE_MULTIPLE_PX, rows * SIZE_MULTIPLE_PX
 
 
 def prompt_violations(name: str, prompt: str, limits: Limits = DEFAULT_LIMITS) -> Iterator[Violation]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from klein_core.errors import InvalidInput
@@ -90,6 +90,9 @@ def test_no_more_is_said_of_seeds_than_images_are_allowed():
 
 
 @given(st.integers(4, 256), st.integers(4, 256), st.integers(64 * 64, DEFAULT_LIMITS.pixel_count))
+@example(
+    33, 18, 41216
+)  # 16.5 columns: the upper neighbor's ratio is nearer, though both are half a column away
 def test_a_fitted_size_is_as_large_as_allowed_and_of_a_like_shape(columns, rows, pixel_count):
     limits = Limits(pixel_count=pixel_count)
     width_px, height_px = fitted_size(columns * 16, rows * 16, limits)

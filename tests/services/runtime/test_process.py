@@ -17,7 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = """
-import asyncio, sys, time
+import asyncio, logging, sys, time
 from klein_core.errors import DeviceFault
 from klein_services.runtime.entry import EntryPoint
 from klein_services.runtime.settings import ServerSettings
@@ -26,6 +26,7 @@ from tests.services.fakes.runtime_toy import Toy
 async def behave(request, context):
     if request == b"fault":
         raise DeviceFault("the context is lost")
+    logging.getLogger("klein.toy").info("call began")
     await asyncio.sleep(float(request))
     yield b"done"
 
@@ -90,15 +91,17 @@ def channel(free_port):
         yield opened
 
 
-def started_call(channel, request):
-    return channel.unary_unary("/toy.Toy/unary_unary").future(request, wait_for_ready=True)
+def started_call(server, channel, request):
+    """Begins a call, and waits until the server runs it."""
+    call = channel.unary_unary("/toy.Toy/unary_unary").future(request, wait_for_ready=True)
+    server.log_until("call began")
+    return call
 
 
 def test_sigterm_lets_a_call_finish_refuses_new_ones_and_exits_0(free_port, channel):
     with process(free_port) as server:
         server.log_until("serving")
-        running = started_call(channel, b"1.0")
-        time.sleep(0.3)
+        running = started_call(server, channel, b"1.0")
         server.popen.send_signal(signal.SIGTERM)
         server.log_until("draining")
         time.sleep(0.2)
@@ -131,8 +134,7 @@ def test_health_answers_over_the_wire_while_the_model_loads(free_port, channel):
 def test_a_second_signal_does_not_wait_for_running_calls(free_port, channel):
     with process(free_port) as server:
         server.log_until("serving")
-        running = started_call(channel, b"30")
-        time.sleep(0.3)
+        running = started_call(server, channel, b"30")
         server.popen.send_signal(signal.SIGINT)
         server.log_until("draining")
         server.popen.send_signal(signal.SIGINT)
@@ -211,6 +213,6 @@ def test_a_lost_device_drains_the_process_and_exits_1(free_port, channel):
     with process(free_port) as server:
         server.log_until("serving")
         with pytest.raises(grpc.RpcError) as lost:
-            started_call(channel, b"fault").result()
+            channel.unary_unary("/toy.Toy/unary_unary")(b"fault")
         assert lost.value.code() is grpc.StatusCode.UNAVAILABLE
         assert server.end()[0] == 1
