@@ -106,7 +106,8 @@ async def test_a_stream_that_never_ends_is_cut_off_and_frees_its_place(folders, 
                 return len((await denoise(channel, request(spec()))).latents) == 1
             except grpc.aio.AioRpcError as error:
                 # The place is free at the end of the step that runs, a moment after the status.
-                assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+                if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
+                    raise
                 return False
 
         await until(is_served)
