@@ -9,7 +9,7 @@ from deploy.observability.parameters import DAY, HOUR, MINUTE, Parameters
 from deploy.observability.slos import FAST, REQUESTS, SLOW, slos
 
 CRITICAL, WARNING = "critical", "warning"
-"""A critical alert wakes someone up; a warning waits until the morning."""
+"""A critical alert is a page; a warning waits until the morning."""
 STAGES = ("text-encoder", "denoiser", "vae-decoder", "orchestrator")
 EXTERNAL_METRICS = {
     "keda_scaler_detail_errors_total": "KEDA's operator",

@@ -86,7 +86,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--scope",
         default=",".join(defaults.scope),
-        help="labels that tell installations apart, with commas between",
+        help="labels that distinguish installations, with commas between",
     )
     parser.add_argument("--runbook-base", default=defaults.runbook_base, help="address of docs/runbook.md")
     for name in ("availability_objective", "latency_objective", "latency_seconds", "load_seconds"):

@@ -10,8 +10,9 @@ SERVICES = {
     "vae-decoder": "klein_api.v1.VaeDecoderService",
     "orchestrator": "klein_api.v1.ImageService",
 }
-GPU, TLS, TOKENS, AUTOSCALER, ALERT = "a GPU", "TLS", "tokens", "kube-state-metrics", "an alert that fires"
-"""Reasons for which a panel has no data on a CPU without TLS, tokens, cluster and faults."""
+GPU, TLS, TOKENS, POLICY, SIGNING = "a GPU", "TLS", "tokens", "a content policy", "a signing key"
+AUTOSCALER, ALERT = "kube-state-metrics", "an alert that fires"
+"""Reasons for which a panel may have no data: the feature is off, or nothing is wrong."""
 
 _BAD = f'sum(rate({REQUESTS}_count{{{IN}, outcome="failed"}}{RATE}))'
 _VALID = f'sum(rate({REQUESTS}_count{{{IN}, outcome=~"succeeded|failed"}}{RATE}))'
@@ -240,6 +241,34 @@ _ORCHESTRATOR = (
         rate("klein_usage_images_total", "caller"),
         rate("klein_usage_megapixels_total", "caller, direction"),
         needs=TOKENS,
+    ),
+    graph(
+        "Content policy",
+        "ops",
+        "Decisions about requests and images.",
+        rate("klein_content_policy_decisions_total", "point, decision"),
+        needs=POLICY,
+    ),
+    graph(
+        "Content policy time",
+        "s",
+        "From its call to its decision.",
+        *quantiles("klein_content_policy_duration_seconds", IN, "point"),
+        needs=POLICY,
+    ),
+    graph(
+        "Signatures",
+        "ops",
+        "Images given to the signer.",
+        rate("klein_c2pa_signatures_total", "outcome"),
+        needs=SIGNING,
+    ),
+    graph(
+        "Signing time",
+        "s",
+        "One image.",
+        *quantiles("klein_c2pa_sign_duration_seconds", IN, "format"),
+        needs=SIGNING,
     ),
     graph(
         "Usage log",

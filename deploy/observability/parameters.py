@@ -19,7 +19,7 @@ class Parameters:
     """
 
     scope: tuple[str, ...] = ("namespace",)
-    """Labels that tell installations apart; empty when one installation is spread over several namespaces."""
+    """Labels that distinguish installations; empty when one installation is spread over several namespaces."""
     runbook_base: str = "docs/runbook.md"
     """Address of the runbook, to which `#section` is added."""
     availability_objective: float = 0.999

@@ -21,7 +21,7 @@ class BurnWindow:
 
 
 FAST = (BurnWindow(HOUR, 5 * MINUTE, 14.4), BurnWindow(6 * HOUR, 30 * MINUTE, 6.0))
-"""2 % of the budget within an hour, or 5 % within six: someone has to get up."""
+"""2 % of the budget within an hour, or 5 % within six: a page."""
 SLOW = (BurnWindow(DAY, 2 * HOUR, 3.0), BurnWindow(3 * DAY, 6 * HOUR, 1.0))
 """10 % of the budget within a day or three days: it can wait until the morning."""
 

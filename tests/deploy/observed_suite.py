@@ -9,6 +9,7 @@ import re
 import subprocess
 import threading
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections import Counter
@@ -30,11 +31,22 @@ from klein_services.cli.suite import Suite, SuiteOptions
 from tests.deploy.tools import tool
 
 READY_SECONDS = 180.0
-PARAMETERS = Parameters(time_scale=1 / 60, minimum_seconds=5, latency_seconds=120)
-"""A minute of the product takes a second. On a busy machine even pico is slow: latency does not matter here."""
-GROUP_WAIT_SECONDS = 3
-"""Time in which a cause can arrive before its symptom is sent; 30 s in the product."""
 _PROMPTS = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How fast everything that watches goes."""
+
+    parameters: Parameters
+    scrape_seconds: int
+    group_wait_seconds: int
+    """Time in which a cause can arrive before its symptom is sent."""
+    group_interval_seconds: int
+
+
+HURRIED = Timing(Parameters(time_scale=1 / 60, minimum_seconds=5, latency_seconds=120), 1, 3, 1)
+"""A minute of the product takes a second. On a busy machine even pico is slow: latency does not matter here."""
 
 
 @dataclass
@@ -127,22 +139,25 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = 180)
 
 
 @contextmanager
-def observed_suite(folder: Path, settings: dict[str, str]) -> Iterator[ObservedSuite]:
+def observed_suite(
+    folder: Path, settings: dict[str, str], timing: Timing = HURRIED
+) -> Iterator[ObservedSuite]:
     """Runs everything until the block ends.
 
     Args:
         folder: files of the processes.
         settings: `KLEIN_` variables of the suite.
+        timing: of Prometheus, its rules and Alertmanager.
     """
     tool("prometheus"), tool("prometheus-alertmanager")
     options = SuiteOptions(device="cpu", threads=1, log_folder=folder / "logs", settings=settings)
     with ExitStack() as stack:
         webhook = Webhook()
         receiver = stack.enter_context(_receiver(webhook))
-        alertmanager = stack.enter_context(_alertmanager(folder, receiver))
+        alertmanager = stack.enter_context(_alertmanager(folder, receiver, timing))
         suite = stack.enter_context(Suite(options))
         suite.wait_until_ready(timeout_seconds=READY_SECONDS)
-        prometheus = stack.enter_context(_prometheus(folder, suite, alertmanager))
+        prometheus = stack.enter_context(_prometheus(folder, suite, alertmanager, timing))
         observed = ObservedSuite(suite, f"http://{prometheus}", webhook)
         wait_until(lambda: len(observed.query("klein_serving == 1")) == 4, "four processes are scraped")
         yield observed
@@ -173,10 +188,11 @@ def _receiver(webhook: Webhook) -> Iterator[str]:
 
 
 @contextmanager
-def _alertmanager(folder: Path, receiver: str) -> Iterator[str]:
+def _alertmanager(folder: Path, receiver: str, timing: Timing) -> Iterator[str]:
     text = (ROOT / "deploy/observability/alertmanager.yaml").read_text(encoding="utf-8")
     config = yaml.safe_load(text.replace("127.0.0.1:9099", receiver))
-    config["route"] |= {"group_wait": f"{GROUP_WAIT_SECONDS}s", "group_interval": "1s"}
+    config["route"]["group_wait"] = f"{timing.group_wait_seconds}s"
+    config["route"]["group_interval"] = f"{timing.group_interval_seconds}s"
     (folder / "alertmanager.yaml").write_text(yaml.safe_dump(config))
     command = [
         tool("prometheus-alertmanager"),
@@ -190,14 +206,15 @@ def _alertmanager(folder: Path, receiver: str) -> Iterator[str]:
 
 
 @contextmanager
-def _prometheus(folder: Path, suite: Suite, alertmanager: str) -> Iterator[str]:
+def _prometheus(folder: Path, suite: Suite, alertmanager: str, timing: Timing) -> Iterator[str]:
     config = yaml.safe_load((ROOT / "deploy/observability/prometheus.yaml").read_text(encoding="utf-8"))
-    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    interval = f"{timing.scrape_seconds}s"
+    config["global"] = {"scrape_interval": interval, "evaluation_interval": interval}
     config["alerting"]["alertmanagers"][0]["static_configs"][0]["targets"] = [alertmanager]
     targets = [f"127.0.0.1:{port}" for port in suite.metrics_ports.values()]
     config["scrape_configs"][0]["static_configs"][0]["targets"] = targets
     (folder / "rules").mkdir()
-    (folder / "rules" / RULES.name).write_text(rule_files(PARAMETERS)[RULES])
+    (folder / "rules" / RULES.name).write_text(rule_files(timing.parameters)[RULES])
     (folder / "prometheus.yaml").write_text(yaml.safe_dump(config))
     command = [
         tool("prometheus"),
@@ -207,7 +224,17 @@ def _prometheus(folder: Path, suite: Suite, alertmanager: str) -> Iterator[str]:
         "--enable-feature=exemplar-storage",
     ]
     with _listening(command, folder / "prometheus.log") as address:
+        wait_until(lambda: _is_ready(address), "Prometheus is ready")
         yield address
+
+
+def _is_ready(address: str) -> bool:
+    """Returns whether Prometheus has read its storage; until then it answers 503."""
+    try:
+        with urllib.request.urlopen(f"http://{address}/-/ready", timeout=60):
+            return True
+    except urllib.error.HTTPError:
+        return False
 
 
 @contextmanager

@@ -190,7 +190,7 @@ FIRING = [
     ),
 ]
 QUIET = [
-    # One failure where little happens: the ratio is above the limit in both windows, and nobody should get up.
+    # One failure where little happens: the ratio is above the limit in both windows, and that is no page.
     Case(
         "KleinAvailabilityBurnsFast",
         {REQUESTS % "failed": "0x50 1x60", REQUESTS % "succeeded": "0+1x60", IN_TIME: "0+1x60"},
