@@ -29,13 +29,13 @@ _STEPS = 240
 def draw(board: Board, prometheus: str, minutes: float, file: Path) -> None:
     """Draws every panel of a dashboard over the last minutes."""
     rows = math.ceil(len(board.panels) / _COLUMNS)
-    figure, axes = pyplot.subplots(rows, _COLUMNS, figsize=(15, 2.6 * rows), layout="constrained")
+    figure, axes = pyplot.subplots(rows, _COLUMNS, figsize=(19, 2.6 * rows), layout="constrained")
     for axis, panel in zip(axes.flat, board.panels, strict=False):
         _draw_panel(axis, panel, prometheus, minutes)
     for axis in axes.flat[len(board.panels) :]:
         axis.set_axis_off()
     figure.suptitle(board.title)
-    figure.savefig(file, dpi=75)
+    figure.savefig(file, dpi=65)
     pyplot.close(figure)
 
 
@@ -49,17 +49,31 @@ def _draw_panel(axis: Any, panel: Panel, prometheus: str, minutes: float) -> Non
     now = time.time()
     for query in panel.queries:
         for series in _series(prometheus, query.expression, now, minutes):
-            points = [((float(at) - now) / 60, float(value)) for at, value in series["values"]]
-            if not any(value for _, value in points if math.isfinite(value)) and panel.unit == "reqps":
-                continue  # a counter that never rose is one line more in the legend and nothing else
+            points = _points(series["values"], now, minutes)
+            if not any(value for _, value in points if math.isfinite(value)):
+                continue  # a line at 0 is one more in the legend and nothing else
             label = query.legend
             for name in re.findall(r"{{(\w+)}}", label):
                 label = label.replace(f"{{{{{name}}}}}", series["metric"].get(name, ""))
-            axis.plot(*zip(*points, strict=True), label=label or None, linewidth=1.3)
+            # Dashes of different lengths, so that equal lines are seen.
+            index = len(axis.lines)
+            style = (0, (6, 2 * index)) if index else "-"
+            axis.plot(*zip(*points, strict=True), label=label or None, linewidth=1.6, linestyle=style)
     axis.set_xlim(-minutes, 0)
     axis.set_ylim(bottom=0)
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=7, loc="upper left")
+        axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def _points(values: list[list[Any]], now: float, minutes: float) -> list[tuple[float, float]]:
+    """Returns minutes from now and values; a point that is no number breaks the line where samples are missing."""
+    points: list[tuple[float, float]] = []
+    for at, value in values:
+        minute = (float(at) - now) / 60
+        if points and minute - points[-1][0] > 1.5 * minutes / _STEPS:
+            points.append((minute, math.nan))
+        points.append((minute, float(value)))
+    return points
 
 
 def _series(prometheus: str, expression: str, now: float, minutes: float) -> list[dict[str, Any]]:
