@@ -15,7 +15,8 @@ from google.protobuf.message import DecodeError
 from klein_api.v1 import content_policy_service_pb2 as pb
 from klein_api.v1.image_service_pb2 import GeneratedImage
 from klein_services.orchestrator.request import ImageRequest
-from klein_services.orchestrator.stage_client import Channels, Deadline
+from klein_services.orchestrator.stage_channels import Channels
+from klein_services.orchestrator.stage_client import Deadline
 from klein_services.runtime import tracing
 from klein_services.runtime.caller import caller
 from klein_services.runtime.errors import ContentDenied, ContentPolicyFailed, DeadlinePassed
@@ -193,11 +194,13 @@ class ContentPolicy:
         Raises:
             _Failed: there is none that can be used.
         """
-        multicallable: Callable[..., Any] = self._channels.to(self._target).unary_unary(_METHODS[point])
+        channel = self._channels.to(self._target)
+        multicallable: Callable[..., Any] = channel.unary_unary(_METHODS[point])
         timeout = min(self._options.timeout_seconds, deadline.remaining_seconds())
         span, code = tracing.client_span(_METHODS[point], self._target), grpc.StatusCode.CANCELLED
         metadata = dict(request_metadata()) | (dict(span.headers()) if span else {})
         call = multicallable(message, timeout=timeout, metadata=tuple(metadata.items()))
+        self._channels.called(channel, call)
         try:
             data = await call
             code = grpc.StatusCode.OK

@@ -34,7 +34,8 @@ from klein_services.orchestrator.request import (
     validated,
 )
 from klein_services.orchestrator.routing import RoutingTable
-from klein_services.orchestrator.stage_client import Channels, Deadline, StageClient
+from klein_services.orchestrator.stage_channels import Channels
+from klein_services.orchestrator.stage_client import Deadline, StageClient
 from klein_services.orchestrator.stage_directory import StageDirectory
 from klein_services.orchestrator.tokens import Tenant
 from klein_services.orchestrator.usage import RequestUsage, Usage

@@ -34,7 +34,7 @@ from klein_services.orchestrator.image_release import ImageRelease
 from klein_services.orchestrator.request import AdmissionLimits
 from klein_services.orchestrator.routing import Route, RoutingTable, StageAddress
 from klein_services.orchestrator.settings import OrchestratorSettings
-from klein_services.orchestrator.stage_client import Channels
+from klein_services.orchestrator.stage_channels import Channels
 from klein_services.orchestrator.stage_directory import StageDirectory, incompatibility
 from klein_services.orchestrator.tokens import Tokens
 from klein_services.orchestrator.usage import Usage, UsageLog
@@ -71,9 +71,7 @@ class Orchestrator(Service):
             self._credentials = CredentialStore(
                 settings.stage_tls_files, self.name, CLIENT, settings.tls_reload_seconds
             )
-        self._channels = Channels(
-            self._credentials, settings.stage_tls_name, settings.maximum_request_seconds
-        )
+        self._channels = Channels(self._credentials, settings.stage_tls_name, settings.dns_interval_seconds)
         backlog = Backlog()
         self.generator = ImageGenerator(
             table=table,

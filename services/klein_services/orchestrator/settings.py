@@ -11,7 +11,7 @@ from klein_services.orchestrator.content_policy import POINTS, ContentPolicy, Po
 from klein_services.orchestrator.manifest_signer import DIGEST, INGREDIENT_CONTENTS, ManifestSigner
 from klein_services.orchestrator.request import AdmissionLimits
 from klein_services.orchestrator.routing import RoutingTable, read_routing_table, single_route_table
-from klein_services.orchestrator.stage_client import Channels
+from klein_services.orchestrator.stage_channels import Channels
 from klein_services.orchestrator.tokens import read_tokens
 from klein_services.orchestrator.usage import STANDARD_OUTPUT
 from klein_services.runtime.channels import IMAGE_MESSAGE_BYTES
@@ -83,6 +83,13 @@ class OrchestratorSettings(ServerSettings):
     )
     describe_ttl_seconds: float = setting(
         15.0, help="Seconds for which a stage's description is kept", minimum=0, maximum=3600
+    )
+    dns_interval_seconds: float = setting(
+        1.0,
+        help="Seconds between two looks at the addresses of stages' dns: targets, to find new replicas; 0 looks only "
+        "when a connection ends",
+        minimum=0,
+        maximum=3600,
     )
     stage_wait_seconds: float = setting(
         15.0,
@@ -272,7 +279,6 @@ class OrchestratorSettings(ServerSettings):
             return None
         channels = Channels(
             credentials if self.content_policy_tls else None,
-            longest_call_seconds=self.content_policy_timeout_seconds,
             options=message_options(self.limits().request_bytes),
         )
         options = PolicyOptions(

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final, Self, TypeAlias
@@ -16,13 +14,12 @@ import grpc
 
 from klein_core.errors import InvalidInput, Violation
 from klein_services.orchestrator.backlog import Backlog
-from klein_services.orchestrator.routing import DENOISER, TEXT_ENCODER, VAE_DECODER, StageAddress
+from klein_services.orchestrator.routing import StageAddress
+from klein_services.orchestrator.stage_channels import Channels
 from klein_services.runtime import tracing
-from klein_services.runtime.channels import KEEPALIVE_MILLISECONDS, open_channel
 from klein_services.runtime.errors import StagesLost
 from klein_services.runtime.grpc_quirks import PeerStatus, is_cancelled_by_peer
 from klein_services.runtime.status import DEVICE_FAULT, UNKNOWN_ADAPTER, PeerFailure, explain
-from klein_services.runtime.tls import CredentialStore
 from klein_services.runtime.tracing import NO_SPAN, OpenSpan
 
 ENCODE_PROMPT: Final = "/klein_api.v1.TextEncoderService/EncodePrompt"
@@ -30,13 +27,6 @@ ENCODE_REFERENCE: Final = "/klein_api.v1.VaeDecoderService/EncodeReference"
 ENCODE_INITIAL_IMAGE: Final = "/klein_api.v1.VaeDecoderService/EncodeInitialImage"
 DECODE_LATENTS: Final = "/klein_api.v1.VaeDecoderService/DecodeLatents"
 DENOISE_LATENTS: Final = "/klein_api.v1.DenoiserService/DenoiseLatents"
-
-SERVICES: Final[Mapping[str, str]] = {
-    TEXT_ENCODER: "klein_api.v1.TextEncoderService",
-    DENOISER: "klein_api.v1.DenoiserService",
-    VAE_DECODER: "klein_api.v1.VaeDecoderService",
-}
-"""The gRPC service of each stage. Its health status decides whether a replica gets calls."""
 
 PUBLIC_FIELDS: Mapping[str, str] = {
     "prompt": "prompt",
@@ -58,17 +48,6 @@ PUBLIC_FIELDS: Mapping[str, str] = {
 
 _RECEIVE_TIMEOUT = "RECEIVE_TIMEOUT"
 _LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
-_OPTIONS = (
-    # A stage that came back is used within a second; gRPC's own backoff grows to two minutes.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 500),
-    # gRPC's threads answer pings while Python computes, so a replica that does not is stopped or unreachable.
-    ("grpc.keepalive_time_ms", KEEPALIVE_MILLISECONDS),
-    ("grpc.keepalive_timeout_ms", KEEPALIVE_MILLISECONDS),
-    # gRPC 1.85 waits this long for the answer, a minute by default, whatever the timeout above.
-    ("grpc.http2.ping_timeout_ms", KEEPALIVE_MILLISECONDS),
-    ("grpc.keepalive_permit_without_calls", 1),
-)
 _BidiCall: TypeAlias = "grpc.aio.StreamStreamCall[bytes, bytes]"
 _ResponseCall: TypeAlias = "grpc.aio.UnaryStreamCall[bytes, bytes] | grpc.aio.StreamStreamCall[bytes, bytes]"
 _log = logging.getLogger("klein.orchestrator")
@@ -93,11 +72,13 @@ class StageClient:
     ) -> ServerStream:
         """Opens a call with one serialized request and a stream of responses."""
         multicallable: grpc.aio.UnaryStreamMultiCallable[bytes, bytes]
-        multicallable = self.channels.serving(address).unary_stream(method)
+        channel = self.channels.serving(address)
+        multicallable = channel.unary_stream(method)
         span = tracing.client_span(method, address.target)
         call = multicallable(
             request, timeout=self.deadline.remaining_seconds(), metadata=self._metadata(span)
         )
+        self.channels.called(channel, call)
         return ServerStream(address, call, fields, span)
 
     def stream_stream(
@@ -105,9 +86,11 @@ class StageClient:
     ) -> BidiStream:
         """Opens a call with streams in both directions."""
         multicallable: grpc.aio.StreamStreamMultiCallable[bytes, bytes]
-        multicallable = self.channels.serving(address).stream_stream(method)
+        channel = self.channels.serving(address)
+        multicallable = channel.stream_stream(method)
         span = tracing.client_span(method, address.target)
         call = multicallable(timeout=self.deadline.remaining_seconds(), metadata=self._metadata(span))
+        self.channels.called(channel, call)
         return BidiStream(address, call, fields, span)
 
     def _metadata(self, span: OpenSpan) -> tuple[tuple[str, str], ...]:
@@ -251,105 +234,3 @@ class Deadline:
     def remaining_seconds(self) -> float:
         """Returns the time left, at least 0."""
         return max(0.0, self.at_seconds - time.monotonic())
-
-
-class Channels:
-    """One channel for each target, opened when it is first needed.
-
-    When the credentials are replaced, new calls get new channels; running ones keep theirs until they must have ended.
-
-    Args:
-        credentials: of TLS; `None` calls stages in plaintext.
-        server_name: name that every stage's certificate must have; empty means the target's host.
-        longest_call_seconds: time after which no call on a replaced channel can still run.
-        options: further options of every channel.
-    """
-
-    def __init__(
-        self,
-        credentials: CredentialStore | None = None,
-        server_name: str = "",
-        longest_call_seconds: float = 3600.0,
-        options: Sequence[tuple[str, int]] = (),
-    ) -> None:
-        self._store = credentials
-        self._options = (*_OPTIONS, *options)
-        self._server_name = server_name
-        self._longest_call_seconds = longest_call_seconds
-        self._credentials = credentials.current if credentials else None
-        self._channels: dict[tuple[str, str], grpc.aio.Channel] = {}
-        self._retiring: set[asyncio.Task[None]] = set()
-        self._users: Counter[str] = Counter()
-        self._retained: frozenset[str] | None = None
-        self._closing: set[asyncio.Task[None]] = set()
-
-    def serving(self, address: StageAddress) -> grpc.aio.Channel:
-        """Returns the channel that reaches the stage's replicas whose health is SERVING."""
-        return self._channel(address.target, SERVICES[address.stage])
-
-    def any(self, address: StageAddress) -> grpc.aio.Channel:
-        """Returns the channel that reaches every replica of the stage, also those that load or drain."""
-        return self._channel(address.target, "")
-
-    def to(self, target: str) -> grpc.aio.Channel:
-        """Returns the channel to a server that is no stage."""
-        return self._channel(target, "")
-
-    @contextmanager
-    def used(self, *addresses: StageAddress) -> Iterator[None]:
-        """Keeps the channels to these stages open while the block runs, also when `retain` leaves them out."""
-        targets = {address.target for address in addresses}
-        self._users.update(targets)
-        try:
-            yield
-        finally:
-            self._users.subtract(targets)
-            self._close_unused()
-
-    def retain(self, addresses: Iterable[StageAddress]) -> None:
-        """Closes all other channels, each as soon as it is not used."""
-        self._retained = frozenset(address.target for address in addresses)
-        self._close_unused()
-
-    def _close_unused(self) -> None:
-        self._users = +self._users
-        if self._retained is None:
-            return
-        for key in list(self._channels):
-            if key[0] not in self._retained and key[0] not in self._users:
-                task = asyncio.create_task(self._channels.pop(key).close())
-                self._closing.add(task)
-                task.add_done_callback(self._closing.discard)
-
-    def _channel(self, target: str, service: str) -> grpc.aio.Channel:
-        if self._store is not None and self._store.current is not self._credentials:
-            self._credentials = self._store.current
-            task = asyncio.create_task(self._retire(list(self._channels.values())))
-            self._retiring.add(task)
-            task.add_done_callback(self._retiring.discard)
-            self._channels = {}
-        key = (target, service)
-        if key not in self._channels:
-            self._channels[key] = open_channel(
-                target,
-                health_service=service,
-                credentials=self._credentials,
-                server_name=self._server_name,
-                options=self._options,
-            )
-        return self._channels[key]
-
-    async def _retire(self, channels: list[grpc.aio.Channel]) -> None:
-        """Closes channels after the longest call, or when this task is cancelled."""
-        # channel.close(grace) would miss calls that no task waits for at the moment.
-        try:
-            await asyncio.sleep(self._longest_call_seconds)
-        finally:
-            await asyncio.gather(*(channel.close() for channel in channels))
-
-    async def close(self) -> None:
-        channels, self._channels = list(self._channels.values()), {}
-        for task in self._retiring:
-            task.cancel()
-        await asyncio.gather(*(channel.close() for channel in channels), *self._closing)
-        await asyncio.gather(*self._retiring, return_exceptions=True)

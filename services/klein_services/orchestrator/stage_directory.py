@@ -14,7 +14,7 @@ from klein_api.v1.stage_service_pb2 import DescribeStageRequest, DescribeStageRe
 from klein_api.v1.stage_service_pb2_grpc import StageServiceStub
 from klein_services.orchestrator.backlog import Backlog
 from klein_services.orchestrator.routing import Route, StageAddress
-from klein_services.orchestrator.stage_client import Channels
+from klein_services.orchestrator.stage_channels import Channels
 from klein_services.runtime.errors import DeadlinePassed, StagesLost
 
 _DESCRIBE_TIMEOUT_SECONDS = 5.0
@@ -211,9 +211,9 @@ class StageDirectory:
     ) -> _Answer:
         place = f"{address.stage} at {address.target}"
         try:
-            description = await StageServiceStub(channel).DescribeStage(
-                DescribeStageRequest(), timeout=timeout_seconds
-            )
+            call = StageServiceStub(channel).DescribeStage(DescribeStageRequest(), timeout=timeout_seconds)
+            self._channels.called(channel, call)
+            description = await call
         except grpc.aio.AioRpcError as error:
             return _Answer(None, f"{place} does not answer: {error.details() or error.code().name}")
         if description.stage != address.stage:

@@ -19,7 +19,8 @@ IMAGE_MESSAGE_BYTES = 256 << 20
 """Most bytes of a message of the public API, which carries encoded images."""
 HTTP2_FRAME_BYTES = 1 << 20
 """Most bytes of an HTTP/2 frame; the default, 16 KiB, makes tensors take some 5 % longer."""
-DNS_INTERVAL_MILLISECONDS = 5_000
+DNS_INTERVAL_MILLISECONDS = 1_000
+"""Least time between two resolutions of a name. gRPC resolves again only when a connection to a replica ends."""
 KEEPALIVE_MILLISECONDS = 2_000
 """Time without data after which the orchestrator pings a replica, and then time for the answer; servers allow it."""
 

@@ -17,6 +17,7 @@ from prometheus_client import REGISTRY
 from klein_api.v1.image_service_pb2_grpc import ImageServiceStub
 from klein_services.orchestrator.servicer import Orchestrator
 from klein_services.orchestrator.settings import OrchestratorSettings
+from klein_services.runtime.name_resolution import DnsName
 from klein_services.runtime.server import reload_signal, running_server
 from klein_services.runtime.status import explain
 from tests.services.fakes.fake_denoiser import FakeDenoiser
@@ -64,7 +65,7 @@ def loads(outcome: str) -> float:
 
 
 @asynccontextmanager
-async def two_denoisers(tmp_path: Path):
+async def two_denoisers(tmp_path: Path, **options: float):
     async with AsyncExitStack() as stack:
         denoisers = {"first": FakeDenoiser(), "second": FakeDenoiser()}
         stages = {"encoder": FakeTextEncoder(), "decoder": FakeVaeDecoder(), **denoisers}
@@ -74,7 +75,12 @@ async def two_denoisers(tmp_path: Path):
         path = tmp_path / "routing.toml"
         path.write_text(table_text(targets, {"fake": "first"}))
         settings = OrchestratorSettings(
-            port=0, metrics_port=0, drain_delay_seconds=0, routing_table=str(path), stage_wait_seconds=0
+            port=0,
+            metrics_port=0,
+            drain_delay_seconds=0,
+            routing_table=str(path),
+            stage_wait_seconds=0,
+            **options,
         )
         orchestrator = Orchestrator(settings, settings.table())
         address = await stack.enter_async_context(running_server(orchestrator, settings))
@@ -171,3 +177,30 @@ async def test_without_a_table_file_the_signal_keeps_its_usual_effect():
     before = signal.getsignal(signal.SIGHUP)
     async with reload_signal(Orchestrator(settings, settings.table())):
         assert signal.getsignal(signal.SIGHUP) is before
+
+
+async def test_requests_in_progress_survive_a_change_of_addresses(tmp_path, monkeypatch):
+    answers = [frozenset({"127.0.0.1"})]
+
+    async def addresses(self):
+        return answers[0]
+
+    monkeypatch.setattr(DnsName, "addresses", addresses)
+    async with two_denoisers(tmp_path, dns_interval_seconds=0.02) as suite:
+        first, channels = suite.denoisers["first"], suite.orchestrator.generator.channels
+        suite.targets = {
+            name: f"dns:///localhost:{target.rpartition(':')[2]}" for name, target in suite.targets.items()
+        }
+        suite.write(fake="first")
+        await suite.reloaded()
+        first.step_gate = asyncio.Event()
+        running = [asyncio.create_task(generate(suite, prompt=f"fox {seed}", seed=seed)) for seed in range(4)]
+        await until(lambda: first.calls == 4)
+        address = suite.orchestrator.generator.table.route("fake").denoiser
+        before = channels.serving(address)
+        answers[0] = frozenset({"127.0.0.1", "127.0.0.2"})
+        await until(lambda: channels.serving(address) is not before)
+        first.step_gate.set()
+        assert [len(response.images) for response in await asyncio.gather(*running)] == [1] * 4
+        assert first.calls == 4, "a call that was cancelled would have been made again"
+        await until(lambda: before.get_state() is grpc.ChannelConnectivity.SHUTDOWN)

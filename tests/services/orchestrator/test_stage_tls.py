@@ -3,13 +3,14 @@
 import asyncio
 from dataclasses import replace
 
+import grpc
 import pytest
 
 from klein_services.orchestrator.routing import TEXT_ENCODER as STAGE
 from klein_services.orchestrator.routing import StageAddress
 from klein_services.orchestrator.servicer import Orchestrator
 from klein_services.orchestrator.settings import OrchestratorSettings
-from klein_services.orchestrator.stage_client import Channels
+from klein_services.orchestrator.stage_channels import Channels
 from klein_services.runtime.pem import PemFiles
 from klein_services.runtime.server import running_server
 from klein_services.runtime.settings import ServerSettings, SettingsError
@@ -41,12 +42,14 @@ async def test_new_calls_present_the_new_certificate_and_running_ones_end(toy, t
     )
     files = PemFiles(str(own.certificate), str(own.key), str(authority.file), ("certificate", "key", "ca"))
     store = CredentialStore(files, "orchestrator", CLIENT, 0.05)
-    channels = Channels(store, longest_call_seconds=60)
+    channels = Channels(store)
     store.start()
     try:
         async with running_server(toy, settings) as address:
             stage = StageAddress(STAGE, address, "toy")
-            slow = asyncio.create_task(call(channels.any(stage), "unary_stream", b"slow"))
+            channel = channels.any(stage)
+            slow = channel.unary_stream("/toy.Toy/unary_stream")(b"slow")
+            channels.called(channel, slow)
             await until(lambda: presented == ["first.example"])
             before = store.current
             own.replaced_by(authority.issue("second.example"))
@@ -56,7 +59,8 @@ async def test_new_calls_present_the_new_certificate_and_running_ones_end(toy, t
             assert channels.any(stage) is channels.any(stage)
             assert not slow.done()
             may_end.set()
-            assert await slow == b"begunended"
+            assert b"".join([part async for part in slow]) == b"begunended"
+            await until(lambda: channel.get_state() is grpc.ChannelConnectivity.SHUTDOWN)
     finally:
         store.stop()
         await channels.close()
