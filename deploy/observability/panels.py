@@ -124,8 +124,8 @@ def _process(stage: str) -> tuple[Panel, ...]:
         graph(
             "Load time",
             "s",
-            "Time to load and warm up.",
-            (f"klein_model_load_seconds{{{own}}}", "{{instance}}"),
+            "From the begin of the process until it takes work, by phase.",
+            (f"klein_model_load_seconds{{{own}}}", "{{phase}} {{instance}}"),
         ),
         graph(
             "Memory of the process",
@@ -339,7 +339,7 @@ CAPACITY = Board(
             "Load time",
             "s",
             "What a new replica costs.",
-            (f"max by (stage) (klein_model_load_seconds{{{IN}}})", "{{stage}}"),
+            (f"avg by (stage, phase) (klein_model_load_seconds{{{IN}}})", "{{stage}} {{phase}}"),
         ),
         graph(
             "Occupancy of steps",
