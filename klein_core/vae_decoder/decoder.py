@@ -33,6 +33,8 @@ from klein_core.variants import VaeConfig
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
+_CGROUP_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")
+"""Files of the limit in cgroup 2 and 1; without a limit the second holds a number above any machine's memory."""
 
 
 class VaeDecoder:
@@ -228,8 +230,10 @@ def _machine_bytes(meminfo: Path) -> int | None:
 
 
 def _container_bytes(cgroup: Path) -> int | None:
-    try:
-        limit = (cgroup / "memory.max").read_text(encoding="ascii").strip()
-    except OSError:
-        return None
-    return None if limit == "max" else int(limit)
+    for name in _CGROUP_LIMITS:
+        try:
+            limit = (cgroup / name).read_text(encoding="ascii").strip()
+        except OSError:
+            continue
+        return None if limit == "max" else int(limit)
+    return None

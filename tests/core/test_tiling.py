@@ -115,3 +115,12 @@ def test_a_containers_limit_counts_where_it_is_the_smaller(tmp_path):
     (tmp_path / "memory.max").write_text("max\n")
     assert host_memory_bytes(meminfo, tmp_path) == 4000 * 1024
     assert host_memory_bytes(tmp_path / "none", tmp_path / "none") == 2**63 - 1
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("2000000", 2_000_000), (str(2**63 - 4096), 4000 * 1024)])
+def test_cgroup_1_has_its_limit_in_another_file(tmp_path, limit, expected):
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 4000 kB\n")
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text(limit + "\n")
+    assert host_memory_bytes(meminfo, tmp_path) == expected
