@@ -34,6 +34,11 @@ RESERVED_FILES = 256
 _LONGEST_CALL_MILLISECONDS = 24 * 3600 * 1000
 """Grace for running calls on a connection past max_connection_age: 24 h, the longest configurable request."""
 
+_PENDING_REQUESTS = 20_000
+"""Requests of all connections that wait for the event loop, before gRPC cancels some at random, and all from twice as
+many on. A client that resets thousands of requests at once fills this list for everybody: gRPC's own limit, 1000, is
+reached within a fraction of a second, and then calls of other clients end with a bare CANCELLED."""
+
 
 class BindError(Exception):
     """A port is not available; the text names it and what to do."""
@@ -176,6 +181,8 @@ def _options(settings: ServerSettings, request_bytes: int, response_bytes: int) 
         ("grpc.max_metadata_size", _HEADER_BYTES),
         ("grpc.absolute_max_metadata_size", _HEADER_BYTES),
         ("grpc.max_concurrent_streams", settings.max_connection_streams),
+        ("grpc.server.max_pending_requests", _PENDING_REQUESTS),
+        ("grpc.server.max_pending_requests_hard_limit", 2 * _PENDING_REQUESTS),
         ("grpc.max_allowed_incoming_connections", connections),
         # Also the time until a client's first HTTP/2 settings; gRPC's default is two minutes.
         ("grpc.server_handshake_timeout_ms", int(settings.handshake_timeout_seconds * 1000)),
