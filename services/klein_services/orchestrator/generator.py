@@ -180,12 +180,13 @@ class ImageGenerator:
                     yield event
                 await task
             finally:
-                usage.input_megapixels = generation.progress.input_pixel_count / 1e6
-                usage.asked_megapixels = generation.progress.asked_pixel_count / 1e6
                 queue.abandoned = True
                 task.cancel()
                 # The client is gone; ignore how the cancelled task ends.
                 await asyncio.gather(task, return_exceptions=True)
+                # Known for certain once the attempt has ended.
+                usage.input_megapixels = generation.progress.input_pixel_count / 1e6
+                usage.asked_megapixels = generation.progress.asked_pixel_count / 1e6
 
     def visible_table(self) -> RoutingTable:
         """Returns the rows that the current request's caller may use."""
