@@ -31,7 +31,7 @@ from klein_services.runtime.status import RichStatus, status_of
 from tests.tiny.image_files import encoded, png_bomb, webp_bomb
 
 ROUTE = single_route_table("fake", "a:1", "b:1", "c:1", 64, 512 * 512).routes["fake"]
-LIMITS = AdmissionLimits(reference_bytes=4096)
+LIMITS = AdmissionLimits(reference_bytes=256)
 STATUS_BYTES = 8192
 """Most bytes of HTTP/2 headers that every client reads."""
 MESSAGES = (
@@ -53,9 +53,11 @@ FILES = {
 }
 
 int32s = st.integers(-(2**31), 2**31 - 1) | st.sampled_from([0, 1, 16, 64, 65, 512, 1024])
-texts = st.text(max_size=40) | st.sampled_from(["", "../x", "\0", "a" * 40_000, "\ud7ff", "x" * 65])
-numbers = st.floats(width=32) | st.sampled_from([0.0, 1.0, -1.0])
-files = st.binary(max_size=200) | st.sampled_from([*FILES.values(), b"", bytes(4097)])
+texts = st.text(max_size=40) | st.sampled_from(["", "../x", "\0", "a" * 300, "\ud7ff", "x" * 65])
+numbers = st.floats(-3e38, 3e38) | st.sampled_from(
+    [0.0, 1.0, -1.0, float("nan"), float("inf"), -float("inf")]
+)
+files = st.binary(max_size=200) | st.sampled_from([*(file[:200] for file in FILES.values()), b"", bytes(300)])
 maybe = st.none()
 specs = st.builds(
     image_service_pb2.ImageSpec,
