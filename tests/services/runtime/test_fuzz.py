@@ -99,7 +99,7 @@ def assert_documented(error: Exception) -> RichStatus:
 
 @given(spec=specs, interval=int32s, is_distilled=st.booleans())
 def test_every_spec_is_a_request_or_a_refusal_by_field(spec, interval, is_distilled):
-    info = RouteInfo(is_distilled, 4, 1.0, "text", "vae", 0, 0, ())
+    info = RouteInfo(is_distilled, 4, 1.0, "text", "vae", "denoiser", 32, 0, 0, ())
     try:
         request = validated(spec, interval, ROUTE, info, LIMITS)
     except InvalidInput as error:
