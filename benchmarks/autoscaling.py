@@ -68,7 +68,7 @@ class Load:
     base: float = 0.5
     peak: float = 2.5
     before_seconds: float = 15.0
-    peak_seconds: float = 60.0
+    peak_seconds: float = 180.0
     after_seconds: float = 115.0
     most_replicas: int = 6
     """Replicas that this machine can run, where the manifest allows more."""
@@ -152,7 +152,7 @@ class ReplicaSet:
             await asyncio.gather(*self._tasks)
 
     async def _start(self) -> None:
-        settings = {"warmup_sizes": "64x64"}
+        settings = {"warmup_sizes": "64x64", "queue_limit": 1000}
         replica = self._running.start("denoiser", step_seconds=STEP_SECONDS, settings=settings)
         await replica.serving()
         self._record.cold_starts.append(time.monotonic() - replica.started_at)
