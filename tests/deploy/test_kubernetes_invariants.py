@@ -85,8 +85,8 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     ),
     "no volume": (remove("PersistentVolumeClaim", "models"), "claim models, which is not there"),
     "no key": (
-        set_in("Deployment", "denoiser", f"{CONTAINER}/env/2/valueFrom/configMapKeyRef/key", "nam"),
-        "ConfigMap without nam",
+        set_in("Deployment", "denoiser", f"{CONTAINER}/env/2/valueFrom/configMapKeyRef/key", "nme"),
+        "ConfigMap without nme",
     ),
     "two autoscalers": (
         lambda found: found.append(

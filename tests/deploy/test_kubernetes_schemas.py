@@ -60,7 +60,7 @@ def test_custom_resources_fit_their_definitions() -> None:
     ("kind", "name", "path", "value"),
     [
         ("ScaledObject", "denoiser", ("spec", "fallbackk"), {}),
-        ("ScaledObject", "denoiser", ("spec", "fallback", "behaviour"), "static"),
+        ("ScaledObject", "denoiser", ("spec", "fallback", "behaviors"), "static"),
         ("ScaledObject", "denoiser", ("spec", "fallback", "behavior"), "currentReplicasIfhigher"),
         ("ScaledObject", "denoiser", ("spec", "maxReplicaCount"), "8"),
         ("PodMonitor", "klein-suite", ("spec", "podMetricEndpoints"), []),

@@ -50,7 +50,7 @@ def mark_as_view(pixels):
     """Returns what no tensor can share: a read-only array with negative strides."""
     mark(pixels)
     turned = np.ascontiguousarray(pixels[::-1])[::-1]
-    turned.flags.writeable = False
+    turned.setflags(write=False)
     return turned
 
 
