@@ -25,7 +25,7 @@ DOCUMENTS = sorted(
 )
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 ROW = re.compile(
-    r"^\| `(?P<name>\w+)` \| [\w, ]+ \| (?P<type>\w+) \| (?P<labels>[^|]+) \| [^|]+ \|$", re.MULTILINE
+    r"^\| `(?P<name>\w+)` \| [\w, -]+ \| (?P<type>\w+) \| (?P<labels>[^|]+) \| [^|]+ \|$", re.MULTILINE
 )
 PATH = re.compile(r"`((?:klein_core|services|protos|training|benchmarks|tests|docs)/[\w/.-]+)")
 LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)")

@@ -81,7 +81,7 @@ class Orchestrator(Service):
             ),
             cache=TensorCache(settings.cache_bytes),
             limits=settings.limits(),
-            slots=ConcurrencyLimit(settings.queue_limit),
+            slots=ConcurrencyLimit(settings.queue_limit, self.name),
             maximum_seconds=settings.maximum_request_seconds,
             image_metadata=settings.image_metadata,
             backlog=backlog,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from klein_services.runtime import metrics
 from klein_services.runtime.errors import QueueFull
 
 
@@ -16,12 +17,17 @@ class ConcurrencyLimit:
 
     Args:
         limit: number of slots.
+        stage: the `stage` label of its metrics; empty has none.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, stage: str = "") -> None:
         self.limit = limit
         self.in_use = 0
         """Slots that are taken."""
+        self._stage = stage
+        self._count()
+        if stage:
+            metrics.SLOTS.labels(stage).set(limit)
 
     @contextmanager
     def slot(self) -> Iterator[None]:
@@ -33,7 +39,13 @@ class ConcurrencyLimit:
         if self.in_use >= self.limit:
             raise QueueFull(self.limit)
         self.in_use += 1
+        self._count()
         try:
             yield
         finally:
             self.in_use -= 1
+            self._count()
+
+    def _count(self) -> None:
+        if self._stage:
+            metrics.SLOTS_IN_USE.labels(self._stage).set(self.in_use)

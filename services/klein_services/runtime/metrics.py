@@ -96,6 +96,12 @@ BACKLOG_SECONDS = Gauge(
     "Device seconds that accepted requests still need, by measured times; 1 for each request not yet measured.",
     ["stage"],
 )
+SLOTS_IN_USE = Gauge(
+    "klein_slots_in_use", "Requests that the server holds: received, computed or answered.", ["stage"]
+)
+SLOTS = Gauge(
+    "klein_slots_limit", "Requests that the server holds at most; further ones are refused.", ["stage"]
+)
 STAGE_SECONDS = Histogram(
     "klein_stage_duration_seconds",
     "Seconds that the device computed for one request.",

@@ -208,7 +208,7 @@ class VaeDecoderStage(ModelService):
         super().__init__(settings)
         self.settings = settings
         self.limits = Limits(pixel_count=settings.maximum_pixel_count)
-        self.slots = ConcurrencyLimit(2 * settings.queue_limit)
+        self.slots = ConcurrencyLimit(2 * settings.queue_limit, self.name)
         """Requests that are received, computed or answered; each may hold a file or an image."""
         # Not the device's worker, which must not wait while the CPU compresses an image. One place in the
         # queue for every slot: an image that has been decoded must not be refused here.

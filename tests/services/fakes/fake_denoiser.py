@@ -11,7 +11,7 @@ from klein_api.v1 import denoiser_service_pb2_grpc
 from klein_core.errors import InvalidInput
 from klein_services.runtime.errors import StageUnavailable
 from klein_services.runtime.frames import FrameReader
-from tests.services.fakes.fake_stages import FakeStage
+from tests.services.fakes.fake_stages import FakeStage, spec_of
 from tests.services.fakes.fake_tensors import LATENT_CHANNELS, TEXT_CHANNELS, frames, image_latents
 
 
@@ -65,7 +65,7 @@ class FakeDenoiser(FakeStage, denoiser_service_pb2_grpc.DenoiserServiceServicer)
 
     async def DenoiseLatents(self, requests, context):
         messages = requests.__aiter__()
-        spec = (await anext(messages)).spec
+        spec = await spec_of(messages)
         self.specs.append(spec)
         async with self.handling(context, spec.model):
             tensors = await self._received(spec, messages)

@@ -33,6 +33,13 @@ from tests.services.fakes.fake_tensors import (
 MODEL = "fake"
 
 
+async def spec_of(messages):
+    """Returns the spec of a call's first message; a client that is cancelled in time sends none."""
+    async for message in messages:
+        return message.spec
+    raise InvalidInput.of("spec", "is missing")
+
+
 @dataclass
 class FakeStage(Service, StageServiceServicer):
     """What all three have in common. Tests set the fields at any time."""
@@ -181,7 +188,7 @@ class FakeVaeDecoder(FakeStage, vae_decoder_service_pb2_grpc.VaeDecoderServiceSe
 
     async def EncodeReference(self, requests, context):
         messages = requests.__aiter__()
-        spec = (await anext(messages)).spec
+        spec = await spec_of(messages)
         async with self.handling(context, spec.model):
             data = b"".join([message.image_chunk async for message in messages])
             self.references.append(data)
@@ -197,7 +204,7 @@ class FakeVaeDecoder(FakeStage, vae_decoder_service_pb2_grpc.VaeDecoderServiceSe
 
     async def EncodeInitialImage(self, requests, context):
         messages = requests.__aiter__()
-        spec = (await anext(messages)).spec
+        spec = await spec_of(messages)
         async with self.handling(context, spec.model):
             image, mask = self._files([message async for message in messages], "image_chunk")
             self.initial_images.append((image, mask))
@@ -229,7 +236,7 @@ class FakeVaeDecoder(FakeStage, vae_decoder_service_pb2_grpc.VaeDecoderServiceSe
 
     async def DecodeLatents(self, requests, context):
         messages = requests.__aiter__()
-        spec = (await anext(messages)).spec
+        spec = await spec_of(messages)
         self.decode_specs.append(spec)
         async with self.handling(context, spec.model):
             if self.reading_gate is not None:
