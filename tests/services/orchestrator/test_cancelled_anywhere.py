@@ -20,7 +20,7 @@ from tests.services.fakes.runtime_toy import until
 from tests.services.fakes.suspensions import Suspensions, watched, watched_tasks
 from tests.services.fakes.tenants import TOKEN, bearer, tokens_toml
 
-EVERY_AWAIT = os.environ.get("KLEIN_TEST_EVERY_AWAIT", "") == "1"
+EVERY_AWAIT = os.environ.get("EVERY_AWAIT", "") == "1"
 """Whether every await is tried, which takes a minute, and not a sample of them."""
 SAMPLES = 12
 STEPS = 3
