@@ -24,7 +24,7 @@ def request_headers(path: str, authority: str) -> bytes:
         ":path": path,
         ":authority": authority,
         "content-type": "application/grpc",
-        "te": "trailers",
+        "te": "trailers",  # codespell:ignore te
     }
     parts = [part.encode() for item in fields.items() for part in item]
     literals = [bytes((len(part),)) + part for part in parts]
