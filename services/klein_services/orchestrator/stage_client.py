@@ -47,6 +47,7 @@ PUBLIC_FIELDS: Mapping[str, str] = {
 """Public names of the fields that the orchestrator passes on, by their names in stage requests."""
 
 _RECEIVE_TIMEOUT = "RECEIVE_TIMEOUT"
+_REFUSED_PEER = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED)
 _LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 _BidiCall: TypeAlias = "grpc.aio.StreamStreamCall[bytes, bytes]"
 _ResponseCall: TypeAlias = "grpc.aio.UnaryStreamCall[bytes, bytes] | grpc.aio.StreamStreamCall[bytes, bytes]"
@@ -206,6 +207,9 @@ def failure_of(
     if code is grpc.StatusCode.NOT_FOUND and details.reason != UNKNOWN_ADAPTER:
         problem = f"does not serve {address.model!r}, as the routing table says: {message}"
         return StagesLost(f"{place} {problem}", address.stage)
+    if code in _REFUSED_PEER:
+        # About the orchestrator's certificate, not about the client's token.
+        return StagesLost(f"{place} refuses this orchestrator: {message}", address.stage)
     if code is not grpc.StatusCode.INVALID_ARGUMENT:
         return PeerFailure(error, address.stage)
     public = [

@@ -15,7 +15,13 @@ from klein_api.v1.image_service_pb2 import (
     ListModelsRequest,
 )
 from klein_core.errors import DeviceFault
-from klein_services.runtime.errors import DeadlineUnreachable, QueueFull, ReceiveTimeout, StageUnavailable
+from klein_services.runtime.errors import (
+    DeadlineUnreachable,
+    QueueFull,
+    ReceiveTimeout,
+    StageUnavailable,
+    UnknownPeer,
+)
 from klein_services.runtime.server import running_server
 from klein_services.runtime.settings import ServerSettings
 from klein_services.runtime.status import explain
@@ -55,6 +61,7 @@ QUEUE_FULL = QueueFull(4, 2.5)
         (DeadlineUnreachable(1, 2), grpc.StatusCode.RESOURCE_EXHAUSTED, "DEADLINE_UNREACHABLE"),
         (StageUnavailable("the stage drains"), grpc.StatusCode.UNAVAILABLE, "STAGE_UNAVAILABLE"),
         (DeviceFault("lost"), grpc.StatusCode.UNAVAILABLE, "STAGE_UNAVAILABLE"),
+        (UnknownPeer(["orchestrator"]), grpc.StatusCode.UNAVAILABLE, "STAGE_UNAVAILABLE"),
         (ValueError("secret"), grpc.StatusCode.INTERNAL, "INTERNAL_ERROR"),
     ],
 )
