@@ -4,7 +4,7 @@
 #   ./deploy/docker/build.sh [--cpu] [OPTION ...] [-- BUILDER ARGUMENT ...]
 #
 #   --cpu               torch's CPU-only build instead of the one for CUDA
-#   --only TARGET       stage or orchestrator alone
+#   --only TARGET       one of stage, orchestrator and orchestrator-signing, which is not built otherwise
 #   --base IMAGE        base image; give python:3.11-slim-bookworm@sha256:… to pin it
 #   --prefix NAME       names are NAME-stage and NAME-orchestrator; by default klein
 #   --tag TAG           by default the version in pyproject.toml
@@ -39,8 +39,8 @@ while [ $# -gt 0 ]; do
     shift 2
 done
 case $targets in
-    stage | orchestrator | "orchestrator stage") ;;
-    *) fail "--only is $targets; it must be stage or orchestrator" ;;
+    stage | orchestrator | orchestrator-signing | "orchestrator stage") ;;
+    *) fail "--only is $targets; it must be stage, orchestrator or orchestrator-signing" ;;
 esac
 [ -z "$wheels" ] || [ -d "$wheels" ] || fail "--wheels is $wheels; there is no such folder"
 for file in "$pip_conf" "$ca"; do

@@ -25,7 +25,11 @@ FOLDER = ROOT / "deploy" / "docker" / "requirements"
 CONSTRAINTS = ROOT / "constraints.txt"
 INIT = "dumb-init==1.2.5.post1"
 """Process 1 of the containers."""
-EXTRAS: Mapping[str, tuple[str, ...]] = {"orchestrator": (), "stage": ("stages",)}
+EXTRAS: Mapping[str, tuple[str, ...]] = {
+    "orchestrator": (),
+    "stage": ("stages",),
+    "orchestrator-signing": ("provenance",),
+}
 """Image → extras of klein-suite that it installs."""
 PYTHON = "3.11"
 """Python of the default base image."""
@@ -52,9 +56,11 @@ def main(arguments: Sequence[str]) -> int:
     stage = compiled(uv, [*wanted(project, EXTRAS["stage"]), INIT])
     cuda = compiled(uv, [f"torch=={torch}"])
     cpu = compiled(uv, [f"torch=={torch}+cpu"], cpu_wheels=options.cpu_wheels)
+    signing = compiled(uv, [*wanted(project, EXTRAS["orchestrator-signing"]), INIT])
     shared = cuda.keys() & cpu.keys() - {"torch"}
     write("build", compiled(uv, project["build-system"]["requires"]))
     write("orchestrator", orchestrator)
+    write("signing", {name: signing[name] for name in signing.keys() - orchestrator.keys()})
     # Torch's own dependencies that both builds have are the stage's, so that torch's layer is only torch.
     write(
         "stage", {name: stage[name] for name in (stage.keys() - cuda.keys() | shared) - orchestrator.keys()}

@@ -23,7 +23,12 @@ from tests.deploy.tools import ROOT, tool
 
 DEPLOY = ROOT / "deploy"
 CPU = ("compose.yaml", "compose.cpu.yaml")
-COMBINATIONS = [("compose.yaml",), CPU]
+COMBINATIONS = [
+    ("compose.yaml",),
+    CPU,
+    ("compose.yaml", "compose.observability.yaml"),
+    (*CPU, "compose.observability.yaml"),
+]
 
 
 def compose(
@@ -55,6 +60,7 @@ def seconds(duration: str) -> int:
 def test_compose_reads_every_combination_without_a_warning(files: tuple[str, ...]) -> None:
     services = configuration(files)["services"]
     assert services.keys() >= {*PROCESSES, "pull"}
+    assert ("prometheus" in services) == ("compose.observability.yaml" in files)
 
 
 @pytest.mark.parametrize(

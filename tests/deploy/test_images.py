@@ -30,6 +30,7 @@ FILES = {path.stem: lock.blocks(path.read_text()) for path in lock.FOLDER.glob("
 CONSTRAINTS = lock.pinned((ROOT / "constraints.txt").read_text())
 IMAGES = {
     "orchestrator": {"orchestrator"},
+    "orchestrator-signing": {"orchestrator", "signing"},
     "stage for CPU": {"orchestrator", "stage", "torch-cpu"},
     "stage for CUDA": {"orchestrator", "stage", "torch-cuda"},
 }
@@ -59,7 +60,7 @@ def test_hadolint_finds_nothing() -> None:
 
 
 def test_each_package_has_one_version_and_its_hashes() -> None:
-    assert set(FILES) == {"build", "orchestrator", "stage", "torch-cpu", "torch-cuda"}
+    assert set(FILES) == {"build", "orchestrator", "signing", "stage", "torch-cpu", "torch-cuda"}
     loose = [f"{file}: {name}" for file, each in FILES.items() for name, lines in each.items()
              if not _BLOCK.fullmatch(lines)]  # fmt: skip
     assert loose == []
@@ -88,7 +89,7 @@ def test_versions_are_those_that_the_suite_is_tested_with() -> None:
 
 @pytest.mark.parametrize("image", IMAGES)
 def test_an_image_has_every_package_that_it_needs(image: str) -> None:
-    extras = lock.EXTRAS["orchestrator" if image == "orchestrator" else "stage"]
+    extras = lock.EXTRAS[image.split()[0]]
     has = {name for file in IMAGES[image] for name in FILES[file]}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     needs: set[str] = set()
@@ -140,7 +141,7 @@ def test_the_entry_point_is_an_init_in_exec_form() -> None:
     [
         ("build.sh --gpu", "--gpu is no option"),
         ("build.sh --tag", "--tag needs a value"),
-        ("build.sh --only decoder", "--only is decoder; it must be stage or orchestrator"),
+        ("build.sh --only decoder", "--only is decoder; it must be stage, orchestrator or"),
         ("build.sh --wheels /nowhere", "--wheels is /nowhere; there is no such folder"),
         ("build.sh --ca /nowhere", "/nowhere cannot be read"),
         ("smoke.sh --image", "--image is no option"),
