@@ -8,7 +8,12 @@ import grpc
 import pytest
 from google.protobuf import descriptor_pool
 
-from klein_api.v1 import denoiser_service_pb2, image_service_pb2, vae_decoder_service_pb2  # noqa: F401
+from klein_api.v1 import (  # noqa: F401
+    content_policy_service_pb2,
+    denoiser_service_pb2,
+    image_service_pb2,
+    vae_decoder_service_pb2,
+)
 from klein_core.errors import InvalidInput
 from klein_services.runtime.channels import open_channel, service_config
 from klein_services.runtime.errors import StageUnavailable

@@ -231,7 +231,8 @@ async def test_a_broken_rotation_keeps_the_last_good_credentials(toy, authority,
             served.certificate.write_text(certificate)
             await until(lambda why=why: any(why in record.message for record in caplog.records), 60)
             await has_called_again()
-            assert reloads("refused") > before
+            # Counted a moment after the line.
+            await until(lambda before=before: reloads("refused") > before)
             assert presented(address).split() == good[0].split()
         served.key.unlink()
         await until(lambda: any("cannot be read" in record.message for record in caplog.records), 60)
