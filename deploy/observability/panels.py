@@ -200,6 +200,17 @@ def _device(stage: str) -> tuple[Panel, ...]:
 
 
 _STEPS = f'{IN}, stage="denoiser"'
+_VAE_DECODER = (
+    graph(
+        "Large images",
+        "short",
+        "Pixels of large image files that wait or are read and written, and of large images on the device.",
+        (
+            f'sum by (stage) (klein_queue_large_pixels{{{IN}, stage=~"vae-decoder.*"}})',
+            "{{stage}}",
+        ),
+    ),
+)
 _DENOISER = (
     graph("Step time", "s", "One packed step.", *quantiles("klein_denoise_step_seconds", _STEPS)),
     graph("Tokens in a step", "short", "Mean.", mean("klein_denoise_step_tokens", "instance", _STEPS)),
@@ -361,6 +372,7 @@ BOARDS = (
                 *_process(stage),
                 *(_device(stage) if stage != "orchestrator" else _ORCHESTRATOR),
                 *(_DENOISER if stage == "denoiser" else ()),
+                *(_VAE_DECODER if stage == "vae-decoder" else ()),
                 *(_CACHES if stage in ("denoiser", "orchestrator") else ()),
             ),
         )

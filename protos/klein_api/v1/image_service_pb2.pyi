@@ -74,7 +74,7 @@ class ImageSpec(_message.Message):
     quality: _builtins.int
     """Quality of JPEG and WebP [1, 100]; unset means 95. Refused for lossless formats."""
     priority: _image_pb2.Priority.ValueType
-    """Priority in the denoiser's queue."""
+    """Priority in the stages' queues."""
     embed_prompt: _builtins.bool
     """Whether the prompts are stored in the image files: as text chunks `prompt` and `negative_prompt` of a PNG, in the
     EXIF comment of other formats. Raw images hold none.

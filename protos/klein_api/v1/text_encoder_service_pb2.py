@@ -23,22 +23,23 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from klein_api.v1 import image_pb2 as klein__api_dot_v1_dot_image__pb2
 from klein_api.v1 import tensor_pb2 as klein__api_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'klein_api/v1/text_encoder_service.proto\x12\x0cklein_api.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x19klein_api/v1/tensor.proto\"4\n\x13\x45ncodePromptRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\"\x86\x01\n\x14\x45ncodePromptResponse\x12.\n\x07summary\x18\x01 \x01(\x0b\x32\x1b.klein_api.v1.PromptSummaryH\x00\x12\x35\n\x10prompt_embedding\x18\x02 \x01(\x0b\x32\x19.klein_api.v1.TensorFrameH\x00\x42\x07\n\x05\x65vent\"\x9f\x01\n\rPromptSummary\x12\x13\n\x0btoken_count\x18\x01 \x01(\x05\x12\x11\n\ttruncated\x18\x02 \x01(\x08\x12\x31\n\x0equeue_duration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x10\x63ompute_duration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration2m\n\x12TextEncoderService\x12W\n\x0c\x45ncodePrompt\x12!.klein_api.v1.EncodePromptRequest\x1a\".klein_api.v1.EncodePromptResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'klein_api/v1/text_encoder_service.proto\x12\x0cklein_api.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18klein_api/v1/image.proto\x1a\x19klein_api/v1/tensor.proto\"^\n\x13\x45ncodePromptRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12(\n\x08priority\x18\x03 \x01(\x0e\x32\x16.klein_api.v1.Priority\"\x86\x01\n\x14\x45ncodePromptResponse\x12.\n\x07summary\x18\x01 \x01(\x0b\x32\x1b.klein_api.v1.PromptSummaryH\x00\x12\x35\n\x10prompt_embedding\x18\x02 \x01(\x0b\x32\x19.klein_api.v1.TensorFrameH\x00\x42\x07\n\x05\x65vent\"\x9f\x01\n\rPromptSummary\x12\x13\n\x0btoken_count\x18\x01 \x01(\x05\x12\x11\n\ttruncated\x18\x02 \x01(\x08\x12\x31\n\x0equeue_duration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x10\x63ompute_duration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration2m\n\x12TextEncoderService\x12W\n\x0c\x45ncodePrompt\x12!.klein_api.v1.EncodePromptRequest\x1a\".klein_api.v1.EncodePromptResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'klein_api.v1.text_encoder_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ENCODEPROMPTREQUEST']._serialized_start=116
-  _globals['_ENCODEPROMPTREQUEST']._serialized_end=168
-  _globals['_ENCODEPROMPTRESPONSE']._serialized_start=171
-  _globals['_ENCODEPROMPTRESPONSE']._serialized_end=305
-  _globals['_PROMPTSUMMARY']._serialized_start=308
-  _globals['_PROMPTSUMMARY']._serialized_end=467
-  _globals['_TEXTENCODERSERVICE']._serialized_start=469
-  _globals['_TEXTENCODERSERVICE']._serialized_end=578
+  _globals['_ENCODEPROMPTREQUEST']._serialized_start=142
+  _globals['_ENCODEPROMPTREQUEST']._serialized_end=236
+  _globals['_ENCODEPROMPTRESPONSE']._serialized_start=239
+  _globals['_ENCODEPROMPTRESPONSE']._serialized_end=373
+  _globals['_PROMPTSUMMARY']._serialized_start=376
+  _globals['_PROMPTSUMMARY']._serialized_end=535
+  _globals['_TEXTENCODERSERVICE']._serialized_start=537
+  _globals['_TEXTENCODERSERVICE']._serialized_end=646
 # @@protoc_insertion_point(module_scope)

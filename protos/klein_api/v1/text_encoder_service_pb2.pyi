@@ -6,6 +6,7 @@ isort:skip_file
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from klein_api.v1 import image_pb2 as _image_pb2
 from klein_api.v1 import tensor_pb2 as _tensor_pb2
 import builtins as _builtins
 import sys
@@ -26,19 +27,23 @@ class EncodePromptRequest(_message.Message):
 
     MODEL_FIELD_NUMBER: _builtins.int
     PROMPT_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The text-encoder's model name; empty means the one that the stage serves. Another name is NOT_FOUND."""
     prompt: _builtins.str
     """The prompt, UTF-8, at most 32768 characters; may be empty. Tokens beyond the model's sequence are cut off."""
+    priority: _image_pb2.Priority.ValueType
+    """Priority in the queue."""
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
         prompt: _builtins.str = ...,
+        priority: _image_pb2.Priority.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "prompt", b"prompt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "priority", b"priority", "prompt", b"prompt"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -27,7 +27,7 @@ from klein_api.v1 import image_pb2 as klein__api_dot_v1_dot_image__pb2
 from klein_api.v1 import tensor_pb2 as klein__api_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&klein_api/v1/vae_decoder_service.proto\x12\x0cklein_api.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18klein_api/v1/image.proto\x1a\x19klein_api/v1/tensor.proto\"d\n\x16\x45ncodeReferenceRequest\x12+\n\x04spec\x18\x01 \x01(\x0b\x32\x1b.klein_api.v1.ReferenceSpecH\x00\x12\x15\n\x0bimage_chunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"2\n\rReferenceSpec\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nfield_name\x18\x02 \x01(\t\"\x8d\x01\n\x17\x45ncodeReferenceResponse\x12\x31\n\x07summary\x18\x01 \x01(\x0b\x32\x1e.klein_api.v1.ReferenceSummaryH\x00\x12\x36\n\x11reference_latents\x18\x02 \x01(\x0b\x32\x19.klein_api.v1.TensorFrameH\x00\x42\x07\n\x05\x65vent\"\x9f\x01\n\x10ReferenceSummary\x12\x10\n\x08width_px\x18\x01 \x01(\x05\x12\x11\n\theight_px\x18\x02 \x01(\x05\x12\x31\n\x0equeue_duration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x10\x63ompute_duration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x80\x01\n\x19\x45ncodeInitialImageRequest\x12.\n\x04spec\x18\x01 \x01(\x0b\x32\x1e.klein_api.v1.InitialImageSpecH\x00\x12\x15\n\x0bimage_chunk\x18\x02 \x01(\x0cH\x00\x12\x14\n\nmask_chunk\x18\x03 \x01(\x0cH\x00\x42\x06\n\x04part\"S\n\x10InitialImageSpec\x12\r\n\x05model\x18\x01 \x01(\t\x12\x30\n\ninpainting\x18\x02 \x01(\x0b\x32\x1c.klein_api.v1.InpaintingSpec\"\xb9\x01\n\x1a\x45ncodeInitialImageResponse\x12\x31\n\x07summary\x18\x01 \x01(\x0b\x32\x1e.klein_api.v1.ReferenceSummaryH\x00\x12\x34\n\x0finitial_latents\x18\x02 \x01(\x0b\x32\x19.klein_api.v1.TensorFrameH\x00\x12)\n\x04mask\x18\x03 \x01(\x0b\x32\x19.klein_api.v1.TensorFrameH\x00\x42\x07\n\x05\x65vent\"\xab\x01\n\x14\x44\x65\x63odeLatentsRequest\x12(\n\x04spec\x18\x01 \x01(\x0b\x32\x18.klein_api.v1.DecodeSpecH\x00\x12,\n\x07latents\x18\x02 \x01(\x0b\x32\x19.klein_api.v1.TensorFrameH\x00\x12\x1d\n\x13initial_image_chunk\x18\x03 \x01(\x0cH\x00\x12\x14\n\nmask_chunk\x18\x04 \x01(\x0cH\x00\x42\x06\n\x04part\"\x82\x02\n\nDecodeSpec\x12\r\n\x05model\x18\x01 \x01(\t\x12)\n\x06\x66ormat\x18\x02 \x01(\x0e\x32\x19.klein_api.v1.ImageFormat\x12\x14\n\x07quality\x18\x03 \x01(\x05H\x00\x88\x01\x01\x12\x38\n\x08metadata\x18\x04 \x03(\x0b\x32&.klein_api.v1.DecodeSpec.MetadataEntry\x12-\n\x07overlay\x18\x05 \x01(\x0b\x32\x1c.klein_api.v1.InpaintingSpec\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\n\n\x08_quality\"g\n\x15\x44\x65\x63odeLatentsResponse\x12.\n\x07summary\x18\x01 \x01(\x0b\x32\x1b.klein_api.v1.DecodeSummaryH\x00\x12\x15\n\x0bimage_chunk\x18\x02 \x01(\x0cH\x00\x42\x07\n\x05\x65vent\"\xdb\x01\n\rDecodeSummary\x12\x10\n\x08width_px\x18\x01 \x01(\x05\x12\x11\n\theight_px\x18\x02 \x01(\x05\x12)\n\x06\x66ormat\x18\x03 \x01(\x0e\x32\x19.klein_api.v1.ImageFormat\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\x12\x31\n\x0equeue_duration\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x10\x63ompute_duration\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration2\xc2\x02\n\x11VaeDecoderService\x12\x62\n\x0f\x45ncodeReference\x12$.klein_api.v1.EncodeReferenceRequest\x1a%.klein_api.v1.EncodeReferenceResponse(\x01\x30\x01\x12k\n\x12\x45ncodeInitialImage\x12\'.klein_api.v1.EncodeInitialImageRequest\x1a(.klein_api.v1.EncodeInitialImageResponse(\x01\x30\x01\x12\\\n\rDecodeLatents\x12\".klein_api.v1.DecodeLatentsRequest\x1a#.klein_api.v1.DecodeLatentsResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&klein_api/v1/vae_decoder_service.proto\x12\x0cklein_api.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18klein_api/v1/image.proto\x1a\x19klein_api/v1/tensor.proto\"d\n\x16\x45ncodeReferenceRequest\x12+\n\x04spec\x18\x01 \x01(\x0b\x32\x1b.klein_api.v1.ReferenceSpecH\x00\x12\x15\n\x0bimage_chunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\\\n\rReferenceSpec\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nfield_name\x18\x02 \x01(\t\x12(\n\x08priority\x18\x03 \x01(\x0e\x32\x16.klein_api.v1.Priority\"\x8d\x01\n\x17\x45ncodeReferenceResponse\x12\x31\n\x07summary\x18\x01 \x01(\x0b\x32\x1e.klein_api.v1.ReferenceSummaryH\x00\x12\x36\n\x11reference_latents\x18\x02 \x01(\x0b\x32\x19.klein_api.v1.TensorFrameH\x00\x42\x07\n\x05\x65vent\"\x9f\x01\n\x10ReferenceSummary\x12\x10\n\x08width_px\x18\x01 \x01(\x05\x12\x11\n\theight_px\x18\x02 \x01(\x05\x12\x31\n\x0equeue_duration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x10\x63ompute_duration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x80\x01\n\x19\x45ncodeInitialImageRequest\x12.\n\x04spec\x18\x01 \x01(\x0b\x32\x1e.klein_api.v1.InitialImageSpecH\x00\x12\x15\n\x0bimage_chunk\x18\x02 \x01(\x0cH\x00\x12\x14\n\nmask_chunk\x18\x03 \x01(\x0cH\x00\x42\x06\n\x04part\"}\n\x10InitialImageSpec\x12\r\n\x05model\x18\x01 \x01(\t\x12\x30\n\ninpainting\x18\x02 \x01(\x0b\x32\x1c.klein_api.v1.InpaintingSpec\x12(\n\x08priority\x18\x03 \x01(\x0e\x32\x16.klein_api.v1.Priority\"\xb9\x01\n\x1a\x45ncodeInitialImageResponse\x12\x31\n\x07summary\x18\x01 \x01(\x0b\x32\x1e.klein_api.v1.ReferenceSummaryH\x00\x12\x34\n\x0finitial_latents\x18\x02 \x01(\x0b\x32\x19.klein_api.v1.TensorFrameH\x00\x12)\n\x04mask\x18\x03 \x01(\x0b\x32\x19.klein_api.v1.TensorFrameH\x00\x42\x07\n\x05\x65vent\"\xab\x01\n\x14\x44\x65\x63odeLatentsRequest\x12(\n\x04spec\x18\x01 \x01(\x0b\x32\x18.klein_api.v1.DecodeSpecH\x00\x12,\n\x07latents\x18\x02 \x01(\x0b\x32\x19.klein_api.v1.TensorFrameH\x00\x12\x1d\n\x13initial_image_chunk\x18\x03 \x01(\x0cH\x00\x12\x14\n\nmask_chunk\x18\x04 \x01(\x0cH\x00\x42\x06\n\x04part\"\xac\x02\n\nDecodeSpec\x12\r\n\x05model\x18\x01 \x01(\t\x12)\n\x06\x66ormat\x18\x02 \x01(\x0e\x32\x19.klein_api.v1.ImageFormat\x12\x14\n\x07quality\x18\x03 \x01(\x05H\x00\x88\x01\x01\x12\x38\n\x08metadata\x18\x04 \x03(\x0b\x32&.klein_api.v1.DecodeSpec.MetadataEntry\x12-\n\x07overlay\x18\x05 \x01(\x0b\x32\x1c.klein_api.v1.InpaintingSpec\x12(\n\x08priority\x18\x06 \x01(\x0e\x32\x16.klein_api.v1.Priority\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\n\n\x08_quality\"g\n\x15\x44\x65\x63odeLatentsResponse\x12.\n\x07summary\x18\x01 \x01(\x0b\x32\x1b.klein_api.v1.DecodeSummaryH\x00\x12\x15\n\x0bimage_chunk\x18\x02 \x01(\x0cH\x00\x42\x07\n\x05\x65vent\"\xdb\x01\n\rDecodeSummary\x12\x10\n\x08width_px\x18\x01 \x01(\x05\x12\x11\n\theight_px\x18\x02 \x01(\x05\x12)\n\x06\x66ormat\x18\x03 \x01(\x0e\x32\x19.klein_api.v1.ImageFormat\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\x12\x31\n\x0equeue_duration\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x10\x63ompute_duration\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration2\xc2\x02\n\x11VaeDecoderService\x12\x62\n\x0f\x45ncodeReference\x12$.klein_api.v1.EncodeReferenceRequest\x1a%.klein_api.v1.EncodeReferenceResponse(\x01\x30\x01\x12k\n\x12\x45ncodeInitialImage\x12\'.klein_api.v1.EncodeInitialImageRequest\x1a(.klein_api.v1.EncodeInitialImageResponse(\x01\x30\x01\x12\\\n\rDecodeLatents\x12\".klein_api.v1.DecodeLatentsRequest\x1a#.klein_api.v1.DecodeLatentsResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,27 +39,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENCODEREFERENCEREQUEST']._serialized_start=141
   _globals['_ENCODEREFERENCEREQUEST']._serialized_end=241
   _globals['_REFERENCESPEC']._serialized_start=243
-  _globals['_REFERENCESPEC']._serialized_end=293
-  _globals['_ENCODEREFERENCERESPONSE']._serialized_start=296
-  _globals['_ENCODEREFERENCERESPONSE']._serialized_end=437
-  _globals['_REFERENCESUMMARY']._serialized_start=440
-  _globals['_REFERENCESUMMARY']._serialized_end=599
-  _globals['_ENCODEINITIALIMAGEREQUEST']._serialized_start=602
-  _globals['_ENCODEINITIALIMAGEREQUEST']._serialized_end=730
-  _globals['_INITIALIMAGESPEC']._serialized_start=732
-  _globals['_INITIALIMAGESPEC']._serialized_end=815
-  _globals['_ENCODEINITIALIMAGERESPONSE']._serialized_start=818
-  _globals['_ENCODEINITIALIMAGERESPONSE']._serialized_end=1003
-  _globals['_DECODELATENTSREQUEST']._serialized_start=1006
-  _globals['_DECODELATENTSREQUEST']._serialized_end=1177
-  _globals['_DECODESPEC']._serialized_start=1180
-  _globals['_DECODESPEC']._serialized_end=1438
-  _globals['_DECODESPEC_METADATAENTRY']._serialized_start=1379
-  _globals['_DECODESPEC_METADATAENTRY']._serialized_end=1426
-  _globals['_DECODELATENTSRESPONSE']._serialized_start=1440
-  _globals['_DECODELATENTSRESPONSE']._serialized_end=1543
-  _globals['_DECODESUMMARY']._serialized_start=1546
-  _globals['_DECODESUMMARY']._serialized_end=1765
-  _globals['_VAEDECODERSERVICE']._serialized_start=1768
-  _globals['_VAEDECODERSERVICE']._serialized_end=2090
+  _globals['_REFERENCESPEC']._serialized_end=335
+  _globals['_ENCODEREFERENCERESPONSE']._serialized_start=338
+  _globals['_ENCODEREFERENCERESPONSE']._serialized_end=479
+  _globals['_REFERENCESUMMARY']._serialized_start=482
+  _globals['_REFERENCESUMMARY']._serialized_end=641
+  _globals['_ENCODEINITIALIMAGEREQUEST']._serialized_start=644
+  _globals['_ENCODEINITIALIMAGEREQUEST']._serialized_end=772
+  _globals['_INITIALIMAGESPEC']._serialized_start=774
+  _globals['_INITIALIMAGESPEC']._serialized_end=899
+  _globals['_ENCODEINITIALIMAGERESPONSE']._serialized_start=902
+  _globals['_ENCODEINITIALIMAGERESPONSE']._serialized_end=1087
+  _globals['_DECODELATENTSREQUEST']._serialized_start=1090
+  _globals['_DECODELATENTSREQUEST']._serialized_end=1261
+  _globals['_DECODESPEC']._serialized_start=1264
+  _globals['_DECODESPEC']._serialized_end=1564
+  _globals['_DECODESPEC_METADATAENTRY']._serialized_start=1505
+  _globals['_DECODESPEC_METADATAENTRY']._serialized_end=1552
+  _globals['_DECODELATENTSRESPONSE']._serialized_start=1566
+  _globals['_DECODELATENTSRESPONSE']._serialized_end=1669
+  _globals['_DECODESUMMARY']._serialized_start=1672
+  _globals['_DECODESUMMARY']._serialized_end=1891
+  _globals['_VAEDECODERSERVICE']._serialized_start=1894
+  _globals['_VAEDECODERSERVICE']._serialized_end=2216
 # @@protoc_insertion_point(module_scope)

@@ -59,19 +59,23 @@ class ReferenceSpec(_message.Message):
 
     MODEL_FIELD_NUMBER: _builtins.int
     FIELD_NAME_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The vae-decoder's model name; empty means the one that the stage serves. Another name is NOT_FOUND."""
     field_name: _builtins.str
     """Name for the reference in errors, for example `references[1]`; empty means `reference`."""
+    priority: _image_pb2.Priority.ValueType
+    """Priority in the queue."""
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
         field_name: _builtins.str = ...,
+        priority: _image_pb2.Priority.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["field_name", b"field_name", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["field_name", b"field_name", "model", b"model", "priority", b"priority"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -189,8 +193,11 @@ class InitialImageSpec(_message.Message):
 
     MODEL_FIELD_NUMBER: _builtins.int
     INPAINTING_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The vae-decoder's model name; empty means the one that the stage serves. Another name is NOT_FOUND."""
+    priority: _image_pb2.Priority.ValueType
+    """Priority in the queue."""
     @_builtins.property
     def inpainting(self) -> _image_pb2.InpaintingSpec:
         """How both files are prepared."""
@@ -200,10 +207,11 @@ class InitialImageSpec(_message.Message):
         *,
         model: _builtins.str = ...,
         inpainting: _image_pb2.InpaintingSpec | None = ...,
+        priority: _image_pb2.Priority.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["inpainting", b"inpainting"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["inpainting", b"inpainting", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inpainting", b"inpainting", "model", b"model", "priority", b"priority"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -318,12 +326,15 @@ class DecodeSpec(_message.Message):
     QUALITY_FIELD_NUMBER: _builtins.int
     METADATA_FIELD_NUMBER: _builtins.int
     OVERLAY_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The vae-decoder's model name; empty means the one that the stage serves. Another name is NOT_FOUND."""
     format: _image_pb2.ImageFormat.ValueType
     """File format; unspecified means PNG."""
     quality: _builtins.int
     """Quality of JPEG and WebP [1, 100]; unset means 95. Refused for lossless formats."""
+    priority: _image_pb2.Priority.ValueType
+    """Priority in the queue."""
     @_builtins.property
     def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Text that is stored in the file where the format allows it, for example the seed."""
@@ -340,10 +351,11 @@ class DecodeSpec(_message.Message):
         quality: _builtins.int | None = ...,
         metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         overlay: _image_pb2.InpaintingSpec | None = ...,
+        priority: _image_pb2.Priority.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_quality", b"_quality", "overlay", b"overlay", "quality", b"quality"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_quality", b"_quality", "format", b"format", "metadata", b"metadata", "model", b"model", "overlay", b"overlay", "quality", b"quality"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_quality", b"_quality", "format", b"format", "metadata", b"metadata", "model", b"model", "overlay", b"overlay", "priority", b"priority", "quality", b"quality"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__quality: _TypeAlias = _typing.Literal["quality"]  # noqa: Y015
     _WhichOneofArgType__quality: _TypeAlias = _typing.Literal["_quality", b"_quality"]  # noqa: Y015

@@ -15,21 +15,15 @@ from klein_core.denoiser.sampler import received
 from klein_core.errors import InvalidInput, Violation
 from klein_core.params import DEFAULT_LIMITS, AdapterChoice, GenerationParams, Limits
 from klein_core.variants import PUBLISHED_SCHEDULE, NoiseSchedule, default_step_count
-from klein_services.denoiser.scheduled_request import Urgency
 from klein_services.runtime.frames import FrameReader
 from klein_services.runtime.stage import require_model
 from klein_services.runtime.tensors import check_spec, frames_tensor
+from klein_services.runtime.urgency import URGENCIES, Urgency
 
 _LARGEST_ELEMENT_BYTES = 4
 """Size of the largest element that is sent, float32, for limits that hold before a tensor's type is known."""
 _PROTO_NAMES = {"seed": "seeds", "image_count": "seeds", "references": "reference_count"}
 """Fields in `GenerationParams`' violations → fields of DenoiseSpec."""
-_URGENCIES = {
-    image_pb2.PRIORITY_UNSPECIFIED: Urgency.STANDARD,
-    image_pb2.PRIORITY_INTERACTIVE: Urgency.INTERACTIVE,
-    image_pb2.PRIORITY_STANDARD: Urgency.STANDARD,
-    image_pb2.PRIORITY_BATCH: Urgency.BATCH,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +127,7 @@ def parse_spec(
     left_out = 0 if strength is None else first_step(generation.steps, strength)
     return DenoiseParams(
         generation=generation,
-        urgency=_URGENCIES[spec.priority],
+        urgency=URGENCIES[spec.priority],
         preview_interval_steps=spec.preview_interval_steps,
         checkpoint_interval_steps=spec.checkpoint_interval_steps,
         resume_step=spec.resume_step,
@@ -158,8 +152,8 @@ def _denoiser_violations(spec: denoiser_service_pb2.DenoiseSpec, model: ServedMo
     if spec.resume_step and not max(left_out, 1) <= spec.resume_step < step_count:
         allowed = f"0 or in [{left_out}, {step_count - 1}]" if left_out else f"in [0, {step_count - 1}]"
         yield Violation("resume_step", f"is {spec.resume_step}; must be {allowed}")
-    if spec.priority not in _URGENCIES:
-        known = ", ".join(image_pb2.Priority.Name(number) for number in _URGENCIES)
+    if spec.priority not in URGENCIES:
+        known = ", ".join(image_pb2.Priority.Name(number) for number in URGENCIES)
         yield Violation("priority", f"is {spec.priority}; must be one of {known}")
 
 

@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from enum import IntEnum
 
 from klein_services.denoiser.step_spans import StepSpans
 from klein_services.runtime import metrics
+from klein_services.runtime.urgency import Urgency
 
 STAGE = "denoiser"
 OPERATION = "denoise"
-
-
-class Urgency(IntEnum):
-    """Priority classes, the most urgent first."""
-
-    INTERACTIVE = 0
-    STANDARD = 1
-    BATCH = 2
 
 
 @dataclass(frozen=True, kw_only=True)

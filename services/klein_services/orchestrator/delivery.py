@@ -61,6 +61,7 @@ class ImageDelivery:
             format=self._request.format,
             quality=self._request.quality,
             metadata=self._metadata(index),
+            priority=self._request.priority,
         )
         image = await self._decode(spec, latents, edit if edit is not None and edit.has_overlay else None)
         description = self._description(index, image)
@@ -82,6 +83,7 @@ class ImageDelivery:
             model=self._request.route.vae_decoder.model,
             format=ImageFormat.IMAGE_FORMAT_JPEG,
             quality=_PREVIEW_QUALITY,
+            priority=self._request.priority,
         )
         try:
             image = await self._decode(spec, latents)

@@ -137,7 +137,9 @@ class InputEncoder:
 
     async def _encode_prompt(self, text: str, *, is_negative: bool = False) -> None:
         address = self._request.route.text_encoder
-        request = EncodePromptRequest(model=address.model, prompt=text).SerializeToString()
+        request = EncodePromptRequest(
+            model=address.model, prompt=text, priority=self._request.priority
+        ).SerializeToString()
         fields = _NEGATIVE_FIELDS if is_negative else PUBLIC_FIELDS
         messages = self._response(
             CacheKey.of(PROMPT_EMBEDDING, self._request.info.text_encoder_version, text.encode()),
@@ -159,7 +161,11 @@ class InputEncoder:
         version = self._request.info.vae_decoder_version
         key = await asyncio.to_thread(CacheKey.of, REFERENCE_LATENTS, version, data)
         spec = EncodeReferenceRequest(
-            spec=ReferenceSpec(model=address.model, field_name=f"references[{index}]")
+            spec=ReferenceSpec(
+                model=address.model,
+                field_name=f"references[{index}]",
+                priority=self._request.priority,
+            )
         ).SerializeToString()
         messages = self._response(
             key,
@@ -179,7 +185,9 @@ class InputEncoder:
         version = self._request.info.vae_decoder_version
         key = await asyncio.to_thread(CacheKey.of, INITIAL_IMAGE, version, options, *files)
         spec = EncodeInitialImageRequest(
-            spec=InitialImageSpec(model=address.model, inpainting=edit.inpainting)
+            spec=InitialImageSpec(
+                model=address.model, inpainting=edit.inpainting, priority=self._request.priority
+            )
         ).SerializeToString()
         messages = self._response(
             key,

@@ -84,6 +84,11 @@ RPC_SECONDS = Histogram(
 )
 
 QUEUE_DEPTH = Gauge("klein_queue_depth", "Requests that are accepted and wait for the device.", ["stage"])
+QUEUE_LARGE_PIXELS = Gauge(
+    "klein_queue_large_pixels",
+    "Pixels of images of more than 4,194,304 pixels that wait or are worked on.",
+    ["stage"],
+)
 QUEUE_WAIT_SECONDS = Histogram(
     "klein_queue_wait_seconds",
     "Seconds that a request waited for the device.",

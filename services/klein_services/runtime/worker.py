@@ -1,4 +1,4 @@
-"""Worker: one thread that computes, and the bounded queue in front of it."""
+"""Worker: threads that compute, and the bounded queue in front of them."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ import contextvars
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from klein_services.runtime import metrics, tracing
-from klein_services.runtime.errors import DeadlinePassed, QueueFull, StageUnavailable, as_device_fault
+from klein_services.runtime.caller import caller
+from klein_services.runtime.errors import DeadlinePassed, StageUnavailable, as_device_fault
 from klein_services.runtime.semantic_conventions import QUEUE
+from klein_services.runtime.urgency import Urgency
+from klein_services.runtime.work_queue import Work, WorkQueue
 
 _STOP_SECONDS = 1.0
-_SMOOTHING = 0.2
-_UNMEASURED_SECONDS = 1.0
-"""Backlog of a function before any operation was measured, so that waiting work never looks like none."""
 _Value = TypeVar("_Value")
 _log = logging.getLogger("klein.worker")
 
@@ -33,58 +32,79 @@ class Completed(Generic[_Value]):
     compute_seconds: float
 
 
-@dataclass(eq=False)
-class _Job:
+@dataclass(eq=False, kw_only=True)
+class _Job(Work):
     function: Callable[[], Any]
     future: asyncio.Future[Completed[Any]]
     context: contextvars.Context
-    operation: str
-    deadline: float | None
-    queued_at: float
 
 
 class Worker:
-    """Runs functions one after the other on its own thread, so that the event loop never computes.
+    """Runs functions on its own thread, so that the event loop never computes; `WorkQueue` decides the order.
 
     Args:
         name: the stage's name, the `stage` label of its metrics.
-        queue_limit: most functions that wait for the running one; more are refused.
+        queue_limit: most functions that wait for the running ones; more are refused.
         operations: the `operation` of each `run`, so that its metrics exist from the start.
+        thread_count: functions that run at once. Of those with large images only one runs at a time.
+        pixel_limit: most pixels of large images that wait or run; 0 is no limit.
     """
 
-    def __init__(self, name: str, queue_limit: int, operations: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        name: str,
+        queue_limit: int,
+        operations: Sequence[str] = (),
+        *,
+        thread_count: int = 1,
+        pixel_limit: int = 0,
+    ) -> None:
         self.name = name
         self.queue_limit = queue_limit
-        self._waiting: deque[_Job] = deque()
-        self._running: _Job | None = None
+        self._queue = WorkQueue[_Job](queue_limit, pixel_limit, thread_count)
         self._closed = False
         self._changed = threading.Condition()
-        self._mean_seconds: float | None = None
         metrics.initialize_queue(name, operations)
-        # A daemon, so that a load or a step that cannot be interrupted does not keep a stopped process alive.
-        self._thread = threading.Thread(target=self._work, name=f"{name}-worker", daemon=True)
-        self._thread.start()
+        metrics.QUEUE_LARGE_PIXELS.labels(name)
+        # Daemons, so that a load or a step that cannot be interrupted does not keep a stopped process alive.
+        self._threads = [
+            threading.Thread(
+                target=self._work, name=f"{name}-worker" + (f"-{index}" if index else ""), daemon=True
+            )
+            for index in range(thread_count)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def queued_count(self) -> int:
         """Functions that wait."""
-        return len(self._waiting)
+        return len(self._queue)
 
     @property
     def running_count(self) -> int:
-        """Functions that run: 0 or 1."""
-        return int(self._running is not None)
+        """Functions that run."""
+        return len(self._queue.running)
 
     @property
     def estimated_wait_seconds(self) -> float | None:
         """Time until a function that is queued now would start; `None` before any operation was measured."""
-        outstanding = self.queued_count + self.running_count
-        return None if self._mean_seconds is None else self._mean_seconds * outstanding
+        with self._changed:
+            queue = self._queue
+            return queue.backlog_seconds / len(self._threads) if queue.times.is_measured else None
 
     async def run(
-        self, function: Callable[[], _Value], *, operation: str = "", deadline: float | None = None
+        self,
+        function: Callable[[], _Value],
+        *,
+        operation: str = "",
+        deadline: float | None = None,
+        urgency: Urgency = Urgency.STANDARD,
+        pixel_count: int = 0,
     ) -> Completed[_Value]:
         """Runs a function on the worker, with the context variables of the current task, and waits for it.
+
+        The caller among whom time is shared is that of the current task.
 
         When the task is cancelled, a waiting function is dropped. A running one goes on, and its time counts as
         abandoned.
@@ -93,22 +113,33 @@ class Worker:
             function: what to compute.
             operation: label of `klein_stage_duration_seconds` and name of the span; empty is not measured.
             deadline: `time.monotonic()` after which the function is not started.
+            urgency: its priority class.
+            pixel_count: pixels of the image that it works on, by which its time is estimated.
 
         Raises:
-            QueueFull: too many functions wait; raised at once.
+            QueueFull: too many functions wait, or pixels; raised at once.
+            DeadlineUnreachable: by measured times, the function would end after its deadline; raised at once.
             DeadlinePassed: the deadline passed while the function waited.
             StageUnavailable: the worker is closed.
             DeviceFault: the device failed.
         """
         loop = asyncio.get_running_loop()
-        context = contextvars.copy_context()
-        job = _Job(function, loop.create_future(), context, operation, deadline, time.monotonic())
+        now = time.monotonic()
+        job = _Job(
+            function=function,
+            future=loop.create_future(),
+            context=contextvars.copy_context(),
+            operation=operation,
+            pixel_count=pixel_count,
+            urgency=urgency,
+            caller=caller.get(),
+            deadline=deadline,
+            queued_at=now,
+        )
         with self._changed:
             if self._closed:
                 raise StageUnavailable("the stage stops")
-            if len(self._waiting) + self.running_count > self.queue_limit:
-                raise QueueFull(self.queue_limit, self.estimated_wait_seconds or 1.0)
-            self._waiting.append(job)
+            self._queue.add(job, now)
             self._changed.notify()
         self._count()
         try:
@@ -118,8 +149,7 @@ class Worker:
             raise
         except asyncio.CancelledError:
             with self._changed:
-                if job in self._waiting:
-                    self._waiting.remove(job)
+                self._queue.remove(job)
             if deadline is not None and time.monotonic() >= deadline:
                 metrics.DEADLINE_MISSED.labels(self.name).inc()
             future = job.future
@@ -129,15 +159,17 @@ class Worker:
             raise
 
     def close(self) -> None:
-        """Refuses the waiting functions and ends the thread; waits at most 1 s for a running function."""
+        """Refuses the waiting functions and ends the threads; waits at most 1 s for running functions."""
         with self._changed:
             self._closed = True
-            refused, self._waiting = self._waiting, deque()
-            self._changed.notify()
+            refused = self._queue.clear()
+            self._changed.notify_all()
         for job in refused:
             _set_exception(job.future, StageUnavailable("the stage stops"))
         self._count()
-        self._thread.join(_STOP_SECONDS)
+        ends_at = time.monotonic() + _STOP_SECONDS
+        for thread in self._threads:
+            thread.join(max(ends_at - time.monotonic(), 0.0))
 
     def _work(self) -> None:
         while (job := self._next()) is not None:
@@ -147,12 +179,12 @@ class Worker:
 
     def _next(self) -> _Job | None:
         with self._changed:
-            while not self._waiting and not self._closed:
+            while not self._closed:
+                job = self._queue.take(time.monotonic())
+                if job is not None:
+                    return job
                 self._changed.wait()
-            if self._closed:
-                return None
-            self._running = self._waiting.popleft()
-            return self._running
+            return None
 
     def _compute(self, job: _Job) -> None:
         self._count()
@@ -169,9 +201,10 @@ class Worker:
         metrics.QUEUE_WAIT_SECONDS.labels(self.name).observe(queue_seconds, exemplar)
         if job.operation and error is None:
             metrics.STAGE_SECONDS.labels(self.name, job.operation).observe(compute_seconds, exemplar)
-            mean = compute_seconds if self._mean_seconds is None else self._mean_seconds
-            self._mean_seconds = mean + _SMOOTHING * (compute_seconds - mean)
-        self._running = None
+        with self._changed:
+            self._queue.done(job, compute_seconds, is_measured=bool(job.operation) and error is None)
+            # A thread may wait because this job was large.
+            self._changed.notify()
         self._count()
         completed = Completed(value, queue_seconds, compute_seconds)
         loop = job.future.get_loop()
@@ -193,10 +226,12 @@ class Worker:
             future.set_result(completed)
 
     def _count(self) -> None:
-        metrics.QUEUE_DEPTH.labels(self.name).set(self.queued_count)
-        metrics.RUNNING.labels(self.name).set(self.running_count)
-        seconds = _UNMEASURED_SECONDS if self._mean_seconds is None else self._mean_seconds
-        metrics.BACKLOG_SECONDS.labels(self.name).set(seconds * (self.queued_count + self.running_count))
+        # Under the lock, so that no thread overwrites newer counts with older ones.
+        with self._changed:
+            metrics.QUEUE_DEPTH.labels(self.name).set(self.queued_count)
+            metrics.RUNNING.labels(self.name).set(self.running_count)
+            metrics.BACKLOG_SECONDS.labels(self.name).set(self._queue.backlog_seconds)
+            metrics.QUEUE_LARGE_PIXELS.labels(self.name).set(self._queue.large_pixel_count)
 
 
 def _outcome(job: _Job) -> tuple[Any, BaseException | None]:

@@ -25,6 +25,7 @@ from klein_services.runtime.tensors import (
     serialized_tensor_frames,
     set_threads,
 )
+from klein_services.runtime.urgency import urgency_of
 from klein_services.text_encoder.settings import TextEncoderSettings
 
 if TYPE_CHECKING:
@@ -45,11 +46,15 @@ class TextEncoderServicer(text_encoder_service_pb2_grpc.TextEncoderServiceServic
         self, request: pb.EncodePromptRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[Any]:
         require_model(request.model, self._stage.settings.model_name)
+        urgency = urgency_of(request.priority)
         violations = list(prompt_violations("prompt", request.prompt))
         if violations:
             raise InvalidInput(violations)
         completed = await self._stage.worker.run(
-            lambda: self._encode(request.prompt), operation=OPERATION, deadline=deadline_of(context)
+            lambda: self._encode(request.prompt),
+            operation=OPERATION,
+            deadline=deadline_of(context),
+            urgency=urgency,
         )
         summary = pb.PromptSummary(
             token_count=completed.value.token_count,

@@ -34,6 +34,7 @@ from klein_services.runtime.tensors import (
     set_threads,
     tensor_frames,
 )
+from klein_services.runtime.urgency import urgency_of
 from klein_services.runtime.worker import Completed, Worker
 from klein_services.vae_decoder.request import (
     Encoding,
@@ -72,18 +73,21 @@ class VaeDecoderServicer(vae_decoder_service_pb2_grpc.VaeDecoderServiceServicer)
     ) -> AsyncIterator[pb.EncodeReferenceResponse]:
         stage, settings, deadline = self._stage, self._stage.settings, deadline_of(context)
         async with read_parts(request_iterator, timeout_seconds=settings.receive_timeout_seconds) as parts:
-            field = reference_field((await parts.spec_part()).spec, settings.model_name)
+            spec = (await parts.spec_part()).spec
+            field, urgency = reference_field(spec, settings.model_name), urgency_of(spec.priority)
             with stage.slots.slot():
                 file = await read_file(parts, field, settings.reference_bytes)
                 read = await stage.files.run(
                     lambda: stage.read_reference(file.data, field),
                     operation=READ_REFERENCE,
                     deadline=deadline,
+                    urgency=urgency,
                 )
                 encoded = await stage.worker.run(
                     lambda: host_tensor(stage.decoder.encode(read.value)),
                     operation=ENCODE_REFERENCE,
                     deadline=deadline,
+                    urgency=urgency,
                 )
                 height_px, width_px, _ = read.value.shape
                 summary = pb.ReferenceSummary(
@@ -102,17 +106,21 @@ class VaeDecoderServicer(vae_decoder_service_pb2_grpc.VaeDecoderServiceServicer)
         async with read_parts(request_iterator, timeout_seconds=settings.receive_timeout_seconds) as parts:
             spec = (await parts.spec_part()).spec
             require_model(spec.model, settings.model_name)
-            preparation = Preparation.from_spec(spec.inpainting)
+            preparation, urgency = Preparation.from_spec(spec.inpainting), urgency_of(spec.priority)
             with stage.slots.slot():
                 files = await read_initial_image(parts, preparation, settings.reference_bytes)
                 read = await stage.files.run(
-                    lambda: stage.read_initial_image(files), operation=READ_INITIAL_IMAGE, deadline=deadline
+                    lambda: stage.read_initial_image(files),
+                    operation=READ_INITIAL_IMAGE,
+                    deadline=deadline,
+                    urgency=urgency,
                 )
                 pixels, mask = read.value
                 encoded = await stage.worker.run(
                     lambda: host_tensor(stage.decoder.encode(pixels)),
                     operation=ENCODE_INITIAL_IMAGE,
                     deadline=deadline,
+                    urgency=urgency,
                 )
                 height_px, width_px, _ = pixels.shape
                 summary = pb.ReferenceSummary(
@@ -133,7 +141,7 @@ class VaeDecoderServicer(vae_decoder_service_pb2_grpc.VaeDecoderServiceServicer)
         channels = stage.decoder.config.packed_channels
         async with read_parts(request_iterator, timeout_seconds=settings.receive_timeout_seconds) as parts:
             spec = (await parts.spec_part()).spec
-            encoding = image_encoding(spec, settings.model_name)
+            encoding, urgency = image_encoding(spec, settings.model_name), urgency_of(spec.priority)
             overlay = None
             if spec.HasField("overlay"):
                 preparation = Preparation.from_spec(spec.overlay)
@@ -147,16 +155,21 @@ class VaeDecoderServicer(vae_decoder_service_pb2_grpc.VaeDecoderServiceServicer)
                         lambda: overlay_image(overlay, stage.decoder.reference_limits, frames),
                         operation=READ_INITIAL_IMAGE,
                         deadline=deadline,
+                        urgency=urgency,
                     )
                     image = read.value
                     done.append(read)
                 decoded = await stage.worker.run(
-                    lambda: stage.decoder.decode(latents_tensor(frames)), operation=DECODE, deadline=deadline
+                    lambda: stage.decoder.decode(latents_tensor(frames)),
+                    operation=DECODE,
+                    deadline=deadline,
+                    urgency=urgency,
                 )
                 written = await stage.files.run(
                     lambda: write_image(decoded.value, encoding, image, stage.watermark),
                     operation=WRITE_IMAGE,
                     deadline=deadline,
+                    urgency=urgency,
                 )
                 data, (height_px, width_px, _) = written.value
                 summary = pb.DecodeSummary(

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from klein_services.denoiser.scheduled_request import Batch, ScheduledRequest, Urgency
+from klein_services.denoiser.scheduled_request import Batch, ScheduledRequest
 from klein_services.denoiser.scheduler import SchedulerConfig
+from klein_services.runtime.urgency import Urgency
 from tests.services.fakes.caching_device import LIMIT, Device, cache
 
 AGING_SECONDS = 1.0

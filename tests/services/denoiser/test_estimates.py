@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from klein_services.denoiser.estimates import StepTimes
-from klein_services.denoiser.scheduled_request import ScheduledRequest, Urgency
+from klein_services.denoiser.scheduled_request import ScheduledRequest
 from klein_services.denoiser.scheduler import SchedulerConfig
 from klein_services.runtime.errors import DeadlineUnreachable
+from klein_services.runtime.urgency import Urgency
 from tests.services.fakes.simulated_device import SECONDS_PER_TOKEN, Device, requests
 
 

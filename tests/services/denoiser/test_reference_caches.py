@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from klein_services.denoiser.reference_kv_cache import HIT, MISS, REFERENCE_CACHE, ReferenceCaches
 from klein_services.denoiser.request_planner import references_key
-from klein_services.denoiser.scheduled_request import Batch, Urgency
+from klein_services.denoiser.scheduled_request import Batch
 from klein_services.denoiser.scheduler import SchedulerConfig
+from klein_services.runtime.urgency import Urgency
 from tests.services.fakes.caching_device import LIMIT, Block, Device, cache
 from tests.services.fakes.simulated_device import metric
 

@@ -7,8 +7,9 @@ from collections import Counter
 from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
-from klein_services.denoiser.scheduled_request import Batch, ScheduledRequest, Urgency
+from klein_services.denoiser.scheduled_request import Batch, ScheduledRequest
 from klein_services.denoiser.scheduler import Scheduler, SchedulerConfig
+from klein_services.runtime.urgency import Urgency
 
 SECONDS_PER_TOKEN = 0.001
 

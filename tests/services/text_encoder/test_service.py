@@ -146,7 +146,9 @@ async def test_a_deadline_that_passes_in_the_queue_costs_nothing(stub, slow):
     first = asyncio.create_task(encode(stub, "first"))
     await until(lambda: slow.asked)
     call = stub.EncodePrompt(pb.EncodePromptRequest(prompt="second"), timeout=0.1)
-    assert (await failure(call.read())).code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    # Refused at once where enough encodings were measured, else when the deadline passes.
+    codes = (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED)
+    assert (await failure(call.read())).code() in codes
     await first
     assert slow.asked == ["first"]
 
