@@ -16,7 +16,7 @@ from tests.services.fakes.orchestrator_suite import FakeSuite
 
 
 def suite_at(target: str) -> Suite:
-    return cast(Suite, SimpleNamespace(target=target, model_name=MODEL))
+    return cast(Suite, SimpleNamespace(target=target, model_name=MODEL, health_ports={}))
 
 
 async def test_stages_that_do_not_fit_each_other_are_an_error_of_one_sentence():
