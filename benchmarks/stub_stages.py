@@ -102,10 +102,11 @@ class StubDenoiser(StubStage, denoiser_service_pb2_grpc.DenoiserServiceServicer)
     async def DenoiseLatents(self, requests: Any, context: Any) -> AsyncIterator[Any]:
         reader = FrameReader("prompt_embedding", limit_bytes=EMBEDDING.byte_count)
         async for request in requests:
+            if request.WhichOneof("part") == "spec":
+                yield denoiser_pb2.DenoiseLatentsResponse(queued=denoiser_pb2.DenoiseQueued())
             if request.WhichOneof("part") == "prompt_embedding":
                 reader.add(request.prompt_embedding)
         reader.require_finished()
-        yield denoiser_pb2.DenoiseLatentsResponse(queued=denoiser_pb2.DenoiseQueued())
         yield denoiser_pb2.DenoiseLatentsResponse(started=denoiser_pb2.DenoiseStarted(step_count=STEPS))
         for step in range(1, STEPS + 1):
             yield denoiser_pb2.DenoiseLatentsResponse(

@@ -49,8 +49,9 @@ class DenoiserServiceServicer:
     def DenoiseLatents(self, request_iterator, context):
         """Denoises one or more images that share their conditioning. The request is one `spec`, then the frames of the
         tensors in any order of tensors; a tensor's own frames are in order and not interleaved with themselves. The
-        response is `queued` (again whenever the position changes), `started`, a `step` after each step, previews and
-        checkpoints where asked for, then the frames of each image's latents and one `summary`.
+        response is `queued` (as soon as the request is admitted, before any tensor arrives, and again whenever the position
+        changes), `started`, a `step` after each step, previews and checkpoints where asked for, then the frames of each
+        image's latents and one `summary`.
         Bidirectional because tensors are larger than a message may be in both directions. Safe to retry: the same
         request gives the same latents.
         """

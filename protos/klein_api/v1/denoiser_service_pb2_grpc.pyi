@@ -36,8 +36,9 @@ class DenoiserServiceStub:
     DenoiseLatents: _grpc.StreamStreamMultiCallable[_denoiser_service_pb2.DenoiseLatentsRequest, _denoiser_service_pb2.DenoiseLatentsResponse]
     """Denoises one or more images that share their conditioning. The request is one `spec`, then the frames of the
     tensors in any order of tensors; a tensor's own frames are in order and not interleaved with themselves. The
-    response is `queued` (again whenever the position changes), `started`, a `step` after each step, previews and
-    checkpoints where asked for, then the frames of each image's latents and one `summary`.
+    response is `queued` (as soon as the request is admitted, before any tensor arrives, and again whenever the position
+    changes), `started`, a `step` after each step, previews and checkpoints where asked for, then the frames of each
+    image's latents and one `summary`.
     Bidirectional because tensors are larger than a message may be in both directions. Safe to retry: the same
     request gives the same latents.
     """
@@ -50,8 +51,9 @@ class DenoiserServiceAsyncStub(DenoiserServiceStub):
     DenoiseLatents: _aio.StreamStreamMultiCallable[_denoiser_service_pb2.DenoiseLatentsRequest, _denoiser_service_pb2.DenoiseLatentsResponse]  # type: ignore[assignment]
     """Denoises one or more images that share their conditioning. The request is one `spec`, then the frames of the
     tensors in any order of tensors; a tensor's own frames are in order and not interleaved with themselves. The
-    response is `queued` (again whenever the position changes), `started`, a `step` after each step, previews and
-    checkpoints where asked for, then the frames of each image's latents and one `summary`.
+    response is `queued` (as soon as the request is admitted, before any tensor arrives, and again whenever the position
+    changes), `started`, a `step` after each step, previews and checkpoints where asked for, then the frames of each
+    image's latents and one `summary`.
     Bidirectional because tensors are larger than a message may be in both directions. Safe to retry: the same
     request gives the same latents.
     """
@@ -67,8 +69,9 @@ class DenoiserServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_denoiser_service_pb2.DenoiseLatentsResponse], _abc.AsyncIterator[_denoiser_service_pb2.DenoiseLatentsResponse]]:
         """Denoises one or more images that share their conditioning. The request is one `spec`, then the frames of the
         tensors in any order of tensors; a tensor's own frames are in order and not interleaved with themselves. The
-        response is `queued` (again whenever the position changes), `started`, a `step` after each step, previews and
-        checkpoints where asked for, then the frames of each image's latents and one `summary`.
+        response is `queued` (as soon as the request is admitted, before any tensor arrives, and again whenever the position
+        changes), `started`, a `step` after each step, previews and checkpoints where asked for, then the frames of each
+        image's latents and one `summary`.
         Bidirectional because tensors are larger than a message may be in both directions. Safe to retry: the same
         request gives the same latents.
         """

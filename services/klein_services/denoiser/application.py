@@ -246,6 +246,7 @@ def assemble(
         memory_limit_bytes=settings.memory_limit_mib * 1024**2,
         aging_seconds=settings.ageing_seconds,
         starving_share=settings.aged_share,
+        silent_seconds=settings.silent_seconds,
     )
     caches = ReferenceCaches[ReferenceCache](settings.reference_cache_mib * 1024**2)
     return Denoiser(

@@ -31,7 +31,13 @@ from klein_services.denoiser.scheduled_request import (
     observe_step,
 )
 from klein_services.denoiser.scheduler import Load, Scheduler
-from klein_services.runtime.errors import DeadlinePassed, DeviceOutOfMemory, StageUnavailable, as_device_fault
+from klein_services.runtime.errors import (
+    DeadlinePassed,
+    DeviceOutOfMemory,
+    ReceiveTimeout,
+    StageUnavailable,
+    as_device_fault,
+)
 
 IDLE_SECONDS = 0.5
 """Interval at which deadlines of requests without tensors are checked while the device is idle."""
@@ -83,10 +89,17 @@ class Engine:
         with self._changed:
             if self._unavailable is not None:
                 raise self._unavailable
-            self._scheduler.admit(request, self.clock())
+            dropped = self._scheduler.admit(request, self.clock())
             self._channels[request] = channel
+            for silent in dropped:
+                self._fail([silent], self._scheduler.queue_full(self.clock()))
             self._publish_queue_positions()
             self._changed.notify()
+
+    def received(self, request: ScheduledRequest) -> None:
+        """Notes that tensors of an admitted request begin to arrive."""
+        with self._changed:
+            self._scheduler.received(request)
 
     def submit(self, request: ScheduledRequest, state: RequestState) -> None:
         """Hands over an admitted request's tensors, so that it may be scheduled. No effect once it has left.
@@ -146,6 +159,8 @@ class Engine:
         with self._changed:
             while self._unavailable is None:
                 self._drop_abandoned(self._scheduler.reap(self.clock()))
+                silent_seconds = self._scheduler.config.silent_seconds
+                self._fail(self._scheduler.overdue(self.clock()), ReceiveTimeout(silent_seconds))
                 batch = self._scheduler.schedule(self.clock())
                 self._publish_queue_positions()
                 if batch is not None:

@@ -209,6 +209,21 @@ class TensorReader:
         if frame.HasField("spec"):
             self._check_shape(self._expected[field], reader)
 
+    def require_complete(self) -> None:
+        """Checks that every tensor has arrived; cheap, unlike `tensors`.
+
+        Raises:
+            InvalidInput: tensors are missing or incomplete, as also when the call was cancelled; lists all of them.
+        """
+        violations: list[Violation] = []
+        for reader in self._readers.values():
+            try:
+                reader.require_finished()
+            except InvalidInput as error:
+                violations += error.violations
+        if violations:
+            raise InvalidInput(violations)
+
     def tensors(self) -> RequestTensors:
         """Returns all tensors. Copies, casts and checks every element: call it off the event loop.
 

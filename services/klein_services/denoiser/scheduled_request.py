@@ -45,10 +45,14 @@ class ScheduledRequest:
     """Bytes of the request's tensors, held from admission to its end."""
     cache: CacheSpec | None = None
     """Reference cache needed before the first step."""
+    connection: str = ""
+    """The connection that the request came on."""
 
     sequence: int = 0
     """Order of admission."""
     admitted_at: float = 0.0
+    is_silent: bool = True
+    """Whether nothing came after the spec yet."""
     is_ready: bool = False
     """Whether the tensors are here, so that the request may be scheduled."""
     is_cancelled: bool = False

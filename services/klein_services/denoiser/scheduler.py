@@ -10,14 +10,14 @@ from typing import Any
 from klein_services.denoiser.estimates import Estimates, StepBudget, StepTimes
 from klein_services.denoiser.reference_kv_cache import ReferenceCaches
 from klein_services.denoiser.scheduled_request import Batch, CacheSpec, ScheduledRequest, WorkItem
+from klein_services.denoiser.silent_requests import SilentRequests, is_doubtful
+from klein_services.runtime.admission import RetryTimes
 from klein_services.runtime.errors import DeadlineUnreachable, QueueFull
 
 UNKNOWN_RETRY_SECONDS = 1.0
-"""Retry hint of a full queue before any step was measured."""
+"""Time until a place is free, as long as no step was measured."""
 UNMEASURED_SECONDS = 1.0
 """Backlog of a request whose size was never measured, so that waiting work never looks like none."""
-RETRY_SECONDS = (0.1, 60.0)
-"""Bounds of the retry hint of a full queue."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,8 @@ class SchedulerConfig:
     """Time since admission after which a request counts as starving."""
     starving_share: float = 0.125
     """Share of device time for the oldest starving request, however urgent the others are."""
+    silent_seconds: float = 10.0
+    """Time until a request that has sent nothing after its spec is dropped; see `SilentRequests`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +70,11 @@ class Scheduler:
         config: SchedulerConfig,
         step_times: StepTimes | None = None,
         caches: ReferenceCaches[Any] | None = None,
+        retry_times: RetryTimes | None = None,
     ) -> None:
         self.config = config
+        self._silent = SilentRequests(config.queue_limit, config.silent_seconds)
+        self._retry_times = retry_times or RetryTimes()
         self.caches = caches or ReferenceCaches[Any](0)
         self.budget = StepBudget(config.token_budget, config.step_image_limit)
         self.step_times = step_times or StepTimes()
@@ -98,20 +103,34 @@ class Scheduler:
         left = (self.estimates.seconds_left(request) for request in self._requests.values())
         return sum(UNMEASURED_SECONDS if seconds is None else seconds for seconds in left)
 
-    def admit(self, request: ScheduledRequest, now: float) -> None:
+    def admit(self, request: ScheduledRequest, now: float) -> list[ScheduledRequest]:
         """Reserves a place in the queue; the request is scheduled only after `activate`.
+
+        Returns:
+            Silent requests that had to leave for it; see `SilentRequests`.
 
         Raises:
             QueueFull: the queue is full, or the tensors of admitted requests take all the memory allowed.
             DeadlineUnreachable: by measured step times, the request would end after its deadline.
         """
-        if self.queued_count >= self.config.queue_limit:
-            raise QueueFull(self.config.queue_limit, self._retry_seconds())
+        if not self._requests:
+            self._retry_times.forget()
         request.sequence, request.admitted_at = self._next_sequence, now
-        self._check_memory(request, request.memory_bytes)
+        staying, dropped = list(self._requests.values()), list[ScheduledRequest]()
+        while (refusal := self._refusal(request, staying)) is not None:
+            if (silent := self._silent.to_drop_for(request, staying, now)) is None:
+                raise self._queue_full(*refusal, now)
+            staying.remove(silent)
+            dropped.append(silent)
         self._check_deadline(request, now)
+        self.remove(dropped)
         self._next_sequence += 1
         self._requests[request.sequence] = request
+        return dropped
+
+    def received(self, request: ScheduledRequest) -> None:
+        """Notes that tensors of an admitted request begin to arrive."""
+        request.is_silent = False
 
     def activate(
         self,
@@ -128,7 +147,10 @@ class Scheduler:
             QueueFull: with its references it takes more memory than the other requests leave.
             DeadlineUnreachable: by measured step times, the request would end after its deadline.
         """
-        self._check_memory(request, memory_bytes)
+        request.is_silent = False
+        others = [other for other in self._requests.values() if other is not request]
+        if (refusal := self._memory_refusal(memory_bytes, others)) is not None:
+            raise self._queue_full(*refusal, now)
         request.image_tokens, request.memory_bytes, request.cache = image_tokens, memory_bytes, cache
         self._check_deadline(request, now)
         request.is_ready = True
@@ -142,6 +164,16 @@ class Scheduler:
         abandoned = [request for request in self._requests.values() if request.is_abandoned(now)]
         self.remove(abandoned)
         return abandoned
+
+    def overdue(self, now: float) -> list[ScheduledRequest]:
+        """Removes and returns requests that have sent nothing for too long."""
+        overdue = self._silent.overdue(self._requests.values(), now)
+        self.remove(overdue)
+        return overdue
+
+    def queue_full(self, now: float) -> QueueFull:
+        """Returns the error of a request that had to leave for another one."""
+        return self._queue_full(self.config.queue_limit, "requests wait", now)
 
     def remove(self, requests: Iterable[ScheduledRequest]) -> None:
         """Removes requests; no effect on those already removed."""
@@ -216,27 +248,39 @@ class Scheduler:
     def _ahead(self, request: ScheduledRequest) -> list[ScheduledRequest]:
         return [other for other in self.requests if other.sort_key < request.sort_key]
 
-    def _check_memory(self, request: ScheduledRequest, memory_bytes: int) -> None:
-        others = [other.memory_bytes for other in self._requests.values() if other is not request]
+    def _refusal(
+        self, request: ScheduledRequest, others: Sequence[ScheduledRequest]
+    ) -> tuple[int, str] | None:
+        """Returns the limit that keeps a request out next to `others`, and its unit; `None` when there is room."""
+        if sum(not other.is_started for other in others) >= self.config.queue_limit:
+            return self.config.queue_limit, "requests wait"
+        return self._memory_refusal(request.memory_bytes, others)
+
+    def _memory_refusal(
+        self, memory_bytes: int, others: Sequence[ScheduledRequest]
+    ) -> tuple[int, str] | None:
         limit = self.config.memory_limit_bytes
-        if others and sum(others) + memory_bytes > limit:
-            raise QueueFull(limit, self._retry_seconds(), "bytes for all requests' tensors are taken")
+        if others and sum(other.memory_bytes for other in others) + memory_bytes > limit:
+            return limit, "bytes for all requests' tensors are taken"
+        return None
 
     def _check_deadline(self, request: ScheduledRequest, now: float) -> None:
         if request.deadline is None:
             return
         behind = [other for other in self.requests if other.sort_key > request.sort_key]
-        needed = self.estimates.needed(request, self._ahead(request), behind)
+        ahead = [other for other in self._ahead(request) if not is_doubtful(other, now)]
+        needed = self.estimates.needed(request, ahead, behind)
         remaining = request.deadline - now
         if needed is not None and needed > remaining:
             raise DeadlineUnreachable(remaining, needed)
 
-    def _retry_seconds(self) -> float:
-        """Returns the time until the first running request ends, within `RETRY_SECONDS`."""
+    def _queue_full(self, limit: int, what: str, now: float) -> QueueFull:
+        """Returns the refusal, with the time until a place is free for this request after those refused before it."""
         left = [self.estimates.seconds_left(each) for each in self._requests.values() if each.is_started]
         known = [seconds for seconds in left if seconds is not None]
-        shortest, longest = RETRY_SECONDS
-        return min(max(min(known, default=UNKNOWN_RETRY_SECONDS), shortest), longest)
+        first_seconds = min(known, default=UNKNOWN_RETRY_SECONDS)
+        interval = self.backlog_seconds / max(1, len(self._requests))
+        return QueueFull(limit, self._retry_times.seconds(now, first_seconds, interval), what)
 
 
 class CacheAdmission:

@@ -65,15 +65,21 @@ class DenoiserServicer(denoiser_service_pb2_grpc.DenoiserServiceServicer):
             if tracing.enabled():
                 request.spans = StepSpans(params.generation.steps - params.first_step, params.first_step)
             channel = EventChannel(asyncio.get_running_loop())
+            request.connection = context.peer()
             with _admitted(denoiser.engine, request, channel, context):
-                await _submit(denoiser, request, params, parts)
-                responses = Responses(params.generation.steps, params.first_step)
-                is_finished = False
-                while not is_finished:
-                    for event in await channel.take():
-                        is_finished = isinstance(event, Finished)
-                        for message in responses.messages(event):
-                            yield message
+                # Next to the reading, because clients wait for `queued` before they compute any tensor.
+                receiving = asyncio.create_task(_submit(denoiser, request, params, parts, channel))
+                try:
+                    responses = Responses(params.generation.steps, params.first_step)
+                    is_finished = False
+                    while not is_finished:
+                        for event in await channel.take():
+                            is_finished = isinstance(event, Finished)
+                            for message in responses.messages(event):
+                                yield message
+                finally:
+                    receiving.cancel()
+                    await asyncio.gather(receiving, return_exceptions=True)
 
 
 @contextmanager
@@ -100,20 +106,33 @@ async def _submit(
     request: ScheduledRequest,
     params: DenoiseParams,
     parts: RequestParts[api.DenoiseLatentsRequest],
+    channel: EventChannel,
 ) -> None:
-    """Reads the tensors while the adapters load, and submits both to the engine.
+    """Reads the tensors while the adapters load, and submits both to the engine; a failure goes into the channel."""
+    try:
+        await _receive(denoiser, request, params, parts)
+    except Exception as error:
+        channel.fail(error)
 
-    A function, not a part of the handler: frames and tensors must not stay in its locals while the client reads.
-    """
+
+async def _receive(
+    denoiser: Denoiser,
+    request: ScheduledRequest,
+    params: DenoiseParams,
+    parts: RequestParts[api.DenoiseLatentsRequest],
+) -> None:
     reader = TensorReader(params, denoiser.model, denoiser.limits)
     loading = asyncio.create_task(denoiser.adapters.load(params.generation.adapters))
     # Retrieves the exception so asyncio does not warn "Task exception was never retrieved" if reading fails first.
     loading.add_done_callback(lambda task: task.cancelled() or task.exception())
     try:
         async for part in parts:
+            if request.is_silent:
+                denoiser.engine.received(request)
             if loading.done():
                 loading.result()  # raises for an unusable adapter before all tensors have arrived
             reader.add(part)
+        reader.require_complete()
         adapters = await loading
     finally:
         loading.cancel()

@@ -33,6 +33,13 @@ class DenoiserSettings(StageSettings):
         minimum=0.01,
         maximum=3600,
     )
+    silent_seconds: float = setting(
+        10.0,
+        help="Seconds after which a request that has sent nothing after its spec is dropped, while such requests hold "
+        "more than a quarter of the queue",
+        minimum=0.01,
+        maximum=3600,
+    )
     quantization: str = quantization_setting()
     offload: str = setting(
         "none",

@@ -78,7 +78,9 @@ class Attempt:
         self._options = options
         self._pace = pace
         self._denoiser: asyncio.Future[BidiStream] = asyncio.get_running_loop().create_future()
-        self._inputs = InputEncoder(request, stages, cache, progress.timings, self._denoiser)
+        self._inputs = InputEncoder(
+            request, stages, cache, progress.timings, self._denoiser, size_is_known=progress.size_is_known
+        )
         self._images = [image for image in progress.undelivered if progress.saved.final(image) is None]
         """Images that are denoised, by their index in the denoiser's call."""
         self._latents: dict[int, FrameQueue] = {}
@@ -92,7 +94,7 @@ class Attempt:
         self._step_seconds = 0.0
 
     async def run(self) -> None:
-        """Encodes, denoises and decodes at once, each as soon as its input arrives.
+        """Encodes, denoises and decodes at once, each as soon as its input arrives and the denoiser has room for it.
 
         Raises:
             StagesLost: a stage cannot be used.
@@ -161,13 +163,9 @@ class Attempt:
                 spec = self._spec()
                 self._steps_run_at_start = self._steps_run
                 await call.write(DenoiseLatentsRequest(spec=spec).SerializeToString())
-                if spec.resume_step:
-                    for index, image in enumerate(self._images):
-                        for frame in progress.saved.checkpoint(image):
-                            await call.write(as_resume_latents(index, frame))
-                progress.has_denoised = True
-                self._denoiser.set_result(call)
                 async for message in call.messages():
+                    if not self._denoiser.done():
+                        await self._use(call, spec)
                     await self._accept(message, group)
         progress.is_computing = False
         finished = sum(self._latents[image].finished for image in self._images if image in self._latents)
@@ -175,6 +173,16 @@ class Attempt:
             raise StageDisagreement(
                 f"{address.stage} at {address.target} made {finished} of {len(self._images)} images"
             )
+
+    async def _use(self, call: BidiStream, spec: DenoiseSpec) -> None:
+        """Begins to encode for a denoiser, whose first message shows that it has admitted the request."""
+        self._progress.has_denoised = True
+        if spec.resume_step:
+            for index, image in enumerate(self._images):
+                for frame in self._progress.saved.checkpoint(image):
+                    await call.write(as_resume_latents(index, frame))
+        # Last, because the encoder closes the call's input when all of its tensors are sent.
+        self._denoiser.set_result(call)
 
     def _spec(self) -> DenoiseSpec:
         """Returns the denoiser's task: the images that are left, from the last checkpoint on."""

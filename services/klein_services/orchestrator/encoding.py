@@ -73,12 +73,16 @@ _ResponseClass = type[EncodePromptResponse] | _ImageResponseClass
 class InputEncoder:
     """Encodes a request's prompts and images concurrently and relays every frame as it arrives.
 
+    Begins when the denoiser has admitted the request, so that a request that is refused costs no other stage anything.
+    Only the image that decides an unknown size is encoded before, because the denoiser admits requests by their size.
+
     Args:
         request: the validated request.
         stages: makes the calls.
         cache: responses that are reused, and where new ones are kept.
         timings: where calls are counted.
-        denoiser: the denoiser's call, set once its spec has been sent.
+        denoiser: the denoiser's call, set once it has admitted the request.
+        size_is_known: whether the size of the images needs no input image.
     """
 
     def __init__(
@@ -88,37 +92,53 @@ class InputEncoder:
         cache: TensorCache,
         timings: Timings,
         denoiser: asyncio.Future[BidiStream],
+        *,
+        size_is_known: bool,
     ) -> None:
         self._request = request
         self._stages = stages
         self._cache = cache
         self._timings = timings
         self._denoiser = denoiser
+        self._size_is_known = size_is_known
         self._undecided = len(request.references) + (request.masked_edit is not None)
         self._sizes: dict[int, tuple[int, int]] = {}
         """Width and height in pixels of each input image as the model sees it, once known."""
         self._violations: list[Violation] = []
         self._all_decided = asyncio.Event()
-        self._size_known = asyncio.Event()
+        self._size_decided = asyncio.Event()
+        """Set when the image that decides the size is accepted or refused."""
         self._keys: list[CacheKey] = []
         self.prompt_summary = PromptSummary()
 
     async def run(self) -> None:
         """Relays everything into the denoiser and closes its input."""
-        params = self._request.params
+        params, images = self._request.params, list(range(len(self._request.references)))
+        if self._request.masked_edit is not None:
+            images.append(_INITIAL_INDEX)
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._encode_prompt(params.prompt))
-            if params.uses_guidance:
-                group.create_task(self._encode_prompt(params.negative_prompt or "", is_negative=True))
-            if self._request.masked_edit is not None:
-                group.create_task(self._encode_initial_image(self._request.masked_edit))
-            for index, data in enumerate(self._request.references):
-                group.create_task(self._encode_reference(index, data))
+            if not self._size_is_known:
+                images.remove(self._deciding_index)
+                group.create_task(self._encode_image(self._deciding_index))
+                await self._size_decided.wait()
+            # A request whose first image is refused ends here; the others are encoded to find all that are bad.
+            if not self._violations:
+                await asyncio.shield(self._denoiser)
+                group.create_task(self._encode_prompt(params.prompt))
+                if params.uses_guidance:
+                    group.create_task(self._encode_prompt(params.negative_prompt or "", is_negative=True))
+            for index in images:
+                group.create_task(self._encode_image(index))
         await (await asyncio.shield(self._denoiser)).done_writing()
 
     async def image_size(self) -> tuple[int, int]:
-        """Waits for the processed width and height in pixels of the input image that decides the size."""
-        await self._size_known.wait()
+        """Waits for the processed width and height in pixels of the input image that decides the size.
+
+        Never returns when that image is refused: then `run` raises.
+        """
+        await self._size_decided.wait()
+        if self._deciding_index not in self._sizes:
+            await asyncio.Event().wait()
         return self._sizes[self._deciding_index]
 
     @property
@@ -154,6 +174,12 @@ class InputEncoder:
                 self.prompt_summary = summary
             async for frame in messages:
                 await self._send(as_negative_prompt_embedding(frame) if is_negative else frame)
+
+    async def _encode_image(self, index: int) -> None:
+        if index == _INITIAL_INDEX and self._request.masked_edit is not None:
+            await self._encode_initial_image(self._request.masked_edit)
+        else:
+            await self._encode_reference(index, self._request.references[index])
 
     async def _encode_reference(self, index: int, data: bytes) -> None:
         address = self._request.route.vae_decoder
@@ -217,12 +243,13 @@ class InputEncoder:
                 summary = response_class.FromString(await anext(messages)).summary
                 self._sizes[index] = (summary.width_px, summary.height_px)
                 if index == self._deciding_index:
-                    self._size_known.set()
+                    self._size_decided.set()
                 self._decide()
                 async for frame in messages:
                     await self._send(denoiser_message(frame))
         except InvalidInput as error:
             self._violations += error.violations
+            self._size_decided.set()
             self._decide()
             await self._all_decided.wait()
             raise InvalidInput(self._violations) from None

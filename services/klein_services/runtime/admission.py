@@ -1,12 +1,56 @@
-"""Bound on the number of requests that a server holds at once."""
+"""Bound on the number of requests that a server holds at once, and the times at which refused ones should come back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from klein_services.runtime import metrics
 from klein_services.runtime.errors import QueueFull
+
+RETRY_SECONDS = (0.1, 60.0)
+"""Bounds of a retry hint."""
+JITTER = 0.3
+"""Largest share by which a retry hint is shorter or longer than the time that it stands for."""
+_UNMEASURED_SECONDS = 1.0
+"""Time that a request is assumed to hold its slot before any has left one."""
+_WEIGHT = 0.2
+"""Share of the newest measurement in an average."""
+
+
+class RetryTimes:
+    """Times at which refused requests are asked to come back: one request for each place that becomes free.
+
+    One hint for all would bring all of them back at once, and all but one in vain. Each refused request therefore gets
+    the time after the one before it, with jitter.
+
+    Args:
+        randomness: returns numbers in [0, 1).
+    """
+
+    def __init__(self, randomness: Callable[[], float] = random.random) -> None:
+        self._randomness = randomness
+        self._last = -math.inf
+
+    def seconds(self, now: float, first_seconds: float, interval_seconds: float) -> float:
+        """Returns the seconds after which a request that is refused now should come back, within `RETRY_SECONDS`.
+
+        Args:
+            now: time on any monotonic clock, always the same one.
+            first_seconds: time until a place is likely to be free.
+            interval_seconds: time from then on until another one is.
+        """
+        shortest, longest = RETRY_SECONDS
+        self._last = min(max(now + first_seconds, self._last + interval_seconds), now + longest)
+        jitter = 1 + JITTER * (2 * self._randomness() - 1)
+        return min(max((self._last - now) * jitter, shortest), longest)
+
+    def forget(self) -> None:
+        """Starts anew: there is no work at all, so the requests that were asked to come back do not wait."""
+        self._last = -math.inf
 
 
 class ConcurrencyLimit:
@@ -18,13 +62,25 @@ class ConcurrencyLimit:
     Args:
         limit: number of slots.
         stage: the `stage` label of its metrics; empty has none.
+        clock: returns seconds.
+        retry_times: chooses when refused requests should come back.
     """
 
-    def __init__(self, limit: int, stage: str = "") -> None:
+    def __init__(
+        self,
+        limit: int,
+        stage: str = "",
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        retry_times: RetryTimes | None = None,
+    ) -> None:
         self.limit = limit
         self.in_use = 0
         """Slots that are taken."""
         self._stage = stage
+        self._clock = clock
+        self._retry_times = retry_times or RetryTimes()
+        self._held_seconds: float | None = None
         self._count()
         if stage:
             metrics.SLOTS.labels(stage).set(limit)
@@ -36,8 +92,11 @@ class ConcurrencyLimit:
         Raises:
             QueueFull: all slots are taken.
         """
+        taken_at = self._clock()
         if self.in_use >= self.limit:
-            raise QueueFull(self.limit)
+            raise QueueFull(self.limit, self._retry_seconds(taken_at))
+        if not self.in_use:
+            self._retry_times.forget()
         self.in_use += 1
         self._count()
         try:
@@ -45,6 +104,14 @@ class ConcurrencyLimit:
         finally:
             self.in_use -= 1
             self._count()
+            held = self._clock() - taken_at
+            mean = held if self._held_seconds is None else self._held_seconds
+            self._held_seconds = mean + _WEIGHT * (held - mean)
+
+    def _retry_seconds(self, now: float) -> float:
+        held = _UNMEASURED_SECONDS if self._held_seconds is None else self._held_seconds
+        interval = held / self.limit
+        return self._retry_times.seconds(now, interval, interval)
 
     def _count(self) -> None:
         if self._stage:

@@ -29,12 +29,16 @@ class FakeDenoiser(FakeStage, denoiser_service_pb2_grpc.DenoiserServiceServicer)
     step_seconds: float = 0.0
     specs: list[denoiser_pb2.DenoiseSpec] = field(default_factory=list)
     first_frame: asyncio.Event = field(default_factory=asyncio.Event)
+    admission_gate: asyncio.Event | None = None
+    """Holds back the answer to the spec until it is set."""
     reading_gate: asyncio.Event | None = None
     """Holds back the reading of everything after the spec until it is set."""
     step_gate: asyncio.Event | None = None
     """Holds back every step until it is set."""
     images_made: int | None = None
     """Sends the latents of so many images only."""
+    input_error: BaseException | None = None
+    """Raised by the next calls when all of their tensors are there."""
     large_latents: bytes = b""
     """Sent instead of every image's latents; a whole number of 256 vectors."""
     frames_sent: int = 0
@@ -68,10 +72,14 @@ class FakeDenoiser(FakeStage, denoiser_service_pb2_grpc.DenoiserServiceServicer)
         spec = await spec_of(messages)
         self.specs.append(spec)
         async with self.handling(context, spec.model):
-            tensors = await self._received(spec, messages)
+            if self.admission_gate is not None:
+                await self.admission_gate.wait()
             queued = denoiser_pb2.DenoiseQueued(position=2)
             queued.estimated_wait.FromMilliseconds(1500)
             yield denoiser_pb2.DenoiseLatentsResponse(queued=queued)
+            tensors = await self._received(spec, messages)
+            if self.input_error is not None:
+                raise self.input_error
             yield denoiser_pb2.DenoiseLatentsResponse(started=denoiser_pb2.DenoiseStarted())
             async for step in self._steps(spec, tensors):
                 yield step

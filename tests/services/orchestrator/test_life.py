@@ -49,15 +49,6 @@ async def test_the_denoiser_receives_frames_while_the_encoder_still_sends(suite)
     assert (await request).images[0].data == suite.expected_image("fox", 1)
 
 
-async def test_the_denoiser_is_called_before_anything_is_encoded(suite):
-    suite.text_encoder.delay_seconds = 0.3
-    request = asyncio.create_task(generate(suite, seed=1))
-    async with asyncio.timeout(5):
-        await suite.denoiser.started.wait()
-    assert suite.text_encoder.frames_sent == 0
-    await request
-
-
 async def test_a_stage_that_never_ends_its_tensor_is_cut_off(suite):
     suite.text_encoder.endless = True
     details = await refusal(suite, prompt="fox")
@@ -67,12 +58,12 @@ async def test_a_stage_that_never_ends_its_tensor_is_cut_off(suite):
 
 
 async def test_what_the_denoiser_refuses_is_not_kept(suite):
-    suite.denoiser.error = InvalidInput.of("prompt_embedding", "holds NaN or infinity")
+    suite.denoiser.input_error = InvalidInput.of("prompt_embedding", "holds NaN or infinity")
     details = await refusal(suite, prompt="fox", seed=1)
     assert details.code is grpc.StatusCode.INTERNAL
     assert details.reason == "INTERNAL_ERROR"
     assert "NaN" not in details.message
-    suite.denoiser.error = None
+    suite.denoiser.input_error = None
     await generate(suite, prompt="fox", seed=1)
     assert suite.text_encoder.prompts == ["fox", "fox"]
 
