@@ -38,6 +38,7 @@ from klein_services.runtime.errors import (
     StageUnavailable,
     as_device_fault,
 )
+from klein_services.runtime.watchdog import watched
 
 IDLE_SECONDS = 0.5
 """Interval at which deadlines of requests without tensors are checked while the device is idle."""
@@ -183,7 +184,8 @@ class Engine:
         """
         begun = self.clock()
         try:
-            self._compute(batch)
+            with watched("a step", batch.tokens):
+                self._compute(batch)
             seconds = self.clock() - begun
             with self._changed:
                 finished = self._scheduler.on_step_done(batch, seconds)

@@ -19,6 +19,7 @@ class State(Enum):
     SERVING = ""
     DRAINING = "the stage drains; another replica can do it"
     STOPPING = "the stage is stopping; another replica can do it"
+    HUNG = "the stage's device hangs; another replica can do it"
 
 
 class ServerHealth:
@@ -55,5 +56,5 @@ class ServerHealth:
         Raises:
             StageUnavailable: it does not.
         """
-        if service_name in self.service_names and self.state in (State.LOADING, State.STOPPING):
+        if service_name in self.service_names and self.state in (State.LOADING, State.STOPPING, State.HUNG):
             raise StageUnavailable(self.state.value)

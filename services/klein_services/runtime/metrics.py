@@ -118,6 +118,11 @@ ABANDONED_SECONDS = Counter(
     "Seconds computed for requests that were cancelled or expired before they got their answer.",
     ["stage"],
 )
+WATCHDOG_HANGS = Counter(
+    "klein_watchdog_hangs",
+    "Times that work did not end and the watchdog began to end this process.",
+    ["stage"],
+)
 REQUEST_RECOVERIES = Counter(
     "klein_request_recoveries",
     "Times that a request went on with another replica after a stage was lost.",
@@ -316,6 +321,7 @@ def initialize(stage: str, service_names: Iterable[str], operations: Sequence[st
     DEADLINE_MISSED.labels(stage)
     if operations:
         initialize_queue(stage, operations)
+        WATCHDOG_HANGS.labels(stage)
     for reason in (*REASONS, OTHER_REASON):
         REJECTED.labels(stage, reason)
 

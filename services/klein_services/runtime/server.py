@@ -15,9 +15,10 @@ from klein_services.runtime.health import ServerHealth, State
 from klein_services.runtime.listener import BindError, Listener
 from klein_services.runtime.load_phases import begin_load, process_began_at
 from klein_services.runtime.pem import PemError
-from klein_services.runtime.settings import ServerSettings, SettingsError
+from klein_services.runtime.settings import ServerSettings, SettingsError, StageSettings
 from klein_services.runtime.stage import Service, software_version
 from klein_services.runtime.tls import exposure
+from klein_services.runtime.watchdog import Watchdog, end_process
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _log = logging.getLogger("klein.server")
@@ -52,8 +53,9 @@ class Server:
         try:
             await self.start()
             if await self._load_unless_stopped():
-                await self.stop_requested.wait()
-                await self.drain()
+                with self._watchdog():
+                    await self.stop_requested.wait()
+                    await self.drain()
         finally:
             await self.abandon()
         return int(self._lost_device)
@@ -118,6 +120,29 @@ class Server:
         await asyncio.gather(loading, return_exceptions=True)
         _log.info("stopped while loading")
         return False
+
+    @contextmanager
+    def _watchdog(self) -> Iterator[None]:
+        """Watches a stage's work while the block runs, unless the settings turn that off."""
+        settings, loop = self.settings, asyncio.get_running_loop()
+        if not isinstance(settings, StageSettings) or not settings.watchdog_seconds:
+            yield
+            return
+
+        def on_hang() -> None:
+            asyncio.run_coroutine_threadsafe(self._give_up(), loop)
+
+        watchdog = Watchdog(self.service.name, settings.watchdog_seconds, on_hang, end_process)
+        watchdog.start()
+        try:
+            yield
+        finally:
+            watchdog.stop()
+
+    async def _give_up(self) -> None:
+        """Sends new calls to other replicas; the watchdog ends the process a moment later."""
+        await self.health.set_state(State.HUNG)
+        await self.service.drain()
 
     def _on_device_fault(self, fault: DeviceFault) -> None:
         _log.critical("the device failed; draining so that this process is replaced: %s", fault)

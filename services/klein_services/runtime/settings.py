@@ -208,6 +208,13 @@ class StageSettings(ServerSettings):
     threads: int = setting(
         0, help="CPU threads of one operation; 0 is torch's choice", minimum=0, maximum=1024
     )
+    watchdog_seconds: float = setting(
+        30.0,
+        help="Seconds that a step or operation may always take; beyond them and 20 times the expected time the process "
+        "ends. 0 turns it off",
+        minimum=0,
+        maximum=86400,
+    )
     receive_timeout_seconds: float = setting(
         30.0, help="Seconds within which a whole request must arrive", minimum=0.01, maximum=3600
     )
@@ -387,13 +394,6 @@ def _parsed(source: str, raw: object, kind: type, field: dataclasses.Field[Any])
 _SERVICE_LINK = (
     "Kubernetes sets such a variable for a Service named klein: set enableServiceLinks to false in the pod"
 )
-_BOOLEANS = {
-    "1": True,
-    "true": True,
-    "yes": True,
-    "on": True,
-    "0": False,
-    "false": False,
-    "no": False,
-    "off": False,
-}
+_BOOLEANS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(
+    ("0", "false", "no", "off"), False
+)

@@ -26,6 +26,7 @@ from klein_services.runtime.tensors import (
     set_threads,
 )
 from klein_services.runtime.urgency import urgency_of
+from klein_services.runtime.watchdog import watched
 from klein_services.text_encoder.settings import TextEncoderSettings
 
 if TYPE_CHECKING:
@@ -67,8 +68,10 @@ class TextEncoderServicer(text_encoder_service_pb2_grpc.TextEncoderServiceServic
             yield message
 
     def _encode(self, prompt: str) -> EncodedPrompt:
-        encoded = self._stage.encoder.encode([prompt])[0]
-        return replace(encoded, embedding=host_tensor(encoded.embedding))
+        # Prompts are padded to one length, so that all take the same time.
+        with watched(OPERATION, 1):
+            encoded = self._stage.encoder.encode([prompt])[0]
+            return replace(encoded, embedding=host_tensor(encoded.embedding))
 
 
 class TextEncoderStage(ModelService):

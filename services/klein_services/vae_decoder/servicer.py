@@ -35,6 +35,7 @@ from klein_services.runtime.tensors import (
     tensor_frames,
 )
 from klein_services.runtime.urgency import urgency_of
+from klein_services.runtime.watchdog import watched
 from klein_services.runtime.worker import Completed, Worker
 from klein_services.vae_decoder.request import (
     Encoding,
@@ -84,7 +85,7 @@ class VaeDecoderServicer(vae_decoder_service_pb2_grpc.VaeDecoderServiceServicer)
                     urgency=urgency,
                 )
                 encoded = await stage.worker.run(
-                    lambda: host_tensor(stage.decoder.encode(read.value)),
+                    lambda: stage.encode(read.value),
                     operation=ENCODE_REFERENCE,
                     deadline=deadline,
                     urgency=urgency,
@@ -117,7 +118,7 @@ class VaeDecoderServicer(vae_decoder_service_pb2_grpc.VaeDecoderServiceServicer)
                 )
                 pixels, mask = read.value
                 encoded = await stage.worker.run(
-                    lambda: host_tensor(stage.decoder.encode(pixels)),
+                    lambda: stage.encode(pixels),
                     operation=ENCODE_INITIAL_IMAGE,
                     deadline=deadline,
                     urgency=urgency,
@@ -160,7 +161,7 @@ class VaeDecoderServicer(vae_decoder_service_pb2_grpc.VaeDecoderServiceServicer)
                     image = read.value
                     done.append(read)
                 decoded = await stage.worker.run(
-                    lambda: stage.decoder.decode(latents_tensor(frames)),
+                    lambda: stage.decode(latents_tensor(frames)),
                     operation=DECODE,
                     deadline=deadline,
                     urgency=urgency,
@@ -246,6 +247,16 @@ class VaeDecoderStage(ModelService):
         """Returns an initial image's pixels as the autoencoder takes them, and its mask: (rows, columns, 1)."""
         image = files.prepare(self.decoder.reference_limits)
         return image_tensor(image.pixels()), image.token_mask()
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Returns the latents of an image, on the CPU."""
+        with watched("encode", pixels.numel()):
+            return host_tensor(self.decoder.encode(pixels))
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Returns the pixels of latents."""
+        with watched(DECODE, latents.numel()):
+            return self.decoder.decode(latents)
 
     def load_model(self) -> Loaded:
         set_threads(self.settings.threads)

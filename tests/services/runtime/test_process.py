@@ -67,7 +67,7 @@ class Process:
 
 
 @contextmanager
-def process(port, load_seconds=0.0, **settings):
+def process(port, load_seconds=0.0, script=SCRIPT, **settings):
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "protos", ROOT / "services"))),
@@ -76,7 +76,7 @@ def process(port, load_seconds=0.0, **settings):
         "KLEIN_DRAIN_DELAY_SECONDS": "0",
         **{f"KLEIN_{name.upper()}": str(value) for name, value in settings.items()},
     }
-    command = [sys.executable, "-c", SCRIPT, str(load_seconds)]
+    command = [sys.executable, "-c", script, str(load_seconds)]
     popen = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         yield Process(popen, port)
