@@ -13,7 +13,13 @@ from rich.text import Text
 
 from klein_core.errors import Violation
 from klein_services.cli.exit_codes import FAILED, INTERRUPTED, MISUSED
-from klein_services.runtime.status import UNKNOWN_ADAPTER, StatusDetails, explain
+from klein_services.runtime.status import (
+    CONTENT_DENIED,
+    CONTENT_POLICY_FAILED,
+    UNKNOWN_ADAPTER,
+    StatusDetails,
+    explain,
+)
 
 if TYPE_CHECKING:
     from klein_services.cli.target import Target
@@ -108,6 +114,8 @@ def call_error(
         case grpc.StatusCode.UNAUTHENTICATED:
             return CliError(_sentence(details), "Set KLEIN_TOKEN, or name a file with --token-file.", MISUSED)
         case grpc.StatusCode.PERMISSION_DENIED:
+            if details.reason == CONTENT_DENIED:
+                return CliError(_sentence(details), "Ask for something else.")
             return CliError(_sentence(details), "Ask the server's operator for access.")
         case grpc.StatusCode.CANCELLED:
             return CliError("The call was cancelled.", exit_code=INTERRUPTED)
@@ -122,6 +130,8 @@ def _unavailable(details: StatusDetails, target: Target | str) -> CliError:
     from klein_services.cli.handshake import handshake_error
     from klein_services.cli.target import Target
 
+    if details.reason == CONTENT_POLICY_FAILED:
+        return CliError(_sentence(details), "The server's operator can repair the policy.")
     if details.reason:
         return CliError(
             _sentence(details), f"`klein status --target {target}` shows the stages; try again soon."

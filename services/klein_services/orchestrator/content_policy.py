@@ -60,8 +60,8 @@ class PolicyOptions:
     """Whether the policy gets the image files of a request, or only their digests."""
 
 
-def message_options(request_bytes: int) -> Sequence[tuple[str, int]]:
-    """Returns the channel options that bound the messages of the policy and those to it.
+def channel_options(request_bytes: int) -> Sequence[tuple[str, int]]:
+    """Returns the options of the channel to the policy: bounds of its messages, and rare pings.
 
     Args:
         request_bytes: most bytes of a client's request, of which the policy gets all files.
@@ -71,6 +71,11 @@ def message_options(request_bytes: int) -> Sequence[tuple[str, int]]:
     return (
         ("grpc.max_send_message_length", largest),
         ("grpc.max_receive_message_length", _RESPONSE_BYTES),
+        # Stages allow frequent pings; gRPC's servers by default end connections that ping so often.
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.ping_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 0),
     )
 
 
@@ -79,7 +84,7 @@ class ContentPolicy:
 
     Args:
         target: gRPC target of a ContentPolicyService.
-        channels: opens the channel to it, with `message_options`.
+        channels: opens the channel to it, with `channel_options`.
         options: how it is used.
     """
 

@@ -7,10 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from klein_core.params import DEFAULT_LIMITS
-from klein_services.orchestrator.content_policy import POINTS, ContentPolicy, PolicyOptions, message_options
+from klein_services.orchestrator.content_policy import POINTS, ContentPolicy, PolicyOptions, channel_options
 from klein_services.orchestrator.manifest_signer import DIGEST, INGREDIENT_CONTENTS, ManifestSigner
 from klein_services.orchestrator.request import AdmissionLimits
-from klein_services.orchestrator.routing import RoutingTable, read_routing_table, single_route_table
+from klein_services.orchestrator.routing import (
+    RoutingError,
+    RoutingTable,
+    read_routing_table,
+    single_route_table,
+)
 from klein_services.orchestrator.stage_channels import Channels
 from klein_services.orchestrator.tokens import read_tokens
 from klein_services.orchestrator.usage import STANDARD_OUTPUT
@@ -194,7 +199,7 @@ class OrchestratorSettings(ServerSettings):
             try:
                 read_tokens(Path(self.tokens_file))
             except SettingsError as error:
-                yield str(error)
+                yield f"KLEIN_TOKENS_FILE: {error}"
         try:
             table = self.table()
         except SettingsError as error:
@@ -237,7 +242,10 @@ class OrchestratorSettings(ServerSettings):
             RoutingError: it cannot be used; every problem is named.
         """
         if self.routing_table:
-            return read_routing_table(Path(self.routing_table))
+            try:
+                return read_routing_table(Path(self.routing_table))
+            except RoutingError as error:
+                raise RoutingError(f"KLEIN_ROUTING_TABLE: {self.routing_table}", error.problems) from None
         return single_route_table(
             self.model_name,
             self.text_encoder_target,
@@ -279,7 +287,7 @@ class OrchestratorSettings(ServerSettings):
             return None
         channels = Channels(
             credentials if self.content_policy_tls else None,
-            options=message_options(self.limits().request_bytes),
+            options=channel_options(self.limits().request_bytes),
         )
         options = PolicyOptions(
             timeout_seconds=self.content_policy_timeout_seconds,

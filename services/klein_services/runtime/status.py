@@ -71,6 +71,8 @@ UNKNOWN_ADAPTER = "UNKNOWN_ADAPTER"
 """`ErrorInfo.reason` of a NOT_FOUND that is about an adapter."""
 CONTENT_DENIED = "CONTENT_DENIED"
 """`ErrorInfo.reason` of a PERMISSION_DENIED by the content policy, which another token would not change."""
+CONTENT_POLICY_FAILED = "CONTENT_POLICY_FAILED"
+"""`ErrorInfo.reason` of an UNAVAILABLE whose content policy gave no decision."""
 _NO_RETRY = ("grpc-retry-pushback-ms", "-1")
 """Trailer by which a server keeps a client's gRPC from retrying (gRFC A6, pushback)."""
 MESSAGE_BYTES = 1024
@@ -197,7 +199,7 @@ def status_of(error: BaseException) -> RichStatus:
             info = _info(CONTENT_DENIED, subject=error.subject, reason_code=error.reason_code)
             return RichStatus(code.PERMISSION_DENIED, text, (info,))
         case ContentPolicyFailed():
-            return RichStatus(code.UNAVAILABLE, text, (_info("CONTENT_POLICY_FAILED"),), is_final=True)
+            return RichStatus(code.UNAVAILABLE, text, (_info(CONTENT_POLICY_FAILED),), is_final=True)
         case PeerFailure():
             return error.status
         case DeviceOutOfMemory():

@@ -20,6 +20,9 @@ from klein_services.cli.main import main
 from klein_services.cli.ports import ReservedPort
 from klein_services.cli.process import inherited_environment
 from klein_services.runtime.errors import (
+    ContentDenied,
+    ContentPolicyFailed,
+    ModelNotAllowed,
     QueueFull,
     StageUnavailable,
     UnknownAdapter,
@@ -381,6 +384,17 @@ def test_nothing_running_is_one_sentence_and_a_hint(klein: Klein, tmp_path: Path
         (InvalidInput([Violation("adapters[0].scale", "is 99; no")]), 2, ["--adapter[0].scale", "is 99; no"]),
         (QueueFull(3, 4.0), 1, ["full", "4 s"]),
         (StageUnavailable("the denoiser is loading"), 1, ["The denoiser is loading.", "klein status"]),
+        (ModelNotAllowed("m", ["pico"]), 1, ["'m'; it allows pico.", "Hint: Ask the server's operator"]),
+        (
+            ContentDenied("request", "WORD", "no"),
+            1,
+            ["denies this request: no.", "Hint: Ask for something else."],
+        ),
+        (
+            ContentPolicyFailed(),
+            1,
+            ["gave no decision", "Hint: The server's operator can repair the policy."],
+        ),
         (ZeroDivisionError("secret"), 1, ["INTERNAL", "log"]),
     ],
 )

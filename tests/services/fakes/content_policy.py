@@ -39,6 +39,8 @@ class FakeContentPolicy:
     hangs: bool = False
     requests: list[pb.CheckRequestRequest] = field(default_factory=list)
     images: list[pb.CheckImageRequest] = field(default_factory=list)
+    peers: set[str] = field(default_factory=set)
+    """Connections that calls came over."""
     cancelled: int = 0
     target: str = ""
 
@@ -59,6 +61,7 @@ class FakeContentPolicy:
 
     async def _check_request(self, data: bytes, context) -> bytes:
         self.requests.append(pb.CheckRequestRequest.FromString(data))
+        self.peers.add(context.peer())
         return await self._answer(pb.CheckRequestResponse(decision=self.request_decision), context)
 
     async def _check_image(self, data: bytes, context) -> bytes:

@@ -16,6 +16,7 @@ from prometheus_client import REGISTRY
 from klein_api.v1 import content_policy_service_pb2 as pb
 from klein_api.v1 import image_pb2
 from klein_api.v1.image_service_pb2 import ImageSpec, StreamGenerateImageRequest
+from klein_services.runtime.channels import KEEPALIVE_MILLISECONDS
 from klein_services.runtime.status import MESSAGE_BYTES
 from tests.services.fakes.content_policy import ALLOW, DENY, FakeContentPolicy, decision
 from tests.services.fakes.fake_tensors import reference_file
@@ -259,6 +260,16 @@ async def test_a_policy_that_restarts_is_asked_again(both):
     # gRPC asks again by itself after UNAVAILABLE, and the client does not notice.
     await generate(suite, seed=1)
     assert len(policy.requests) == 4
+
+
+async def test_a_policy_with_grpcs_own_limit_of_pings_keeps_its_connection(both):
+    suite, policy = both
+    await generate(suite, prompt="a fox")
+    # Servers end a connection at the third ping without a call; those of stages get one every two seconds.
+    await asyncio.sleep(4 * KEEPALIVE_MILLISECONDS / 1000)
+    await generate(suite, prompt="a fox")
+    assert len(policy.requests) == 2
+    assert len(policy.peers) == 1
 
 
 async def test_a_client_that_goes_away_cancels_the_check(both):

@@ -126,7 +126,7 @@ def test_settings_make_a_table_of_one_model():
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
-        ({"KLEIN_ROUTING_TABLE": "/nowhere/routing.toml"}, "/nowhere/routing.toml: cannot be read"),
+        ({"KLEIN_ROUTING_TABLE": "/nowhere/r.toml"}, "KLEIN_ROUTING_TABLE: /nowhere/r.toml: cannot be read"),
         ({"KLEIN_PORT": "many"}, "KLEIN_PORT"),
         ({"KLEIN_MAXIMUM_REFERENCE_COUNT": "11"}, "KLEIN_MAXIMUM_REFERENCE_COUNT"),
     ],

@@ -343,7 +343,9 @@ def test_a_file_that_is_missing_or_not_text_stops_the_start(tmp_path):
     settings = load_settings(
         OrchestratorSettings, {"KLEIN_TOKENS_FILE": str(tmp_path / "none.toml")}
     ).settings
-    assert any("none.toml: cannot be read: No such file" in problem for problem in settings.problems())
+    (problem,) = settings.problems()
+    assert problem.startswith("KLEIN_TOKENS_FILE: ")
+    assert "none.toml: cannot be read: No such file" in problem
     with pytest.raises(TokensError, match="is not UTF-8"):
         parse_tokens(b"\xff\xfe", "tokens.toml")
 
