@@ -122,6 +122,7 @@ class ImageGenerator:
             UnknownModel: the request names a model that is not routed.
             ModelNotAllowed: the caller's token does not allow the model.
             InvalidInput: fields are outside their limits; all of them are named.
+            QueueFull: the orchestrator holds as many requests as it may.
             QuotaExceeded: the quota of the caller's token is used up.
             StagesLost: a stage cannot be used.
             ContentDenied: the content policy refuses the request or an image.
@@ -140,6 +141,7 @@ class ImageGenerator:
         model = model if model in table.routes else _UNKNOWN_MODEL
         usage = RequestUsage(model, flow_of(spec), len(spec.references))
         with self._counted(spec, usage, deadline, options.arrived_at) as span, ExitStack() as stack:
+            stack.enter_context(self.slots.slot())
             if isinstance(current, Tenant):
                 stack.enter_context(self.quotas.place(current))
             route = table.route(spec.model)

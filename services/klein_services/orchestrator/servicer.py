@@ -163,14 +163,13 @@ class ImageApi(ImageServiceServicer):
         events = self._generator.events(
             request.spec, remaining_seconds=context.time_remaining(), reports_progress=False
         )
-        with self._generator.slots.slot():
-            async with aclosing(events):
-                async for event in events:
-                    if isinstance(event, ImageEvent):
-                        images.append(event)
-                    elif event.HasField("summary"):
-                        summary = event.summary
-            return collected(images, summary)
+        async with aclosing(events):
+            async for event in events:
+                if isinstance(event, ImageEvent):
+                    images.append(event)
+                elif event.HasField("summary"):
+                    summary = event.summary
+        return collected(images, summary)
 
     async def StreamGenerateImage(  # type: ignore[override]  # stubs foresee generators only
         self, request: StreamGenerateImageRequest, context: _Context
@@ -189,16 +188,15 @@ class ImageApi(ImageServiceServicer):
             preview_interval_steps=request.preview_interval_steps,
         )
         seconds = self._generator.maximum_seconds
-        with self._generator.slots.slot():
-            try:
-                async with asyncio.timeout(seconds), aclosing(events):
-                    async for event in events:
-                        message = event.streamed() if isinstance(event, ImageEvent) else event
-                        await write_response(message, context)
-            except TimeoutError:
-                raise DeadlinePassed(
-                    f"the request was not finished and its events not read within {seconds:g} s"
-                ) from None
+        try:
+            async with asyncio.timeout(seconds), aclosing(events):
+                async for event in events:
+                    message = event.streamed() if isinstance(event, ImageEvent) else event
+                    await write_response(message, context)
+        except TimeoutError:
+            raise DeadlinePassed(
+                f"the request was not finished and its events not read within {seconds:g} s"
+            ) from None
 
     async def ListModels(self, request: ListModelsRequest, context: _Context) -> ListModelsResponse:
         """Asks every stage of the models that the caller may use anew."""

@@ -226,9 +226,11 @@ async def test_requests_beyond_the_limit_are_refused_at_once_and_places_come_bac
         suite.denoiser.step_gate = asyncio.Event()
         unary = asyncio.create_task(generate(suite, prompt="fox", seed=1))
         await until(lambda: suite.denoiser.calls == 1)
+        before = counted_outcomes()
         details = await refusal(suite)
         assert (details.code, details.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
         assert details.retry_after_seconds
+        assert changed(before, counted_outcomes()) == {"refused": 1}
         suite.denoiser.step_gate.set()
         assert (await unary).images[0].data == suite.expected_image("fox", 1)
         suite.denoiser.step_gate.clear()
