@@ -223,11 +223,15 @@ def decode_rgb(image: Image.Image, field: str) -> Image.Image:
     """Decodes the pixels, applies the EXIF orientation and converts to RGB."""
     try:
         image.load()
-        upright = ImageOps.exif_transpose(image)
+        # In place, and converted only where it must be: a copy of the largest image takes 256 MiB.
+        ImageOps.exif_transpose(image, in_place=True)
+        upright = image
         if upright.mode in _SIXTEEN_BIT_MODES:
             # Scaled to 8 bits here: Pillow's own conversion clips at 255, which leaves white.
             gray = ((np.asarray(upright).astype(np.uint32) + 128) // 257).astype(np.uint8)
             return Image.fromarray(gray).convert("RGB")
+        if upright.mode == "RGB":
+            return upright
         if upright.mode in _RGB_CONVERTIBLE_MODES:
             return upright.convert("RGB")
     except MemoryError:

@@ -34,8 +34,9 @@ from klein_services.runtime.tensors import (
     set_threads,
     tensor_frames,
 )
-from klein_services.runtime.urgency import urgency_of
+from klein_services.runtime.urgency import Urgency, urgency_of
 from klein_services.runtime.watchdog import watched
+from klein_services.runtime.work_queue import LARGE_PIXEL_COUNT
 from klein_services.runtime.worker import Completed, Worker
 from klein_services.vae_decoder.request import (
     Encoding,
@@ -48,7 +49,7 @@ from klein_services.vae_decoder.request import (
     reference_field,
 )
 from klein_services.vae_decoder.settings import VaeDecoderSettings
-from klein_services.vae_decoder.uploads import InitialImageFiles, Preparation
+from klein_services.vae_decoder.uploads import FileReader, InitialImageFiles, Preparation
 from klein_services.vae_decoder.watermark import Watermark, WatermarkFailed
 
 _log = logging.getLogger("klein.vae_decoder")
@@ -59,6 +60,7 @@ DECODE = "decode"
 READ_REFERENCE = "read-reference"
 READ_INITIAL_IMAGE = "read-initial-image"
 WRITE_IMAGE = "write-image"
+OPEN_FILES = "open-files"
 
 
 class VaeDecoderServicer(vae_decoder_service_pb2_grpc.VaeDecoderServiceServicer):
@@ -78,21 +80,24 @@ class VaeDecoderServicer(vae_decoder_service_pb2_grpc.VaeDecoderServiceServicer)
             field, urgency = reference_field(spec, settings.model_name), urgency_of(spec.priority)
             with stage.slots.slot():
                 file = await read_file(parts, field, settings.reference_bytes)
+                opened = await stage.open_files(file, deadline, urgency)
                 read = await stage.files.run(
                     lambda: stage.read_reference(file.data, field),
                     operation=READ_REFERENCE,
                     deadline=deadline,
                     urgency=urgency,
+                    pixel_count=opened.value,
                 )
                 encoded = await stage.worker.run(
                     lambda: stage.encode(read.value),
                     operation=ENCODE_REFERENCE,
                     deadline=deadline,
                     urgency=urgency,
+                    pixel_count=image_pixel_count(read.value),
                 )
                 height_px, width_px, _ = read.value.shape
                 summary = pb.ReferenceSummary(
-                    width_px=width_px, height_px=height_px, **_durations(read, encoded)
+                    width_px=width_px, height_px=height_px, **_durations(opened, read, encoded)
                 )
                 yield pb.EncodeReferenceResponse(summary=summary)
                 for frame in tensor_frames(encoded.value):
@@ -110,11 +115,13 @@ class VaeDecoderServicer(vae_decoder_service_pb2_grpc.VaeDecoderServiceServicer)
             preparation, urgency = Preparation.from_spec(spec.inpainting), urgency_of(spec.priority)
             with stage.slots.slot():
                 files = await read_initial_image(parts, preparation, settings.reference_bytes)
+                opened = await stage.open_files(files, deadline, urgency)
                 read = await stage.files.run(
                     lambda: stage.read_initial_image(files),
                     operation=READ_INITIAL_IMAGE,
                     deadline=deadline,
                     urgency=urgency,
+                    pixel_count=opened.value,
                 )
                 pixels, mask = read.value
                 encoded = await stage.worker.run(
@@ -122,10 +129,11 @@ class VaeDecoderServicer(vae_decoder_service_pb2_grpc.VaeDecoderServiceServicer)
                     operation=ENCODE_INITIAL_IMAGE,
                     deadline=deadline,
                     urgency=urgency,
+                    pixel_count=image_pixel_count(pixels),
                 )
                 height_px, width_px, _ = pixels.shape
                 summary = pb.ReferenceSummary(
-                    width_px=width_px, height_px=height_px, **_durations(read, encoded)
+                    width_px=width_px, height_px=height_px, **_durations(opened, read, encoded)
                 )
                 yield pb.EncodeInitialImageResponse(summary=summary)
                 for frame in tensor_frames(encoded.value):
@@ -149,28 +157,35 @@ class VaeDecoderServicer(vae_decoder_service_pb2_grpc.VaeDecoderServiceServicer)
                 overlay = InitialImageFiles(preparation, settings.reference_bytes)
             with stage.slots.slot():
                 frames = await read_latents(parts, encoding, channels, stage.limits, overlay)
+                rows, columns, _ = frames.spec.shape
+                pixel_count = rows * columns * SIZE_MULTIPLE_PX**2
                 done: list[Completed[Any]] = []
                 image: InitialImage | None = None
                 if overlay is not None:
+                    opened = await stage.open_files(overlay, deadline, urgency)
                     read = await stage.files.run(
                         lambda: overlay_image(overlay, stage.decoder.reference_limits, frames),
                         operation=READ_INITIAL_IMAGE,
                         deadline=deadline,
                         urgency=urgency,
+                        pixel_count=opened.value,
                     )
                     image = read.value
-                    done.append(read)
+                    done += [opened, read]
                 decoded = await stage.worker.run(
                     lambda: stage.decode(latents_tensor(frames)),
                     operation=DECODE,
                     deadline=deadline,
                     urgency=urgency,
+                    pixel_count=pixel_count,
                 )
                 written = await stage.files.run(
                     lambda: write_image(decoded.value, encoding, image, stage.watermark),
                     operation=WRITE_IMAGE,
                     deadline=deadline,
                     urgency=urgency,
+                    # As one that is not large: an image that has been decoded must not be refused for its pixels.
+                    pixel_count=min(pixel_count, LARGE_PIXEL_COUNT),
                 )
                 data, (height_px, width_px, _) = written.value
                 summary = pb.DecodeSummary(
@@ -203,6 +218,12 @@ def write_image(
     return encode_image(pixels, encoding.name, encoding.quality, encoding.metadata), pixels.shape
 
 
+def image_pixel_count(pixels: torch.Tensor) -> int:
+    """Returns the pixels of an image of shape (height, width, channels)."""
+    height_px, width_px, _ = pixels.shape
+    return height_px * width_px
+
+
 def _durations(*completed: Completed[Any]) -> dict[str, Duration]:
     """Returns the duration fields of a summary: the sums over a request's operations."""
     return {
@@ -212,7 +233,7 @@ def _durations(*completed: Completed[Any]) -> dict[str, Duration]:
 
 
 class VaeDecoderStage(ModelService):
-    """The stage: one autoencoder behind one worker, and a second worker for image files."""
+    """The stage: one autoencoder behind one worker, and threads for image files."""
 
     name = "vae-decoder"
     service_names = ("klein_api.v1.VaeDecoderService",)
@@ -227,7 +248,11 @@ class VaeDecoderStage(ModelService):
         # Not the device's worker, which must not wait while the CPU compresses an image. One place in the
         # queue for every slot: an image that has been decoded must not be refused here.
         self.files = Worker(
-            f"{self.name}-files", self.slots.limit, (READ_REFERENCE, READ_INITIAL_IMAGE, WRITE_IMAGE)
+            f"{self.name}-files",
+            self.slots.limit,
+            (OPEN_FILES, READ_REFERENCE, READ_INITIAL_IMAGE, WRITE_IMAGE),
+            thread_count=settings.file_threads,
+            pixel_limit=settings.queue_pixel_count,
         )
         """Reads and writes image files."""
         self.watermark = Watermark(settings.watermark) if settings.watermark else None
@@ -238,6 +263,21 @@ class VaeDecoderStage(ModelService):
     def register(self, server: grpc.aio.Server) -> None:
         super().register(server)
         vae_decoder_service_pb2_grpc.add_VaeDecoderServiceServicer_to_server(VaeDecoderServicer(self), server)
+
+    async def open_files(
+        self, files: FileReader | InitialImageFiles, deadline: float | None, urgency: Urgency
+    ) -> Completed[int]:
+        """Returns the pixels that files announce, by which the reading of their pixels is scheduled.
+
+        Raises:
+            InvalidInput: a file is not an image, or exceeds the limits.
+        """
+        return await self.files.run(
+            lambda: files.pixel_count(self.decoder.reference_limits),
+            operation=OPEN_FILES,
+            deadline=deadline,
+            urgency=urgency,
+        )
 
     def read_reference(self, data: bytes, field: str) -> torch.Tensor:
         """Returns the pixels of a reference's file as the autoencoder takes them; `field` names it in errors."""

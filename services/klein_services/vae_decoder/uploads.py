@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from klein_api.v1 import image_pb2
 from klein_core.errors import InvalidInput, Violation
 from klein_core.params import Expansion, inpainting_violations
-from klein_core.vae_decoder.image_io import MODEL_PIXEL_COUNT, ReferenceLimits
+from klein_core.vae_decoder.image_io import MODEL_PIXEL_COUNT, ReferenceLimits, open_image
 from klein_core.vae_decoder.initial_image import InitialImage, prepare_initial_image
 from klein_services.runtime.frames import MAX_FRAME_BYTES
 
@@ -38,6 +38,15 @@ class FileReader:
     def data(self) -> bytes:
         """A copy of the file's bytes in one piece; make it off the event loop."""
         return b"".join(self._chunks)
+
+    def pixel_count(self, limits: ReferenceLimits) -> int:
+        """Returns the pixels that the file's header announces. Copies the file: call it off the event loop.
+
+        Raises:
+            InvalidInput: the file is not an image, or exceeds the limits.
+        """
+        image = open_image(self.data, field=self.field, limits=limits)
+        return image.width * image.height
 
     def add(self, chunk: bytes) -> None:
         """Reads the next chunk.
@@ -148,6 +157,11 @@ class InitialImageFiles:
         """
         self._image.require_data()
         self._preparation.check(has_mask=not self._mask.is_empty)
+
+    def pixel_count(self, limits: ReferenceLimits) -> int:
+        """Returns the pixels that both files announce, as `FileReader.pixel_count`."""
+        mask_pixel_count = 0 if self._mask.is_empty else self._mask.pixel_count(limits)
+        return self._image.pixel_count(limits) + mask_pixel_count
 
     def prepare(self, limits: ReferenceLimits) -> InitialImage:
         """Decodes both files. Slow: call it off the event loop.
