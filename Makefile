@@ -13,7 +13,7 @@ SPELLED := '*.md' '*.proto' '*.py' '*.sh' '*.toml' Makefile $(foreach each,_pb2.
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-deploy lint protos bench clean
+.PHONY: help setup demo test test-deploy lint protos bench faults clean
 
 help:  ## Show the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## */\t/' | expand -t 10
@@ -65,6 +65,10 @@ protos: setup  ## Generate the Python code of protos/.
 
 bench: setup  ## Run five of the benchmarks in docs/benchmarks.md; CONTRIBUTING.md names the others.
 	@for script in core transport overhead pico health; do $(BIN)/python -m benchmarks.$$script || exit 1; done
+
+FAULTS ?= 1000
+faults: setup  ## Cause FAULTS random faults in real replicas under load, 1000 by default; takes hours.
+	@$(BIN)/python -m benchmarks.faults --check --count $(FAULTS)
 
 clean:  ## Remove .venv and build outputs.
 	@rm -rf $(VENV) build dist out

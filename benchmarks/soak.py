@@ -37,6 +37,7 @@ from klein_services.cli.suite import Suite, SuiteOptions
 from klein_services.runtime.metrics import OUTCOMES
 
 SLOTS = 8
+CACHE_BYTES = 4 << 20
 READY_SECONDS = 300.0
 REQUEST_SECONDS = 120.0
 SETTLE_SECONDS = 2.0
@@ -215,9 +216,9 @@ def main() -> int:
     print(f"{command()}\n{describe_machine('torch', 'grpcio')}")
     with tempfile.TemporaryDirectory() as folder:
         logs = Path(folder)
-        options = SuiteOptions(
-            threads=1, device="cpu", log_folder=logs, settings={"KLEIN_QUEUE_LIMIT": str(SLOTS)}
-        )
+        # A small cache is full after a few requests, so that it does not look like a leak.
+        settings = {"KLEIN_QUEUE_LIMIT": str(SLOTS), "KLEIN_CACHE_BYTES": str(CACHE_BYTES)}
+        options = SuiteOptions(threads=1, device="cpu", log_folder=logs, settings=settings)
         with Suite(options) as suite:
             suite.wait_until_ready(timeout_seconds=READY_SECONDS)
             soak = Soak(suite)
