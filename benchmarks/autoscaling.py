@@ -6,7 +6,9 @@ Denoisers are processes on 127.0.0.x behind a local DNS name, in front of them t
 stages. A model of KEDA and the HPA reads the ScaledObjects of deploy/kubernetes/components, asks Prometheus their exact
 query or the orchestrator's external scaler, and starts and stops replicas: SIGTERM, drain, exit. Poisson arrivals step
 up and down again. `blind` stops Prometheus while the load falls: no replica may go. `--speed` divides every period of
-the manifests; ranges inside queries and starts of processes keep their real length.
+the manifests; ranges inside queries, starts of replicas and the time of a request keep their real length. A replica's
+device only waits, and replicas are forked with their modules imported (`benchmarks.preloaded`): neither competes for
+processors.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ import argparse
 import asyncio
 import itertools
 import json
-import math
 import random
 import shutil
 import subprocess
@@ -24,7 +25,6 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
@@ -37,8 +37,9 @@ from benchmarks.autoscaler import (
     ScaledObject,
     ScalerError,
     Trigger,
-    percentile,
 )
+from benchmarks.autoscaling_plot import plot
+from benchmarks.autoscaling_record import RECOVERED, WINDOW_SECONDS, Load, Record
 from benchmarks.local_dns import free_port, local_dns
 from benchmarks.measure import Bar, command, describe_machine, finish
 from benchmarks.replica_processes import Processes, Replica, processes, public_channel
@@ -53,76 +54,9 @@ MANIFESTS = {
     "blind": COMPONENTS / "keda" / "denoiser.yaml",
 }
 MODES = tuple(MANIFESTS)
-TITLES = {"prometheus": "Prometheus", "external": "external scaler", "blind": "Prometheus stopped"}
 SCRAPE_SECONDS = 15.0
 """Interval of the PodMonitor."""
 STEP_SECONDS, STEPS, SIDE_PX = 0.25, 4, 64
-WINDOW_SECONDS = 10.0
-"""Window of the latency percentiles."""
-
-
-@dataclass(frozen=True)
-class Load:
-    """Poisson arrivals: `base` a second, `peak` during the step, and `base` again."""
-
-    base: float = 0.5
-    peak: float = 2.5
-    before_seconds: float = 15.0
-    peak_seconds: float = 180.0
-    after_seconds: float = 115.0
-    most_replicas: int = 6
-    """Replicas that this machine can run, where the manifest allows more."""
-
-    def rate(self, elapsed: float) -> float:
-        is_peak = self.before_seconds <= elapsed < self.before_seconds + self.peak_seconds
-        return self.peak if is_peak else self.base
-
-    @property
-    def seconds(self) -> float:
-        return self.before_seconds + self.peak_seconds + self.after_seconds
-
-
-@dataclass
-class Record:
-    """Everything that a run saw, with seconds since its start."""
-
-    mode: str
-    load: Load
-    answers: list[tuple[float, float]] = field(default_factory=list)
-    """Arrival and latency of each request."""
-    failures: list[tuple[float, str]] = field(default_factory=list)
-    desired: list[tuple[float, int]] = field(default_factory=list)
-    serving: list[tuple[float, int]] = field(default_factory=list)
-    values: list[tuple[float, float]] = field(default_factory=list)
-    blind: tuple[float, float] | None = None
-    """When Prometheus was stopped and started again."""
-    exit_codes: list[int] = field(default_factory=list)
-    """Of replicas that were scaled in."""
-    cold_starts: list[float] = field(default_factory=list)
-    """From a replica's start to SERVING."""
-
-    def p95(self, begin: float, end: float) -> float:
-        """Returns the 95th percentile of the latencies of requests that came in a window."""
-        return percentile([latency for at, latency in self.answers if begin <= at < end], 0.95)
-
-    @property
-    def reaction_seconds(self) -> float:
-        """From the step up to the first decision to add a replica."""
-        step = self.load.before_seconds
-        return next((at - step for at, count in self.desired if at > step and count > 1), math.nan)
-
-    @property
-    def recovery_seconds(self) -> float:
-        """From the step up until the p95 of the next window is at most twice that before the step, for good."""
-        load = self.load
-        limit = 2 * self.p95(0, load.before_seconds)
-        end = load.before_seconds + load.peak_seconds
-        bad = [at for at, latency in self.answers if load.before_seconds <= at < end and latency > limit]
-        return max(bad) - load.before_seconds if bad else 0.0
-
-    @property
-    def most(self) -> int:
-        return max(count for _, count in self.desired)
 
 
 class ReplicaSet:
@@ -152,8 +86,9 @@ class ReplicaSet:
             await asyncio.gather(*self._tasks)
 
     async def _start(self) -> None:
-        settings = {"warmup_sizes": "64x64", "queue_limit": 1000}
-        replica = self._running.start("denoiser", step_seconds=STEP_SECONDS, settings=settings)
+        replica = self._running.start(
+            "denoiser", step_seconds=STEP_SECONDS, settings={"warmup_sizes": f"{SIDE_PX}x{SIDE_PX}"}
+        )
         await replica.serving()
         self._record.cold_starts.append(time.monotonic() - replica.started_at)
         self._starting -= 1
@@ -266,7 +201,7 @@ async def control(
         except ScalerError as error:
             print(f"  {time.monotonic() - started:6.1f} s no value: {error}")
         now = time.monotonic()
-        desired = min(scaler.sync(now, replicas.desired, value), record.load.most_replicas)
+        desired = scaler.sync(now, replicas.desired, value)
         if desired != replicas.desired:
             shown = "none" if value is None else f"{value:.2f}"
             print(f"  {now - started:6.1f} s {record.mode}: backlog {shown}, {replicas.desired} -> {desired}")
@@ -333,7 +268,8 @@ async def _loop(
     await stub.GenerateImage(api.GenerateImageRequest(spec=spec), timeout=240)
     await asyncio.sleep(2 * SCRAPE_SECONDS / speed)
     started = replicas._started = time.monotonic()
-    scaler = Autoscaler(scaled_object, await trigger.target(), speed)
+    record.target = await trigger.target()
+    scaler = Autoscaler(scaled_object, record.target, speed)
     record.serving[:] = [(0.0, 1)]
     controlling = asyncio.create_task(control(replicas, scaler, trigger, record, started, speed))
     arriving = asyncio.create_task(arrivals(stub, record, started, seed=7))
@@ -360,13 +296,15 @@ def bars(record: Record) -> list[Bar]:
     """Prints a run in one line and returns its limits."""
     load = record.load
     end = load.before_seconds + load.peak_seconds
-    before, worst = record.p95(0, load.before_seconds), record.p95(load.before_seconds, end)
+    before, over = record.p95(0, load.before_seconds), record.p95(load.before_seconds, end)
     last = record.p95(end - 2 * WINDOW_SECONDS, end)
     print(
         f"{record.mode}: {len(record.answers)} requests, {len(record.failures)} lost; replicas 1 to {record.most} "
-        f"and back to {record.desired[-1][1]}; first decision {record.reaction_seconds:.1f} s after the step, latency "
-        f"recovered after {record.recovery_seconds:.0f} s; p95 before {before:.2f} s, over the step {worst:.2f} s, "
-        f"its last {2 * WINDOW_SECONDS:.0f} s {last:.2f} s; cold starts "
+        f"and back to {record.desired[-1][1]}, {record.replica_seconds:.0f} replica seconds; first decision "
+        f"{record.reaction_seconds:.1f} s after the step, p95 recovered after {record.recovery_seconds:.0f} s, one "
+        f"replica {record.scale_in_seconds:.0f} s after the step; p95 before {before:.2f} s, over the step "
+        f"{over:.2f} s, its last {2 * WINDOW_SECONDS:.0f} s {last:.2f} s; largest backlog "
+        f"{max(value for _, value in record.values):.0f} s; cold starts "
         f"{', '.join(f'{seconds:.1f}' for seconds in record.cold_starts[1:])} s; exit codes {record.exit_codes}"
     )
     for at, failure in record.failures[:3]:
@@ -377,56 +315,13 @@ def bars(record: Record) -> list[Bar]:
         Bar(f"{record.mode}: bad exits", sum(code != 0 for code in record.exit_codes), 0),
     ]
     if record.blind is None:
-        limits.append(Bar(f"{record.mode}: p95 at the end of the step / before it", last / before, 2.5))
+        limits.append(Bar(f"{record.mode}: p95 at the end of the step / before it", last / before, RECOVERED))
         limits.append(Bar(f"{record.mode}: replicas at the end", record.desired[-1][1], 1))
     else:
         begin, back = record.blind
         counts = [count for at, count in record.desired if begin <= at <= back]
         limits.append(Bar("blind: replicas removed without Prometheus", counts[0] - min(counts), 0))
     return limits
-
-
-def plot(records: Sequence[Record], path: Path, speed: float) -> None:
-    """Draws rates, replicas, backlog and latencies of all runs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(
-        3, len(records), figsize=(5.2 * len(records), 7.5), sharex="col", sharey="row", squeeze=False
-    )
-    for column, record in enumerate(records):
-        replicas, backlog, latency = (row[column] for row in axes)
-        replicas.set_title(
-            {"prometheus": "Prometheus", "external": "external scaler", "blind": "scaler blind"}[record.mode]
-        )
-        replicas.step(*zip(*record.desired, strict=True), where="post", label="desired replicas")
-        serving = [*record.serving, (record.load.seconds, record.serving[-1][1])]
-        replicas.step(*zip(*serving, strict=True), where="post", label="serving replicas")
-        times = [
-            0,
-            record.load.before_seconds,
-            record.load.before_seconds + record.load.peak_seconds,
-            record.load.seconds,
-        ]
-        rates = [record.load.base, record.load.peak, record.load.base, record.load.base]
-        replicas.step(times, rates, where="post", color="gray", linestyle=":", label="requests a second")
-        backlog.plot(*zip(*record.values, strict=True), color="tab:green")
-        latency.plot(*zip(*sorted(record.answers), strict=True), ".", markersize=3, label="each request")
-        starts = [WINDOW_SECONDS * number for number in range(int(record.load.seconds / WINDOW_SECONDS))]
-        points = [(at + WINDOW_SECONDS / 2, record.p95(at, at + WINDOW_SECONDS)) for at in starts]
-        latency.plot(*zip(*points, strict=True), color="tab:red", label=f"p95 of {WINDOW_SECONDS:.0f} s")
-        if record.blind:
-            for axis in (replicas, backlog, latency):
-                axis.axvspan(*record.blind, color="black", alpha=0.08)
-        latency.set_xlabel(f"seconds; periods of the manifests divided by {speed:g}")
-    for row, text in zip(axes, ("replicas", "backlog, device seconds", "latency, seconds"), strict=True):
-        row[0].set_ylabel(text)
-    axes[0][0].legend(loc="upper right", fontsize=8)
-    axes[2][0].legend(loc="upper right", fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
 
 
 def program(name: str) -> str:

@@ -1,12 +1,12 @@
 """The real denoiser on a slower device: each step takes at least KLEIN_BENCHMARK_STEP_SECONDS for each of its images.
 
 Replicas of a benchmark compete for few processors; a device that waits instead of computing keeps them independent.
+Importing this module installs the delay.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Sequence
 
@@ -14,7 +14,6 @@ from benchmarks.replica_processes import STEP_SECONDS
 from klein_core.denoiser.sampler import Trajectory
 from klein_core.denoiser.transformer import FlowTransformer
 from klein_services.denoiser import application
-from klein_services.denoiser.__main__ import ENTRY
 from klein_services.denoiser.request_state import Step
 
 
@@ -32,6 +31,3 @@ def delayed_step_of(transformer: FlowTransformer) -> Step:
 
 _step_of = application.step_of
 application.step_of = delayed_step_of
-
-if __name__ == "__main__":
-    sys.exit(ENTRY.cli_main(sys.argv[1:]))

@@ -17,6 +17,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from benchmarks.local_dns import LocalDns, free_port
+from benchmarks.preloaded import PreloadedProcess
 from klein_services.runtime.channels import IMAGE_MESSAGE_BYTES
 
 SERVICES = {
@@ -39,7 +40,7 @@ class Replica:
     host: str
     port: int
     metrics_port: int
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | PreloadedProcess
     log: Path
     started_at: float = field(default_factory=time.monotonic)
 
@@ -107,7 +108,7 @@ class Processes:
 
         Args:
             stage: its name.
-            step_seconds: least time of a denoiser's step.
+            step_seconds: least time of a denoiser's step; such a denoiser is forked (`benchmarks.preloaded`).
             settings: settings besides those below, by field name.
         """
         self._count += 1
@@ -127,20 +128,20 @@ class Processes:
         if stage != "orchestrator":
             values |= {"device": "cpu", "threads": 1}
         values |= settings or {}
-        module = (
-            "benchmarks.delayed_denoiser"
-            if step_seconds is not None
-            else f"klein_services.{stage.replace('-', '_')}"
-        )
         environment = {name: value for name, value in os.environ.items() if not name.startswith("KLEIN_")}
         environment |= {f"KLEIN_{name.upper()}": str(value) for name, value in values.items()}
         if step_seconds is not None:
             environment[STEP_SECONDS] = str(step_seconds)
         log = self.folder / f"{stage}-{self._count}.log"
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", module], env=environment, stdout=output, stderr=subprocess.STDOUT
-            )
+        process: subprocess.Popen[bytes] | PreloadedProcess
+        if step_seconds is not None:
+            process = PreloadedProcess(environment, log)
+        else:
+            module = f"klein_services.{stage.replace('-', '_')}"
+            with log.open("wb") as output:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", module], env=environment, stdout=output, stderr=subprocess.STDOUT
+                )
         replica = Replica(stage, host, self._port(stage), int(str(values["metrics_port"])), process, log)
         self.all.append(replica)
         return replica
