@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -70,6 +70,7 @@ class ReplicaSet:
         self._started = started
         self._starting = 0
         self._tasks: set[asyncio.Task[None]] = set()
+        self._errors: list[BaseException] = []
 
     def scale(self, desired: int) -> None:
         """Starts or stops replicas so that there are `desired`."""
@@ -81,9 +82,15 @@ class ReplicaSet:
             self._spawn(self._stop(self.serving.pop()))
 
     async def settled(self) -> None:
-        """Waits until every start and stop is over."""
+        """Waits until every start and stop is over.
+
+        Raises:
+            RuntimeError: a replica did not start, now or before.
+        """
         while self._tasks:
-            await asyncio.gather(*self._tasks)
+            await asyncio.wait(self._tasks)
+        if self._errors:
+            raise self._errors[0]
 
     async def _start(self) -> None:
         replica = self._running.start(
@@ -97,7 +104,7 @@ class ReplicaSet:
         self.scale(self.desired)
 
     async def _stop(self, replica: Replica) -> None:
-        # As Kubernetes does: out of DNS first, then the signal.
+        # As in Kubernetes: out of DNS first, then the signal.
         self._publish()
         await asyncio.sleep(0.5)
         replica.terminate()
@@ -108,10 +115,15 @@ class ReplicaSet:
         write_targets(self._running.folder, self.serving)
         self._record.serving.append((time.monotonic() - self._started, len(self.serving)))
 
-    def _spawn(self, work: object) -> None:
-        task = asyncio.create_task(work)  # type: ignore[arg-type]
+    def _spawn(self, work: Coroutine[object, object, None]) -> None:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._errors.append(error)
 
 
 def write_targets(folder: Path, replicas: Sequence[Replica]) -> None:

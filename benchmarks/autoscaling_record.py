@@ -62,7 +62,8 @@ class Record:
     def reaction_seconds(self) -> float:
         """From the step up to the first decision to add a replica."""
         step = self.load.before_seconds
-        return next((at - step for at, count in self.desired if at > step and count > 1), math.nan)
+        before = [count for at, count in self.desired if at <= step][-1]
+        return next((at - step for at, count in self.desired if at > step and count > before), math.nan)
 
     @property
     def limit_seconds(self) -> float:
