@@ -22,7 +22,7 @@ from klein_services.orchestrator.backlog import Work
 from klein_services.orchestrator.checkpoint_pace import CheckpointPace
 from klein_services.orchestrator.decoding import FrameQueue
 from klein_services.orchestrator.delivery import ImageDelivery
-from klein_services.orchestrator.encoding import InputEncoder, TensorCache
+from klein_services.orchestrator.encoding import InputEncoder
 from klein_services.orchestrator.events import EventQueue
 from klein_services.orchestrator.generation_span import size_attributes
 from klein_services.orchestrator.progress import GenerationOptions, Progress
@@ -35,6 +35,7 @@ from klein_services.orchestrator.stage_client import (
     StageClient,
     StageDisagreement,
 )
+from klein_services.orchestrator.tensor_cache import TensorCache
 from klein_services.orchestrator.timings import seconds_of
 from klein_services.runtime import tracing
 from klein_services.runtime.protowire import (

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
-from dataclasses import dataclass, field
 from itertools import chain
-from typing import Final
 
 from klein_api.v1.text_encoder_service_pb2 import EncodePromptRequest, EncodePromptResponse, PromptSummary
 from klein_api.v1.vae_decoder_service_pb2 import (
@@ -33,11 +30,17 @@ from klein_services.orchestrator.stage_client import (
     StageClient,
     StageDisagreement,
 )
+from klein_services.orchestrator.tensor_cache import (
+    INITIAL_IMAGE,
+    PROMPT_EMBEDDING,
+    REFERENCE_LATENTS,
+    CacheKey,
+    TensorCache,
+)
 from klein_services.orchestrator.timings import Timings, TransferMetrics
 from klein_services.runtime import semantic_conventions as names
 from klein_services.runtime import tracing
-from klein_services.runtime.byte_lru import ByteLru
-from klein_services.runtime.metrics import CACHE_REQUESTS, initialize_caches
+from klein_services.runtime.metrics import CACHE_REQUESTS
 from klein_services.runtime.protowire import (
     FileChunks,
     as_initial_image_part,
@@ -47,9 +50,6 @@ from klein_services.runtime.protowire import (
     frame_field,
 )
 
-PROMPT_EMBEDDING: Final = "prompt_embedding"
-REFERENCE_LATENTS: Final = "reference_latents"
-INITIAL_IMAGE: Final = "initial_image"
 _SUMMARY_FIELD = 1
 _TENSOR_FIELDS = (2,)
 _INITIAL_IMAGE_FIELDS = (
@@ -265,7 +265,7 @@ class InputEncoder:
         # Without the shield, cancelling one of the waiting tasks would cancel the future for all of them.
         await (await asyncio.shield(self._denoiser)).write(message)
 
-    async def _response(
+    def _response(
         self,
         key: CacheKey,
         address: StageAddress,
@@ -274,14 +274,32 @@ class InputEncoder:
         open_call: _OpenCall,
         tensor_fields: tuple[int, ...] = _TENSOR_FIELDS,
     ) -> AsyncGenerator[bytes, None]:
-        """Yields an encoder's summary message and then its frames, from the cache or from a call."""
+        """Yields an encoder's summary message and then its frames; shares the call with requests for the same tensor.
+
+        Only with those of the same priority: an urgent request must not wait where others do.
+        """
         self._keys.append(key)
+        flights, shared_key = self._cache.flights, (key, self._request.priority)
+        if flights.is_running(shared_key):
+            _count_lookup(key, "hit")
+        return flights.messages(
+            shared_key,
+            lambda: self._own_response(key, address, operation, response_class, open_call, tensor_fields),
+        )
+
+    async def _own_response(
+        self,
+        key: CacheKey,
+        address: StageAddress,
+        operation: str,
+        response_class: _ResponseClass,
+        open_call: _OpenCall,
+        tensor_fields: tuple[int, ...],
+    ) -> AsyncGenerator[bytes, None]:
+        """Yields an encoder's summary message and then its frames, from the cache or from a call."""
         timing = self._timings.of(address.stage, operation)
         cached = self._cache.get(key)
-        found = "hit" if cached else "miss"
-        CACHE_REQUESTS.labels(key.kind, found).inc()
-        attributes = {names.KLEIN_CACHE_KIND: key.kind, names.KLEIN_CACHE_OUTCOME: found}
-        tracing.add_event(names.CACHE_LOOKUP, attributes)
+        _count_lookup(key, "hit" if cached else "miss")
         if cached is not None:
             yield cached.summary
             for frame in cached.frames:
@@ -329,69 +347,7 @@ def _no_tensor(address: StageAddress) -> StageDisagreement:
     return StageDisagreement(f"{address.stage} at {address.target} did not answer with a summary and frames")
 
 
-@dataclass(frozen=True)
-class CacheKey:
-    """Everything that determines a tensor's bytes."""
-
-    kind: str
-    model: str
-    """The model that made it, with the version and element type that its stage reported."""
-    digest: bytes
-    """SHA-256 of the content. Clients share the cache, so no client may be able to make two contents collide."""
-
-    @classmethod
-    def of(cls, kind: str, model: str, *content: bytes) -> CacheKey:
-        digest = hashlib.sha256()
-        for part in content:
-            # With its length, so that no two lists of parts make the same bytes.
-            digest.update(len(part).to_bytes(8, "little"))
-            digest.update(part)
-        return cls(kind, model, digest.digest())
-
-
-@dataclass(frozen=True)
-class CachedTensor:
-    """A stage's response, message by message."""
-
-    summary: bytes
-    """The serialized summary message."""
-    frames: tuple[bytes, ...]
-    """The serialized frames, as `protowire` moves them."""
-
-    @property
-    def size_bytes(self) -> int:
-        return len(self.summary) + sum(map(len, self.frames))
-
-
-class TensorCache(ByteLru[CacheKey, CachedTensor]):
-    """The most recently used tensors, at most `limit_bytes` of them; 0 keeps none."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        super().__init__(limit_bytes, lambda key: key.kind)
-        initialize_caches((PROMPT_EMBEDDING, REFERENCE_LATENTS, INITIAL_IMAGE))
-
-    def writer(self, key: CacheKey) -> CacheWriter:
-        """Returns a writer that adds a response to the cache while it is relayed."""
-        return CacheWriter(self, key)
-
-
-@dataclass
-class CacheWriter:
-    """Copy of a response that is being relayed; holds nothing once the response is larger than the cache."""
-
-    cache: TensorCache
-    key: CacheKey
-    _frames: list[bytes] = field(default_factory=list)
-    _size_bytes: int = 0
-
-    def add(self, frame: bytes) -> None:
-        self._size_bytes += len(frame)
-        if self._size_bytes <= self.cache.limit_bytes:
-            self._frames.append(frame)
-        else:
-            self._frames.clear()
-
-    def commit(self, summary: bytes) -> None:
-        """Adds the whole response to the cache, if it is not too large."""
-        if self._size_bytes <= self.cache.limit_bytes:
-            self.cache.put(self.key, CachedTensor(summary, tuple(self._frames)))
+def _count_lookup(key: CacheKey, outcome: str) -> None:
+    CACHE_REQUESTS.labels(key.kind, outcome).inc()
+    attributes = {names.KLEIN_CACHE_KIND: key.kind, names.KLEIN_CACHE_OUTCOME: outcome}
+    tracing.add_event(names.CACHE_LOOKUP, attributes)

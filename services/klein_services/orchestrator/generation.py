@@ -10,13 +10,13 @@ from dataclasses import replace
 from klein_api.v1.image_service_pb2 import GenerationSummary, StreamGenerateImageResponse
 from klein_services.orchestrator.attempt import Attempt
 from klein_services.orchestrator.checkpoint_pace import CheckpointPace
-from klein_services.orchestrator.encoding import TensorCache
 from klein_services.orchestrator.events import EventQueue
 from klein_services.orchestrator.progress import GenerationOptions, Progress
 from klein_services.orchestrator.request import ImageRequest
 from klein_services.orchestrator.routing import DENOISER
 from klein_services.orchestrator.stage_client import StageClient
 from klein_services.orchestrator.stage_directory import StageDirectory
+from klein_services.orchestrator.tensor_cache import TensorCache
 from klein_services.runtime.errors import StagesLost
 from klein_services.runtime.logs import request_id
 from klein_services.runtime.metrics import REQUEST_RECOVERIES

@@ -15,7 +15,6 @@ from klein_api.v1.image_service_pb2 import ImageSpec
 from klein_core.errors import InvalidInput
 from klein_services.orchestrator.backlog import Backlog
 from klein_services.orchestrator.checkpoint_pace import CheckpointPace
-from klein_services.orchestrator.encoding import TensorCache
 from klein_services.orchestrator.events import Event, EventQueue, ImageEvent
 from klein_services.orchestrator.generation import Generation
 from klein_services.orchestrator.generation_span import (
@@ -37,6 +36,7 @@ from klein_services.orchestrator.routing import RoutingTable
 from klein_services.orchestrator.stage_channels import Channels
 from klein_services.orchestrator.stage_client import Deadline, StageClient
 from klein_services.orchestrator.stage_directory import StageDirectory
+from klein_services.orchestrator.tensor_cache import TensorCache
 from klein_services.orchestrator.tokens import Tenant
 from klein_services.orchestrator.usage import RequestUsage, Usage
 from klein_services.runtime import semantic_conventions as names

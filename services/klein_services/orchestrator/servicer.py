@@ -26,16 +26,17 @@ from klein_api.v1.image_service_pb2_grpc import ImageServiceServicer, add_ImageS
 from klein_services.orchestrator import external_scaler
 from klein_services.orchestrator.authentication import Authentication
 from klein_services.orchestrator.backlog import Backlog
-from klein_services.orchestrator.encoding import TensorCache
 from klein_services.orchestrator.events import ImageEvent, collected
 from klein_services.orchestrator.external_scaler import ExternalScaler
 from klein_services.orchestrator.generator import ImageGenerator
+from klein_services.orchestrator.idempotency import IDEMPOTENCY_KEY, IdempotentRequests
 from klein_services.orchestrator.image_release import ImageRelease
 from klein_services.orchestrator.request import AdmissionLimits
 from klein_services.orchestrator.routing import Route, RoutingTable, StageAddress
 from klein_services.orchestrator.settings import OrchestratorSettings
 from klein_services.orchestrator.stage_channels import Channels
 from klein_services.orchestrator.stage_directory import StageDirectory, incompatibility
+from klein_services.orchestrator.tensor_cache import TensorCache
 from klein_services.orchestrator.tokens import Tokens
 from klein_services.orchestrator.usage import Usage, UsageLog
 from klein_services.runtime.admission import ConcurrencyLimit
@@ -110,7 +111,10 @@ class Orchestrator(Service):
             )
 
     def register(self, server: grpc.aio.Server) -> None:
-        add_ImageServiceServicer_to_server(ImageApi(self.generator), server)
+        idempotent = IdempotentRequests(
+            self._settings.idempotency_seconds, self._settings.idempotency_bytes, self.generator.slots
+        )
+        add_ImageServiceServicer_to_server(ImageApi(self.generator, idempotent), server)
         add_ExternalScalerServicer_to_server(self._scaler, server)
 
     async def load(self) -> None:
@@ -153,15 +157,20 @@ class Orchestrator(Service):
 class ImageApi(ImageServiceServicer):
     """Handlers of ImageService; all images come from one `ImageGenerator`."""
 
-    def __init__(self, generator: ImageGenerator) -> None:
+    def __init__(self, generator: ImageGenerator, idempotent: IdempotentRequests) -> None:
         self._generator = generator
+        self._idempotent = idempotent
 
     async def GenerateImage(self, request: GenerateImageRequest, context: _Context) -> Any:
         """Collects the images and the summary of the stream into one serialized response."""
         images: list[ImageEvent] = []
         summary = GenerationSummary()
-        events = self._generator.events(
-            request.spec, remaining_seconds=context.time_remaining(), reports_progress=False
+        events = self._idempotent.events(
+            _idempotency_key(context),
+            request,
+            lambda: self._generator.events(
+                request.spec, remaining_seconds=context.time_remaining(), reports_progress=False
+            ),
         )
         async with aclosing(events):
             async for event in events:
@@ -182,10 +191,14 @@ class ImageApi(ImageServiceServicer):
         Raises:
             DeadlinePassed: the request took longer, or its client did not read.
         """
-        events = self._generator.events(
-            request.spec,
-            remaining_seconds=context.time_remaining(),
-            preview_interval_steps=request.preview_interval_steps,
+        events = self._idempotent.events(
+            _idempotency_key(context),
+            request,
+            lambda: self._generator.events(
+                request.spec,
+                remaining_seconds=context.time_remaining(),
+                preview_interval_steps=request.preview_interval_steps,
+            ),
         )
         seconds = self._generator.maximum_seconds
         try:
@@ -204,6 +217,14 @@ class ImageApi(ImageServiceServicer):
         return await list_models(
             generator.visible_table(), generator.directory, generator.limits, context.time_remaining()
         )
+
+
+def _idempotency_key(context: _Context) -> str | None:
+    """Returns the client's key for the request, if it sent one."""
+    for name, value in context.invocation_metadata() or ():
+        if name == IDEMPOTENCY_KEY:
+            return str(value)
+    return None
 
 
 async def list_models(

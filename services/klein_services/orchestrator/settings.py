@@ -86,6 +86,17 @@ class OrchestratorSettings(ServerSettings):
         help="Bytes of prompt embeddings and latents of references and initial images kept; 0 keeps none",
         minimum=0,
     )
+    idempotency_seconds: float = setting(
+        600.0,
+        help="Seconds for which the result of a request with an idempotency key is kept; 0 ignores such keys",
+        minimum=0,
+        maximum=86400,
+    )
+    idempotency_bytes: int = setting(
+        64 * 1024 * 1024,
+        help="Bytes of all results that are kept for idempotency keys; 0 ignores such keys",
+        minimum=0,
+    )
     describe_ttl_seconds: float = setting(
         15.0, help="Seconds for which a stage's description is kept", minimum=0, maximum=3600
     )

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from klein_services.orchestrator.encoding import CachedTensor, CacheKey, TensorCache
+from klein_services.orchestrator.tensor_cache import CachedTensor, CacheKey, TensorCache
 
 CAPACITY = 100
 operations = st.lists(

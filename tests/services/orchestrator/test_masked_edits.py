@@ -10,8 +10,8 @@ import pytest
 from klein_api.v1 import image_pb2
 from klein_api.v1.image_pb2 import ImageExpansion, InpaintingSpec
 from klein_api.v1.image_service_pb2 import ImageSpec, StreamGenerateImageRequest
-from klein_services.orchestrator.encoding import CacheKey
 from klein_services.orchestrator.masked_edit import MaskedEdit
+from klein_services.orchestrator.tensor_cache import CacheKey
 from klein_services.runtime.errors import StageUnavailable
 from tests.services.fakes.fake_tensors import reference_file
 from tests.services.fakes.orchestrator_suite import FakeSuite, generate, nothing_left_running, refusal

@@ -223,9 +223,9 @@ async def test_a_request_that_its_client_cancels_is_charged_by_what_was_begun(tm
             ({"references": [reference_file(96, 64)]}, 2 * 96 * 64 / 1e6),
         ):
             before = left(suite) if suite.denoiser.specs else 10.0
-            calls = len(suite.denoiser.specs)
+            suite.denoiser.first_frame.clear()
             running = asyncio.create_task(make(suite, **spec))
-            await until(lambda calls=calls: len(suite.denoiser.specs) == calls + 1)
+            await until(suite.denoiser.first_frame.is_set)
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
             await until(lambda: quotas_of(suite)._accounts["acme"].in_flight == 0)
