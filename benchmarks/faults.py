@@ -2,9 +2,9 @@
 
     python -m benchmarks.faults [--check] [--count 1000] [--seed 0]
 
-Runs two replicas of each stage of pico behind one orchestrator, while clients stream images of all flows. In each
-stage, one replica at a time is killed and started again, stopped and let go on, or drained and started again, at
-random moments; the stages take turns independently. Every answer is compared with that of the undisturbed suite.
+Runs two replicas of each stage of pico behind one orchestrator, while clients stream text-to-image requests and edits.
+In each stage, one replica at a time is killed and started again, stopped and let go on, or drained and started again,
+at random moments; the stages take turns independently. Every answer is compared with that of the undisturbed suite.
 Prints the faults by stage and kind, and the requests by outcome. With `--check` the exit code is 1 unless all bars
 hold.
 """
