@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 from PIL import Image
 
-from klein_api.v1 import image_pb2, vae_decoder_service_pb2_grpc
+from klein_api.v1 import vae_decoder_service_pb2_grpc
 from klein_core.vae_decoder.image_io import decode_rgb, open_image
 from klein_services.runtime.channels import open_channel
 from klein_services.runtime.errors import QueueFull
@@ -52,38 +52,6 @@ async def stub(application):
         yield vae_decoder_service_pb2_grpc.VaeDecoderServiceStub(channel)
 
 
-@pytest.fixture
-def gate(application, monkeypatch):
-    """Holds the reading of every large file until it is set."""
-    opened, read_reference = threading.Event(), application.read_reference
-
-    def read(data, field):
-        if len(data) == len(LARGE) and not opened.wait(60):
-            raise TimeoutError
-        return read_reference(data, field)
-
-    monkeypatch.setattr(application, "read_reference", read)
-    yield opened
-    opened.set()
-
-
-async def test_small_references_pass_large_ones_that_run_and_wait(application, stub, gate):
-    large = [
-        asyncio.create_task(encode_reference(stub, reference_parts(LARGE, priority=priority)))
-        for priority in (image_pb2.PRIORITY_INTERACTIVE, image_pb2.PRIORITY_BATCH)
-    ]
-    await until(lambda: application.files.queued_count == 1)
-    for _ in range(3):
-        summary, _ = await encode_reference(
-            stub, reference_parts(picture(), priority=image_pb2.PRIORITY_BATCH)
-        )
-        assert (summary.width_px, summary.height_px) == (96, 64)
-    assert (application.files.queued_count, application.files.running_count) == (1, 1)
-    gate.set()
-    for summary, _ in await asyncio.gather(*large):
-        assert (summary.width_px, summary.height_px) == (1024, 1024)
-
-
 async def test_pixels_of_large_files_that_wait_are_bounded(tiny_checkpoint):
     settings = VaeDecoderSettings(model_path=str(tiny_checkpoint), host="127.0.0.1", metrics_port=0)
     application = VaeDecoderStage(replace(settings, queue_pixel_count=SIDE_PX**2))
@@ -92,9 +60,10 @@ async def test_pixels_of_large_files_that_wait_are_bounded(tiny_checkpoint):
     await until(lambda: application.files.running_count == 1)
     with pytest.raises(QueueFull, match="pixels of large images wait"):
         await application.files.run(lambda: None, pixel_count=SIDE_PX**2)
-    await application.files.run(lambda: None, pixel_count=LARGE_PIXEL_COUNT)
+    small = asyncio.create_task(application.files.run(lambda: None, pixel_count=LARGE_PIXEL_COUNT))
+    await until(lambda: application.files.queued_count == 1)
     may_end.set()
-    await first
+    await asyncio.gather(first, small)
     await application.close()
 
 
