@@ -41,8 +41,8 @@ release=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
 [ -n "$release" ] || fail "/etc/os-release names no VERSION_CODENAME"
 
 apt=$tools/apt
-rm -rf "$tools/root" "$tools/bin"
-mkdir -p "$apt/lists/partial" "$apt/cache/archives/partial" "$apt/deb" "$tools/root" "$tools/bin"
+rm -rf "$tools/unpacked" "$tools/bin"
+mkdir -p "$apt/lists/partial" "$apt/cache/archives/partial" "$apt/deb" "$tools/unpacked" "$tools/bin"
 : > "$apt/status"
 for suite in "$release" sid; do
     echo "deb [signed-by=$keyring] $mirror $suite main"
@@ -66,7 +66,7 @@ apt-get -qq update || fail "package lists of $mirror cannot be read: is KLEIN_DE
 unpack() { # package, suite
     rm -f "$apt"/deb/*.deb
     (cd "$apt/deb" && apt-get -qq download "$1/$2" 2>&1) || fail "package $1 of $2 cannot be downloaded from $mirror"
-    dpkg-deb -x "$apt"/deb/*.deb "$tools/root"
+    dpkg-deb -x "$apt"/deb/*.deb "$tools/unpacked"
 }
 
 libraries() { # packages
@@ -74,7 +74,7 @@ libraries() { # packages
         depends --important "$@" | sed -n 's/^ *Depends: \(lib.*\)/\1/p' | grep -vE '^lib(c6|gcc-|stdc)' | sort -u
 }
 
-library_path=$tools/root/usr/lib/$(dpkg --print-architecture | sed 's/amd64/x86_64/;s/arm64/aarch64/')-linux-gnu
+library_path=$tools/unpacked/usr/lib/$(dpkg --print-architecture | sed 's/amd64/x86_64/;s/arm64/aarch64/')-linux-gnu
 missing_libraries() { # path of a binary
     LD_LIBRARY_PATH=$library_path ldd "$1" 2>/dev/null | sed -n 's/^\s*\(\S*\) => not found.*/\1/p'
 }
@@ -84,7 +84,7 @@ grep -vE '^(#|$)' "$here/packages.txt" | while read -r suite package binary olde
     unpack "$package" "$suite"
     version=$(dpkg-deb -f "$apt"/deb/*.deb Version)
     dpkg --compare-versions "$version" ge "$oldest" || fail "$package $version of $suite is older than $oldest"
-    program=$tools/root/$binary
+    program=$tools/unpacked/$binary
     # Libraries that this machine lacks come from its own release: those of the package, then theirs, and so on.
     needed=$package
     while [ -n "$(missing_libraries "$program")" ]; do

@@ -16,7 +16,7 @@ from klein_services.orchestrator.tokens import Tenant
 from klein_services.runtime.errors import QuotaExceeded
 
 IN_FLIGHT_RETRY_SECONDS = 1.0
-"""Delay before a retry of a request that finds all places of its tenant taken; nobody can know when one ends."""
+"""Delay before a retry when a tenant's requests in flight are at their limit. The end of a request is not known."""
 _MINUTE = 60.0
 _ROUNDING_SECONDS = 0.001
 """Added to delays, so that the sums of floating point never refuse a client that waited as long as it was asked to."""
