@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("klein_core", "services/klein_services")
+PACKAGES = ("klein_core", "services/klein_client", "services/klein_services")
 
 ENFORCED = frozenset(
     {
@@ -27,7 +27,7 @@ ENFORCED = frozenset(
 )
 """Numbers that fail `make lint`; the others are printed. Add a name when the product is within its limit."""
 
-MAX_FILES = 190
+MAX_FILES = 260
 MAX_LINES = 400
 MIN_MEDIAN_LINES = 90
 MAX_SINGLE_USE_SHARE = 0.10

@@ -27,7 +27,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def test_the_wheel_installs_its_packages_and_nothing_else(wheel: list[str]) -> None:
     tops = {name.split("/")[0] for name in wheel if ".dist-info/" not in name}
-    assert tops == {"klein_api", "klein_core", "klein_services"}
+    assert tops == {"klein_api", "klein_client", "klein_core", "klein_services"}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Client of the suite: typed, synchronous and asynchronous, without torch."""
