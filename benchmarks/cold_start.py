@@ -22,8 +22,8 @@ from klein_api.v1 import image_service_pb2 as api
 from klein_services.cli.client import connect, generate
 from klein_services.cli.ports import LOOPBACK, ReservedPort
 from klein_services.cli.process import STAGES, inherited_environment
-from klein_services.cli.scrape import Scrape, scrape
 from klein_services.cli.suite import Suite, SuiteOptions
+from klein_services.runtime.scrape import Scrape, scrape
 
 BAR_SECONDS = 15.0
 CLIENTS = 4

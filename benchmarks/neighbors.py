@@ -26,8 +26,8 @@ from benchmarks.measure import Bar, describe_machine, finish
 from klein_api.v1 import image_pb2
 from klein_api.v1 import image_service_pb2 as api
 from klein_services.cli.client import connect, generate
-from klein_services.cli.scrape import scrape
 from klein_services.cli.suite import Suite, SuiteOptions
+from klein_services.runtime.scrape import scrape
 
 ALLOWED_MIB = 600
 _COLORS = itertools.count(1)

@@ -32,9 +32,9 @@ from benchmarks.measure import Bar, command, describe_machine, finish
 from klein_api.v1 import image_pb2
 from klein_api.v1 import image_service_pb2 as api
 from klein_services.cli.client import connect
-from klein_services.cli.scrape import Scrape, scrape
 from klein_services.cli.suite import Suite, SuiteOptions
 from klein_services.runtime.metrics import OUTCOMES
+from klein_services.runtime.scrape import Scrape, scrape
 
 SLOTS = 8
 CACHE_BYTES = 4 << 20

@@ -11,8 +11,8 @@ import pytest
 
 from klein_services.cli.client import connect, generate
 from klein_services.cli.process import PROCESSES
-from klein_services.cli.scrape import scrape
 from klein_services.cli.suite import Suite, SuiteOptions
+from klein_services.runtime.scrape import scrape
 from tests.e2e.running_suite import READY_SECONDS, Case, picture
 from tests.services.fakes.span_collector import SpanCollector, collecting
 

@@ -273,7 +273,7 @@ def top(
     ] = False,
 ) -> None:
     """Watch the load of every process: queues, steps, throughput, refusals. Ctrl-C ends it."""
-    from klein_services.cli.scrape import DEFAULT_TARGETS
     from klein_services.cli.top import run_top
+    from klein_services.runtime.scrape import DEFAULT_TARGETS
 
     raise typer.Exit(run_top(metrics or DEFAULT_TARGETS, interval, Console(), once=once, as_json=as_json))

@@ -14,8 +14,19 @@ from typer.testing import CliRunner
 
 from klein_services.cli.app import app
 from klein_services.cli.errors import CliError
-from klein_services.cli.scrape import MAX_TARGETS, Change, Scrape, quantile, resolved_targets, scrape
-from klein_services.cli.top import run_top, suite_load
+from klein_services.cli.top import run_top
+from klein_services.runtime.scrape import (
+    MAX_TARGETS,
+    Change,
+    MalformedTarget,
+    Scrape,
+    TargetsError,
+    check_targets,
+    quantile,
+    resolved_targets,
+    scrape,
+)
+from klein_services.runtime.suite_load import suite_load
 
 DENOISER = """\
 process_start_time_seconds {start}
@@ -170,13 +181,25 @@ def test_other_pages_are_named_as_such(text, problem):
 
 
 def test_targets_are_addresses_urls_or_all_addresses_of_a_name():
-    assert resolved_targets(["a:1", "http://a:1/metrics", "[::1]:2"]) == ["a:1", "[::1]:2"]
-    assert "127.0.0.1:3" in resolved_targets(["dns:///localhost:3"])
-    for bad in ("a", "a:0", "a:70000", "https://a:1", "a:1/x", "", "dns:///no-such-name.invalid:1"):
-        with pytest.raises(CliError, match="--metrics"):
-            resolved_targets([bad])
-    with pytest.raises(CliError, match=str(MAX_TARGETS)):
-        resolved_targets([f"a:{port}" for port in range(1, MAX_TARGETS + 2)])
+    assert resolved_targets(["a:1", "http://a:1/metrics", "[::1]:2"], "--metrics") == ["a:1", "[::1]:2"]
+    assert "127.0.0.1:3" in resolved_targets(["dns:///localhost:3"], "--metrics")
+    for bad in ("a", "a:0", "a:70000", "https://a:1", "a:1/x", ""):
+        for check in (resolved_targets, check_targets):
+            with pytest.raises(MalformedTarget, match="--metrics"):
+                check([bad], "--metrics")
+    unknown = "dns:///no-such-name.invalid:1"
+    check_targets([unknown], "--metrics")
+    with pytest.raises(TargetsError, match="--metrics"):
+        resolved_targets([unknown], "--metrics")
+    with pytest.raises(TargetsError, match=str(MAX_TARGETS)):
+        resolved_targets([f"a:{port}" for port in range(1, MAX_TARGETS + 2)], "--metrics")
+
+
+@pytest.mark.parametrize("target", ["a", "dns:///no-such-name.invalid:1"])
+def test_a_target_that_cannot_be_used_is_an_error_of_the_command(target):
+    result = CliRunner().invoke(app, ["top", "--once", "-m", target])
+    assert isinstance(result.exception, CliError)
+    assert f"--metrics {target}" in str(result.exception)
 
 
 def test_nothing_that_answers_is_an_error_with_each_reason(free_port):

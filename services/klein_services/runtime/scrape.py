@@ -13,12 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from urllib.error import HTTPError, URLError
 
-from klein_services.cli.errors import CliError
-from klein_services.cli.exit_codes import MISUSED
-from klein_services.cli.ports import LOOPBACK
 from klein_services.runtime.channels import host_for_url
 
-DEFAULT_TARGETS = tuple(f"{LOOPBACK}:{port}" for port in range(9464, 9468))
+DEFAULT_TARGETS = tuple(f"127.0.0.1:{port}" for port in range(9464, 9468))
 """Metrics ports of the four processes of one machine."""
 MAX_TARGETS = 256
 TIMEOUT_SECONDS = 2.0
@@ -125,36 +122,55 @@ def quantile(changes: Sequence[Change], share: float, name: str, **labels: str) 
     return below
 
 
-def resolved_targets(targets: Sequence[str]) -> list[str]:
+class TargetsError(Exception):
+    """Targets of metrics pages cannot be used; the text is one sentence."""
+
+
+class MalformedTarget(TargetsError):
+    """A target is no address."""
+
+
+def resolved_targets(targets: Sequence[str], source: str) -> list[str]:
     """Returns `HOST:PORT` for each process; `dns:///NAME:PORT` stands for all addresses that the name has now.
 
+    Args:
+        targets: addresses of metrics pages.
+        source: the flag or setting that named them, for errors.
+
     Raises:
-        CliError: a target is malformed, a name cannot be resolved, or there are too many.
+        TargetsError: a target is malformed, a name cannot be resolved, or there are too many.
     """
     found: list[str] = []
     for target in targets:
-        match = _TARGET.fullmatch(target.strip())
-        if not match or not 0 < int(match["port"]) < 65536:
-            raise CliError(
-                f"--metrics {target} is no address of a metrics page.",
-                f"Name it as HOST:PORT, for example {DEFAULT_TARGETS[0]}.",
-                MISUSED,
-            )
-        host, port = match["host"], match["port"]
-        if match["every"]:
+        host, port, every = _parsed_target(target, source)
+        if every:
             try:
-                addresses = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+                addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
             except OSError as error:
-                raise CliError(
-                    f"--metrics {target}: {host} cannot be resolved ({error.strerror})."
+                raise TargetsError(
+                    f"{source} {target}: {host} cannot be resolved ({error.strerror})."
                 ) from error
             found += [f"{host_for_url(str(address[0]))}:{port}" for *_, address in addresses]
         else:
             found.append(f"{host}:{port}")
     unique = list(dict.fromkeys(found))
     if len(unique) > MAX_TARGETS:
-        raise CliError(f"There are {len(unique)} metrics pages; at most {MAX_TARGETS} can be shown.")
+        raise TargetsError(f"There are {len(unique)} metrics pages; at most {MAX_TARGETS} can be shown.")
     return unique
+
+
+def check_targets(targets: Sequence[str], source: str) -> None:
+    """Raises MalformedTarget when a target is no address; names are not resolved."""
+    for target in targets:
+        _parsed_target(target, source)
+
+
+def _parsed_target(target: str, source: str) -> tuple[str, int, bool]:
+    """Returns host, port, and whether every address of the host is meant."""
+    match = _TARGET.fullmatch(target.strip())
+    if not match or not 0 < int(match["port"]) < 65536:
+        raise MalformedTarget(f"{source} {target} is no address of a metrics page.")
+    return match["host"], int(match["port"]), bool(match["every"])
 
 
 def scrape_all(targets: Sequence[str]) -> list[Scrape]:
