@@ -301,7 +301,9 @@ class StreamGenerateImageResponse(_message.Message):
 
     @_builtins.property
     def image(self) -> Global___GeneratedImage:
-        """A finished image."""
+        """A finished image. Images are sent as they are finished, so the second may come before the first; `index` and
+        `seed` name each.
+        """
 
     @_builtins.property
     def summary(self) -> Global___GenerationSummary:

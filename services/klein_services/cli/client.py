@@ -34,6 +34,7 @@ class Generation:
     """Result of a finished request."""
 
     images: tuple[api.GeneratedImage, ...]
+    """In the order of their seeds."""
     summary: api.GenerationSummary
 
 
@@ -109,7 +110,8 @@ async def generate(
                 images.append(event.image)
             case "summary":
                 summary = event.summary
-    return Generation(tuple(images), summary)
+    # They arrive as they are finished, which may be in another order.
+    return Generation(tuple(sorted(images, key=lambda image: image.index)), summary)
 
 
 def timings_in_order(summary: api.GenerationSummary) -> list[api.StageTiming]:

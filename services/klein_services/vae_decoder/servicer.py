@@ -233,7 +233,7 @@ def _durations(*completed: Completed[Any]) -> dict[str, Duration]:
 
 
 class VaeDecoderStage(ModelService):
-    """The stage: one autoencoder behind one worker, and a second worker for image files."""
+    """The stage: one autoencoder behind one worker, and threads for image files."""
 
     name = "vae-decoder"
     service_names = ("klein_api.v1.VaeDecoderService",)
@@ -251,9 +251,10 @@ class VaeDecoderStage(ModelService):
             f"{self.name}-files",
             self.slots.limit,
             (OPEN_FILES, READ_REFERENCE, READ_INITIAL_IMAGE, WRITE_IMAGE),
+            thread_count=settings.file_threads,
             pixel_limit=settings.queue_pixel_count,
         )
-        """Reads and writes image files, on one thread: with two, masked edits had wrong pixels on a busy machine."""
+        """Reads and writes image files."""
         self.watermark = Watermark(settings.watermark) if settings.watermark else None
         """Marks every image; `None` when none is set."""
         self.decoder: VaeDecoder

@@ -25,6 +25,12 @@ class VaeDecoderSettings(StageSettings):
     maximum_pixel_count: int = setting(
         DEFAULT_LIMITS.pixel_count, help="Most pixels of a decoded image", minimum=4096, maximum=1 << 30
     )
+    file_threads: int = setting(
+        2,
+        help="Image files that are read or written at once; with more than 1, only one of them may be a large image",
+        minimum=1,
+        maximum=256,
+    )
     queue_pixel_count: int = setting(
         1 << 30,
         help="Most pixels of large images (more than 4 Mi pixels) whose files wait or are read; more are refused",

@@ -278,6 +278,21 @@ def test_json_is_one_object_on_standard_output(
     assert orchestrator.specs[0].embed_prompt
 
 
+def test_images_are_in_the_order_of_their_seeds_however_they_arrive(
+    klein: Klein, target: str, orchestrator: Orchestrator, tmp_path: Path
+) -> None:
+    orchestrator.last_image_first = True
+    _, out, _ = klein(
+        "generate", "a star", "--count", 3, "--json", "--target", target, "-o", tmp_path / "p.png"
+    )
+    answer = json.loads(out)
+    assert answer["files"] == [str(tmp_path / f"p-{number}.png") for number in (1, 2, 3)]
+    assert answer["seeds"] == [41, 42, 43]
+    assert [Path(file).read_bytes() for file in answer["files"]] == [
+        b"picture %d" % index for index in range(3)
+    ]
+
+
 def test_timings_follow_a_request_s_life(klein: Klein, target: str, tmp_path: Path) -> None:
     _, out, _ = klein("generate", "a star", "--target", target, "-o", tmp_path / "p.png")
     assert "(encode-prompt 7 ms · denoise 123 ms)" in out

@@ -19,6 +19,7 @@ class Orchestrator(ImageServiceServicer):
         self.specs: list[api.ImageSpec] = []
         self.error: Exception | None = None
         self.blocks = False
+        self.last_image_first = False
         self.before_answer: Callable[[], object] = lambda: None
         self.called = threading.Event()
         self.cancelled = threading.Event()
@@ -42,7 +43,8 @@ class Orchestrator(ImageServiceServicer):
         self.before_answer()
         yield api.StreamGenerateImageResponse(queued=api.GenerationQueued(position=2))
         yield api.StreamGenerateImageResponse(step=api.GenerationStep(step=1, step_count=1))
-        for index in range(request.spec.image_count or 1):
+        indices = range(request.spec.image_count or 1)
+        for index in reversed(indices) if self.last_image_first else indices:
             image = api.GeneratedImage(
                 index=index, seed=41 + index, width_px=64, height_px=96, data=b"picture %d" % index
             )

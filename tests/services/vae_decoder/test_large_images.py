@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 from PIL import Image
 
-from klein_api.v1 import vae_decoder_service_pb2_grpc
+from klein_api.v1 import image_pb2, vae_decoder_service_pb2_grpc
 from klein_core.vae_decoder.image_io import decode_rgb, open_image
 from klein_services.runtime.channels import open_channel
 from klein_services.runtime.errors import QueueFull
@@ -18,9 +18,12 @@ from klein_services.runtime.server import running_server
 from klein_services.runtime.work_queue import LARGE_PIXEL_COUNT
 from klein_services.vae_decoder.servicer import VaeDecoderStage
 from klein_services.vae_decoder.settings import VaeDecoderSettings
+from klein_services.vae_decoder.uploads import LEAST_PIXEL_COUNT
 from tests.services.fakes.runtime_toy import until
 from tests.services.fakes.vae_decoder_calls import (
+    encode_initial_image,
     encode_reference,
+    initial_image_parts,
     picture,
     reference_parts,
     refusal,
@@ -52,6 +55,37 @@ async def stub(application):
         yield vae_decoder_service_pb2_grpc.VaeDecoderServiceStub(channel)
 
 
+@pytest.fixture
+def gate(application, monkeypatch):
+    """Holds the reading of every initial image until it is set."""
+    opened, read_initial_image = threading.Event(), application.read_initial_image
+
+    def read(files):
+        if not opened.wait(60):
+            raise TimeoutError
+        return read_initial_image(files)
+
+    monkeypatch.setattr(application, "read_initial_image", read)
+    yield opened
+    opened.set()
+
+
+async def test_small_files_pass_large_ones_that_run_and_wait(application, stub, gate):
+    # Scaled down to the least area, so that the device has little to do.
+    parts = [initial_image_parts(LARGE, pixel_count=LEAST_PIXEL_COUNT) for _ in range(2)]
+    large = [asyncio.create_task(encode_initial_image(stub, each)) for each in parts]
+    await until(lambda: application.files.queued_count == 1)
+    for _ in range(3):
+        summary, _ = await encode_reference(
+            stub, reference_parts(picture(), priority=image_pb2.PRIORITY_BATCH)
+        )
+        assert (summary.width_px, summary.height_px) == (96, 64)
+    assert (application.files.queued_count, application.files.running_count) == (1, 1)
+    gate.set()
+    for summary, *_ in await asyncio.gather(*large):
+        assert (summary.width_px, summary.height_px) == (64, 64)
+
+
 async def test_pixels_of_large_files_that_wait_are_bounded(tiny_checkpoint):
     settings = VaeDecoderSettings(model_path=str(tiny_checkpoint), host="127.0.0.1", metrics_port=0)
     application = VaeDecoderStage(replace(settings, queue_pixel_count=SIDE_PX**2))
@@ -60,10 +94,9 @@ async def test_pixels_of_large_files_that_wait_are_bounded(tiny_checkpoint):
     await until(lambda: application.files.running_count == 1)
     with pytest.raises(QueueFull, match="pixels of large images wait"):
         await application.files.run(lambda: None, pixel_count=SIDE_PX**2)
-    small = asyncio.create_task(application.files.run(lambda: None, pixel_count=LARGE_PIXEL_COUNT))
-    await until(lambda: application.files.queued_count == 1)
+    await application.files.run(lambda: None, pixel_count=LARGE_PIXEL_COUNT)
     may_end.set()
-    await asyncio.gather(first, small)
+    await first
     await application.close()
 
 
