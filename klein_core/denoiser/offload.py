@@ -27,10 +27,15 @@ def offload_blocks(
     """Keeps the blocks' weights in host memory and streams them to `device` during each step.
 
     Args:
-        transformer: loaded on the CPU, and not compiled. Everything but its blocks is moved to the device.
+        transformer: loaded on the CPU. Everything but its blocks is moved to the device.
         device: where steps are computed.
         copy_stream: makes the copies; `None` is `CudaCopyStream` on CUDA, else `SyncCopyStream`.
+
+    Raises:
+        RuntimeError: the blocks are compiled.
     """
+    if transformer.is_compiled:
+        raise RuntimeError("compiled blocks cannot be offloaded")
     device = torch.device(device)
     is_cuda = device.type == "cuda"
     blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
@@ -40,6 +45,7 @@ def offload_blocks(
             child.to(device)
     copy_stream = copy_stream or (CudaCopyStream(device) if is_cuda else SyncCopyStream())
     BlockStream(pinned, device, copy_stream).attach(blocks)
+    transformer.is_offloaded = True
 
 
 class BlockStream:

@@ -64,6 +64,9 @@ class FlowTransformer(nn.Module):
         self.proj_out = Linear(hidden_size, config.in_channels)
         self.linears = {name: part for name, part in self.named_modules() if isinstance(part, Linear)}
         """Every linear layer of the network by name; adapters apply to these."""
+        self.is_compiled = False
+        self.is_offloaded = False
+        """Whether the blocks' weights are in host memory; see `offload_blocks`."""
 
     @classmethod
     def from_folder(
@@ -112,10 +115,19 @@ class FlowTransformer(nn.Module):
 
         Args:
             backend: torch.compile's.
+
+        Raises:
+            RuntimeError: the blocks are offloaded; their weights change their place in each step, and a program is
+                compiled for one place.
         """
+        if self.is_offloaded:
+            raise RuntimeError("offloaded blocks cannot be compiled")
         exclude_from_compile()
+        # Else each constant of a norm becomes an input on the CPU, which rules out CUDA graphs.
+        torch._dynamo.config.specialize_float = True
         for block in (*self.transformer_blocks, *self.single_transformer_blocks):
             block.compile(dynamic=True, backend=backend)
+        self.is_compiled = True
 
     def forward(self, spans: Sequence[Span]) -> list[Tensor]:
         """Returns one velocity (rows, columns, channels) for each span, in the spans' order.

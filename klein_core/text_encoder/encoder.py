@@ -143,7 +143,11 @@ def tapped_embedding(model: Qwen3Model, token_ids: Tensor, mask: Tensor, taps: S
     Padding is masked as keys, but its rows are computed, because the flow transformer attends to them.
     Source: diffusers' `Flux2KleinPipeline`.
     """
-    output = model(input_ids=token_ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+    length = token_ids.shape[1]
+    # transformers would make the same mask, but looks at its values for that, so that a GPU and its host wait twice.
+    causal = torch.ones(length, length, dtype=torch.bool, device=token_ids.device).tril()
+    allowed = causal & mask.bool()[:, None, None, :]
+    output = model(input_ids=token_ids, attention_mask=allowed, output_hidden_states=True, use_cache=False)
     return torch.cat([output.hidden_states[tap] for tap in taps], dim=-1)
 
 

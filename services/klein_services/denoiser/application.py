@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import grpc
 import torch
@@ -32,7 +32,15 @@ from klein_services.denoiser.scheduled_request import OPERATION, STAGE
 from klein_services.denoiser.scheduler import Load, Scheduler, SchedulerConfig
 from klein_services.denoiser.servicer import SERVICE_NAME, Denoiser, DenoiserServicer
 from klein_services.denoiser.settings import OFFLOAD_BLOCKS, DenoiserSettings
-from klein_services.denoiser.warmup import BUDGET_SIDE_PX, measure_budget, synchronize, warm_up
+from klein_services.denoiser.warmup import (
+    BUDGET_SIDE_PX,
+    compile_steps,
+    expected_to_fit,
+    measure_budget,
+    release_memory,
+    synchronize,
+    warm_up,
+)
 from klein_services.runtime import metrics, stage
 from klein_services.runtime.load_phases import READ_WEIGHTS, WARM_UP, phase
 from klein_services.runtime.settings import SettingsError
@@ -76,7 +84,12 @@ class DenoiserApplication(Service):
         described = await asyncio.to_thread(read_description, self._settings.model_files(TRANSFORMER))
         loaded = await self._preparation.run(lambda: load_denoiser(self._settings, self._preparation))
         denoiser = loaded.value
-        denoiser.engine.start()
+
+        def start_engine() -> None:
+            with phase(WARM_UP):
+                denoiser.engine.start()
+
+        await self._preparation.run(start_engine)
         self._denoiser = self._servicer.denoiser = denoiser
         model = denoiser.model
         facts = stage_service_pb2.DenoiserFacts(
@@ -134,7 +147,7 @@ class DenoiserApplication(Service):
 
 
 def load_denoiser(settings: DenoiserSettings, preparation: Worker) -> Denoiser:
-    """Loads the checkpoint and warms it up. Slow: call it off the event loop.
+    """Loads the checkpoint. Slow: call it off the event loop.
 
     Raises:
         CheckpointError: the checkpoint cannot be loaded.
@@ -162,7 +175,8 @@ def load_denoiser(settings: DenoiserSettings, preparation: Worker) -> Denoiser:
     planner = RequestPlanner(model=model, device=device, text_tokens=prompt_length(files))
     step, cache_references = step_of(transformer), cache_of(transformer)
     adapters = AdapterRegistry.of(settings, transformer)
-    return assemble(settings, planner, step, sizes_px, preparation, adapters, cache_references)
+    fits = expected_to_fit(transformer, planner.text_tokens)
+    return assemble(settings, planner, step, sizes_px, preparation, adapters, cache_references, fits)
 
 
 def load_transformer(settings: DenoiserSettings, files: ModelFiles, device: torch.device) -> FlowTransformer:
@@ -186,6 +200,8 @@ def load_transformer(settings: DenoiserSettings, files: ModelFiles, device: torc
     )
     if offloads:
         offload_blocks(transformer, device)
+    if settings.compiles(on_gpu=device.type == "cuda"):
+        transformer.compile_blocks()
     return transformer
 
 
@@ -228,20 +244,18 @@ def assemble(
     preparation: Worker,
     adapters: AdapterRegistry,
     cache_references: CacheReferences | None = None,
+    fits: Callable[[int], bool] = lambda count: True,
 ) -> Denoiser:
-    """Warms up `step` with images of `sizes_px`, (width, height) each, and builds a denoiser around it."""
-    times = StepTimes()
-    token_budget = 0  # one image at a time, so that results do not depend on other requests
-    with phase(WARM_UP):
-        warm_up(step, planner.sample, planner.sample_tokens, sizes_px, times)
-        if settings.packs(on_gpu=planner.device.type == "cuda"):
-            image_tokens = planner.sample_tokens(BUDGET_SIDE_PX, BUDGET_SIDE_PX)
-            token_budget = settings.token_budget or measure_budget(
-                step, planner.sample, image_tokens, settings.step_image_limit, times
-            )
+    """Builds a denoiser around `step`; its engine warms up with images of `sizes_px`, (width, height) each.
+
+    `fits` is as for `measure_budget`.
+    """
+    times, on_gpu = StepTimes(), planner.device.type == "cuda"
+    packs, compiles = settings.packs(on_gpu), settings.compiles(on_gpu)
     config = SchedulerConfig(
         queue_limit=settings.queue_limit,
-        token_budget=token_budget,
+        # Without packing one image at a time, so that results do not depend on other requests.
+        token_budget=settings.token_budget if packs else 0,
         step_image_limit=settings.step_image_limit,
         memory_limit_bytes=settings.memory_limit_mib * 1024**2,
         aging_seconds=settings.ageing_seconds,
@@ -249,8 +263,20 @@ def assemble(
         silent_seconds=settings.silent_seconds,
     )
     caches = ReferenceCaches[ReferenceCache](settings.reference_cache_mib * 1024**2)
+    scheduler = Scheduler(config, times, caches)
+
+    def warm_up_steps() -> None:
+        warm_up(step, planner.sample, planner.sample_tokens, sizes_px, times)
+        if compiles:
+            compile_steps(step, planner.sample, packs=packs)
+        if packs and not settings.token_budget:
+            tokens = planner.sample_tokens(BUDGET_SIDE_PX, BUDGET_SIDE_PX)
+            limit = settings.step_image_limit
+            scheduler.budget.measured(measure_budget(step, planner.sample, tokens, limit, times, fits))
+        release_memory(planner.device)
+
     return Denoiser(
-        engine=Engine(Scheduler(config, times, caches), step, cache_references),
+        engine=Engine(scheduler, step, cache_references, warm_up=warm_up_steps),
         model=planner.model,
         planner=planner,
         limits=DenoiseLimits(

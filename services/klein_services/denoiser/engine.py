@@ -7,6 +7,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 
 import torch
 
@@ -59,10 +60,13 @@ class Engine:
         step: Step,
         cache_references: CacheReferences | None = None,
         *,
+        warm_up: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`cache_references` is required for requests with a reference cache."""
+        """`warm_up` runs first on the engine thread; `cache_references` is required for requests with such a cache."""
         self.clock = clock
+        self._warm_up = warm_up
+        self._warm: Future[None] = Future()
         self._scheduler = scheduler
         self._step = step
         self._cache_references = cache_references
@@ -75,9 +79,10 @@ class Engine:
         self._thread = threading.Thread(target=self._loop, name="denoiser-steps", daemon=True)
 
     def start(self) -> None:
-        """Starts the engine thread."""
-        observe_budget(self._scheduler.budget.tokens)
+        """Starts the engine thread and waits until it has warmed up; raises what the warm-up raises."""
         self._thread.start()
+        self._warm.result()
+        observe_budget(self._scheduler.budget.tokens)
 
     def admit(self, request: ScheduledRequest, channel: EventChannel) -> None:
         """Reserves a place in the queue; `submit` or `cancel` must follow.
@@ -141,6 +146,14 @@ class Engine:
 
     def _loop(self) -> None:
         with torch.inference_mode():
+            # Here and on no other thread: CUDA libraries keep plans and workspaces for each thread.
+            try:
+                if self._warm_up is not None:
+                    self._warm_up()
+            except BaseException as error:
+                self._warm.set_exception(error)
+                return
+            self._warm.set_result(None)
             while (batch := self._next_batch()) is not None:
                 for request in batch.starting:
                     queue_seconds = (request.started_at or request.admitted_at) - request.admitted_at

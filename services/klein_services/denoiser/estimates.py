@@ -69,6 +69,10 @@ class StepBudget:
         self._image_limit = image_limit
         self._good_steps = 0
 
+    def measured(self, tokens: int) -> None:
+        """Sets the full budget to what the warm-up measured."""
+        self.tokens = self._full_tokens = tokens
+
     def room(self, image_tokens: int, images: int = 0, tokens: int = 0) -> int:
         """Returns how many more images of `image_tokens` fit into a step that holds `images` of `tokens` in total.
 

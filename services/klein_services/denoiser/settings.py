@@ -47,6 +47,12 @@ class DenoiserSettings(StageSettings):
         "slower, with identical results",
         choices=OFFLOADS,
     )
+    compile: str = setting(
+        AUTOMATIC,
+        help="Whether the blocks are compiled by torch.compile, during the warm-up: on, off, or auto, which is on for "
+        "CUDA without offload. What the warm-up did not compile runs uncompiled",
+        choices=(AUTOMATIC, "on", "off"),
+    )
     packing: str = setting(
         AUTOMATIC,
         help="packed: requests share steps; exact: each image steps alone, bit for bit as in one process; "
@@ -106,6 +112,14 @@ class DenoiserSettings(StageSettings):
             yield str(error)
         if self.adapters_folder and not Path(self.adapters_folder).is_dir():
             yield f"KLEIN_ADAPTERS_FOLDER is {self.adapters_folder!r}; it must be an existing folder"
+        if self.compile == "on" and self.offload == OFFLOAD_BLOCKS:
+            yield "KLEIN_COMPILE is 'on' with KLEIN_OFFLOAD 'blocks'; offloaded blocks cannot be compiled"
+
+    def compiles(self, on_gpu: bool) -> bool:
+        """Returns whether blocks are compiled."""
+        return (
+            on_gpu and self.offload != OFFLOAD_BLOCKS if self.compile == AUTOMATIC else self.compile == "on"
+        )
 
     def packs(self, on_gpu: bool) -> bool:
         """Returns whether requests share steps."""

@@ -10,6 +10,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from klein_core.denoiser.sampler import Trajectory
+from klein_core.denoiser.transformer import FlowTransformer
+from klein_core.memory.activation_bytes import StepShape, step_activations
+from klein_core.memory.precision import PRECISIONS
+from klein_core.params import SIZE_MULTIPLE_PX
 from klein_services.denoiser.estimates import StepTimes
 from klein_services.denoiser.request_state import Step
 from klein_services.runtime.errors import DeviceOutOfMemory, as_device_fault
@@ -50,7 +54,25 @@ def warm_up(
         _log.info("warmed up", extra={"width_px": width_px, "height_px": height_px, "step_seconds": seconds})
 
 
-def measure_budget(step: Step, make: Make, image_tokens: int, image_limit: int, times: StepTimes) -> int:
+def compile_steps(step: Step, make: Make, *, packs: bool) -> None:
+    """Runs each kind of step that compiles a program: of one image; if requests share steps, of equal and unequal ones.
+
+    From here on nothing is compiled: a program takes seconds, and all requests of the step would wait for it.
+    """
+    shared = ((512, 512), (512, 512, 512), (512, 256), (512, 256, 1024)) if packs else ()
+    for sides_px in ((512,), *shared):
+        step([make(side_px, side_px) for side_px in sides_px])
+    torch.compiler.set_stance("eager_on_recompile")
+
+
+def measure_budget(
+    step: Step,
+    make: Make,
+    image_tokens: int,
+    image_limit: int,
+    times: StepTimes,
+    fits: Callable[[int], bool] = lambda count: True,
+) -> int:
     """Returns the tokens of the largest step that pays: doubles the images until throughput stops growing.
 
     Args:
@@ -59,9 +81,12 @@ def measure_budget(step: Step, make: Make, image_tokens: int, image_limit: int, 
         image_tokens: tokens of one image of `BUDGET_SIDE_PX` squared.
         image_limit: most images in a step.
         times: where the times are recorded.
+        fits: returns whether memory is expected to suffice for a number of images; more are not tried.
     """
     best_count, best_rate = 1, 0.0
     for count in (2**power for power in range(int(math.log2(image_limit)) + 1)):
+        if count > 1 and not fits(count):
+            break
         try:
             images = [make(BUDGET_SIDE_PX, BUDGET_SIDE_PX) for _ in range(count)]
             seconds = step_seconds(step, images)
@@ -97,3 +122,28 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def expected_to_fit(transformer: FlowTransformer, text_tokens: int) -> Callable[[int], bool]:
+    """Returns a function that returns whether a step of so many images of `BUDGET_SIDE_PX` takes half of free memory.
+
+    The other half is for the stages that share the device and for references. Without CUDA everything fits.
+    """
+    device, config = transformer.device, transformer.config
+    if device.type != "cuda":
+        return lambda count: True
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    precision = PRECISIONS["fp32" if transformer.dtype.itemsize == 4 else "bf16"]
+    target = (BUDGET_SIDE_PX // SIZE_MULTIPLE_PX) ** 2
+
+    def fits(count: int) -> bool:
+        shape = StepShape(spans=count, text=text_tokens, target=target)
+        return 2 * step_activations(config, precision, shape).byte_count <= free_bytes
+
+    return fits
+
+
+def release_memory(device: torch.device) -> None:
+    """Gives memory that torch keeps for reuse back to a CUDA device: other stages may share it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -61,6 +62,26 @@ def test_the_budget_is_the_largest_step_that_pays_and_fits(monkeypatch, free_tok
         assert times.seconds(1536, tokens) == pytest.approx(max(1536 / tokens * free_tokens, 1536) * 1e-6)
 
 
+def test_no_step_is_tried_that_is_not_expected_to_fit(monkeypatch):
+    device, tried = FakeDevice(10**9), []
+    monkeypatch.setattr(time, "perf_counter", lambda: device.now)
+
+    def step(trajectories) -> None:
+        tried.append(len(trajectories))
+        device.step(trajectories)
+
+    budget = measure_budget(
+        step, PLANNER.sample, 1536, image_limit=64, times=StepTimes(), fits=lambda count: count <= 5
+    )
+    assert budget == 4 * 1536
+    assert max(tried) == 4
+
+
+def test_a_warm_up_samples_random_prompts():
+    (prompt,) = PLANNER.sample(64, 64).prompt_embeddings
+    assert prompt.std() > 0.9
+
+
 def test_warm_up_measures_each_size(monkeypatch):
     device, times = FakeDevice(1), StepTimes()
     monkeypatch.setattr(time, "perf_counter", lambda: device.now)
@@ -93,6 +114,8 @@ def test_the_budget_is_none_when_exact_and_else_as_set_or_measured(monkeypatch, 
     adapters = AdapterRegistry(DenoiserSettings(), {}, torch.device("cpu"), torch.float32)
     denoiser = assemble(DenoiserSettings(**given), PLANNER, device.step, [], preparation, adapters)
     preparation.close()
+    denoiser.engine.start()
+    denoiser.engine.close()
     assert denoiser.engine.load(PLANNER.probe(512)).capacity == max(1, budget // 1536)
 
 
@@ -115,6 +138,63 @@ async def test_a_warmed_up_server_knows_the_wait_of_its_first_request(tmp_path, 
             assert {step[0].latents.shape for step in gate.steps} == {(4, 4, 16)}
             heard = await denoise(channel, request(spec()))
     assert heard.queued[0].HasField("estimated_wait")
+
+
+async def test_warm_up_and_steps_run_on_one_thread(tmp_path, monkeypatch):
+    folder, threads, step_of = save_checkpoint(tmp_path, distilled=True), set(), application.step_of
+
+    def recording(transformer):
+        step = step_of(transformer)
+
+        def recorded(trajectories) -> None:
+            threads.add(threading.get_ident())
+            step(trajectories)
+
+        return recorded
+
+    monkeypatch.setattr(application, "step_of", recording)
+    async with running_denoiser(
+        folder, warmup_sizes="64x64", packing="packed", step_image_limit=2
+    ) as channel:
+        assert len(threads) == 1
+        await denoise(channel, request(spec()))
+    assert len(threads) == 1
+    assert threading.get_ident() not in threads
+
+
+def test_a_failed_warm_up_ends_the_start(tmp_path, monkeypatch):
+    def broken(trajectories) -> None:
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(application, "step_of", lambda transformer: broken)
+    settings = DenoiserSettings(
+        model_path=str(save_checkpoint(tmp_path, distilled=True)), device="cpu", warmup_sizes="64x64"
+    )
+    preparation = Worker("test-preparation", 1)
+    denoiser = application.load_denoiser(settings, preparation)
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        denoiser.engine.start()
+    denoiser.engine.close()
+    preparation.close()
+
+
+@pytest.mark.parametrize(
+    ("given", "on_gpu", "compiles"),
+    [
+        ({}, True, True),
+        ({}, False, False),
+        ({"offload": "blocks"}, True, False),
+        ({"compile": "on"}, False, True),
+        ({"compile": "off"}, True, False),
+    ],
+)
+def test_auto_compiles_on_cuda_without_offload_only(given, on_gpu, compiles):
+    assert DenoiserSettings(**given).compiles(on_gpu) is compiles
+
+
+def test_offloaded_blocks_are_not_compiled():
+    with pytest.raises(SettingsError, match="KLEIN_COMPILE is 'on' with KLEIN_OFFLOAD 'blocks'"):
+        DenoiserSettings(compile="on", offload="blocks").check()
 
 
 def test_the_text_length_is_the_checkpoints_or_kleins(tmp_path):
