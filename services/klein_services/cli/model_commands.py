@@ -20,6 +20,7 @@ commands = typer.Typer()
 class DtypeName(StrEnum):
     """Element types that stages compute in."""
 
+    AUTO = "auto"
     CHECKPOINT = "checkpoint"
     BF16 = "bf16"
     F16 = "f16"
@@ -95,8 +96,12 @@ def up(
         ),
     ] = "auto",
     dtype: Annotated[
-        DtypeName, typer.Option(help="Element type of the computation; checkpoint keeps that of the weights.")
-    ] = DtypeName.CHECKPOINT,
+        DtypeName,
+        typer.Option(
+            help="Element type of the computation; checkpoint keeps that of the weights, and so does auto but for "
+            "VAEs on CUDA, which are bf16."
+        ),
+    ] = DtypeName.AUTO,
     quantization: Annotated[
         QuantizationName,
         typer.Option(help="Format that plain weights are converted to, which halves their memory."),

@@ -100,7 +100,7 @@ class SuiteOptions:
     port: int = 0
     """Port of the public API; 0 takes a free one."""
     device: str = "auto"
-    dtype: str = "checkpoint"
+    dtype: str = "auto"
     quantization: str = NO_QUANTIZATION
     """Format that plain weights of text encoder and transformer are converted to."""
     offload: str = "none"

@@ -201,9 +201,9 @@ class StageSettings(ServerSettings):
     model_name: str = setting("", help="Name that requests may give; empty takes the model's file name")
     device: str = setting("auto", help="auto, cpu, cuda, cuda:N or mps; auto takes the first GPU there is")
     dtype: str = setting(
-        "checkpoint",
-        help="Element type of the weights; checkpoint keeps its own",
-        choices=("checkpoint", "bf16", "f16", "f32"),
+        "auto",
+        help="Element type of the weights; checkpoint keeps its own, and so does auto but for bf16 VAEs on CUDA",
+        choices=("auto", "checkpoint", "bf16", "f16", "f32"),
     )
     threads: int = setting(
         0, help="CPU threads of one operation; 0 is torch's choice", minimum=0, maximum=1024

@@ -49,7 +49,7 @@ def resolve_device(name: str) -> torch.device:
 
 def resolve_dtype(name: str) -> torch.dtype | None:
     """Returns the dtype of a `dtype` setting; `None` keeps the checkpoint's own."""
-    return None if name == "checkpoint" else _DTYPES_BY_NAME[name]
+    return _DTYPES_BY_NAME.get(name)
 
 
 def set_threads(count: int) -> None:

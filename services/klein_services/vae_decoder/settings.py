@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from klein_core.params import DEFAULT_LIMITS
+from klein_core.params import DEFAULT_LIMITS, SIZE_MULTIPLE_PX
 from klein_services.runtime.settings import SettingsError, StageSettings, metrics_port_setting, setting
 from klein_services.vae_decoder.watermark import Watermark
 
@@ -38,9 +38,10 @@ class VaeDecoderSettings(StageSettings):
         maximum=1 << 40,
     )
     warm_up_size_px: int = setting(
-        64,
-        help="Width and height of the image that is encoded and decoded before serving",
-        minimum=64,
+        0,
+        help="Width and height of the image that is encoded and decoded before serving; 0 is 1024, then 512 on CUDA, "
+        "64 elsewhere",
+        minimum=0,
         maximum=2048,
     )
     tiling: str = setting(
@@ -60,6 +61,12 @@ class VaeDecoderSettings(StageSettings):
         help="Callable that marks the pixels of every image, as module:callable or the name of an entry point; empty "
         "marks none",
     )
+
+    def warm_up_sizes_px(self, on_gpu: bool) -> tuple[int, ...]:
+        """Returns the sides of the images of the warm-up, multiples of 16."""
+        if self.warm_up_size_px:
+            return (max(self.warm_up_size_px // SIZE_MULTIPLE_PX, 4) * SIZE_MULTIPLE_PX,)
+        return (1024, 512) if on_gpu else (64,)
 
     def problems(self) -> Iterator[str]:
         """Yields what is wrong with paths and names, the watermark's included."""
