@@ -199,6 +199,20 @@ def _device(stage: str) -> tuple[Panel, ...]:
     )
 
 
+def _batches(stage: str) -> tuple[Panel, ...]:
+    """Returns the panels of a stage that computes works of one shape together."""
+    own = f'{IN}, stage="{stage}"'
+    return (
+        graph(
+            "Works in a batch",
+            "short",
+            "Mean; nothing where batching is off.",
+            mean("klein_batch_works", "operation", own),
+            needs=GPU,
+        ),
+    )
+
+
 _STEPS = f'{IN}, stage="denoiser"'
 _VAE_DECODER = (
     graph(
@@ -373,6 +387,7 @@ BOARDS = (
                 *(_device(stage) if stage != "orchestrator" else _ORCHESTRATOR),
                 *(_DENOISER if stage == "denoiser" else ()),
                 *(_VAE_DECODER if stage == "vae-decoder" else ()),
+                *(_batches(stage) if stage in ("text-encoder", "vae-decoder") else ()),
                 *(_CACHES if stage in ("denoiser", "orchestrator") else ()),
             ),
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,7 +124,6 @@ class VaeDecoder:
         latents = self.autoencoder.encode(pixels, tiled=tiled)
         return latents[0].permute(1, 2, 0).contiguous()
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Decodes latents (rows, columns, packed_channels) of any dtype to pixels: uint8 (H, W, 3), on the CPU.
 
@@ -132,15 +131,26 @@ class VaeDecoder:
             InvalidInput: the latents have another shape, are not numbers of at least 16 bits, or have values that do
                 not decode to finite pixels.
         """
-        height_px, width_px = self._image_size(latents)
-        packed = latents.to(self.device).permute(2, 0, 1).unsqueeze(0).contiguous()
+        return self.decode_batch([latents])[0]
+
+    @torch.no_grad()
+    def decode_batch(self, latents: Sequence[Tensor]) -> list[Tensor]:
+        """Decodes latents of one shape and dtype, as `decode` does each; pixels may be rounded differently than alone.
+
+        Images that one by one need no tiles and together would are decoded one by one.
+        """
+        sizes_px = [self._image_size(each) for each in latents]
+        height_px, width_px = sizes_px[0]
+        if len(latents) > 1 and self._needs_tiles(decode_bytes, width_px, height_px, len(latents)):
+            return [self.decode(each) for each in latents]
+        packed = torch.stack([each.to(self.device) for each in latents]).permute(0, 3, 1, 2).contiguous()
         tiled = self._needs_tiles(decode_bytes, width_px, height_px)
-        image = self.autoencoder.decode(packed, tiled=tiled)[0]
-        if not bool(image.isfinite().all()):
+        images = self.autoencoder.decode(packed, tiled=tiled)
+        if not bool(images.isfinite().all()):
             raise InvalidInput.of(
                 "latents", "decode to NaN or infinity; their values must be finite and small"
             )
-        return to_rgb_bytes(image)
+        return [to_rgb_bytes(image) for image in images]
 
     def decode_image(
         self,
@@ -158,10 +168,12 @@ class VaeDecoder:
         check_encoding(width_px, height_px, image_format, quality, metadata)
         return encode_image(self.decode(latents), image_format, quality, metadata)
 
-    def _needs_tiles(self, count_bytes: Callable[..., int], width_px: int, height_px: int) -> bool:
+    def _needs_tiles(
+        self, count_bytes: Callable[..., int], width_px: int, height_px: int, image_count: int = 1
+    ) -> bool:
         emulated = needs_fp32_fallback(self.device, self.dtype)
         needed = count_bytes(self.config, width_px, height_px, self.dtype.itemsize, emulated=emulated)
-        return self.tiling.applies(needed)
+        return self.tiling.applies(image_count * needed)
 
     def _image_size(self, latents: Tensor) -> tuple[int, int]:
         """Validates latents and returns the height and width in pixels that they decode to."""

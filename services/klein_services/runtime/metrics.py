@@ -113,6 +113,12 @@ STAGE_SECONDS = Histogram(
     ["stage", "operation"],
     buckets=RPC_BUCKETS,
 )
+BATCH_WORKS = Histogram(
+    "klein_batch_works",
+    "Works of one shape that the device computed together; without samples where batching is off.",
+    ["stage", "operation"],
+    buckets=COUNT_BUCKETS,
+)
 ABANDONED_SECONDS = Counter(
     "klein_abandoned_work_seconds",
     "Seconds computed for requests that were cancelled or expired before they got their answer.",

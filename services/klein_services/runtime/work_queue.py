@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import insort
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -28,6 +28,17 @@ UNMEASURED_SECONDS = 1.0
 _RETRY_SECONDS = (0.1, 60.0)
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Works that can be computed together: those of one operation whose batches are equal."""
+
+    shape: Hashable
+    count: int
+    """Works that are computed together at most."""
+    wait_seconds: float
+    """Time after its arrival for which a work waits for others to join, while nothing else waits."""
+
+
 @dataclass(eq=False, kw_only=True)
 class Work:
     """One operation as the queue sees it: its cost, its urgency and its caller. Times are of `time.monotonic()`."""
@@ -39,6 +50,8 @@ class Work:
     caller: Caller
     deadline: float | None = None
     queued_at: float
+    batch: Batch | None = None
+    """What it may be computed with; `None` is nothing else."""
 
     sequence: int = 0
     """Order of arrival."""
@@ -59,6 +72,14 @@ class Work:
     @property
     def is_large(self) -> bool:
         return self.pixel_count > LARGE_PIXEL_COUNT
+
+    def goes_with(self, other: Work) -> bool:
+        """Returns whether both can be computed together."""
+        return (
+            self.batch is not None
+            and self.batch == other.batch
+            and (self.operation, self.urgency) == (other.operation, other.urgency)
+        )
 
 
 _Work = TypeVar("_Work", bound=Work)
@@ -156,10 +177,38 @@ class WorkQueue(Generic[_Work]):
             raise AssertionError("a class that has work gives none")
         work.is_starving_turn = chosen is not waiting[0]
         work.skips_starving = bool(starving) and not work.is_starving_turn
-        work.started_at, work.cost_seconds = now, self._expected_seconds(work)
-        chosen.begin(work)
-        self.running[work.sequence] = work
+        self._begin(work, now)
         return work
+
+    def take_batch(self, now: float) -> list[_Work]:
+        """Takes the work that runs next and those that follow it in its class and can be computed with it.
+
+        A work of another shape ends the batch, so none is delayed by works behind it. Returns no work when none may run
+        now.
+        """
+        first = self.take(now)
+        works = [] if first is None else [first]
+        while first is not None and first.batch is not None and len(works) < first.batch.count:
+            other = self._classes[first.urgency].first(allow_large=True)
+            if other is None or not other.goes_with(first):
+                break
+            other.is_starving_turn, other.skips_starving = first.is_starving_turn, first.skips_starving
+            self._begin(other, now)
+            works.append(other)
+        return works
+
+    def hold_seconds(self, now: float) -> float:
+        """Returns how long the work that runs next should wait for others to join it.
+
+        0 as soon as anything waits that it cannot be computed with.
+        """
+        waiting = [work for each in self._classes.values() for work in each.arrivals.values()]
+        first = waiting[0] if waiting else None
+        if first is None or first.batch is None or len(waiting) >= first.batch.count:
+            return 0.0
+        if not all(work.goes_with(first) for work in waiting):
+            return 0.0
+        return max(min(map(self._hold_ends_at, waiting)) - now, 0.0)
 
     def done(self, work: _Work, seconds: float, *, is_measured: bool) -> None:
         """Accounts for work that was taken and took `seconds`; `is_measured` also keeps its time for estimates."""
@@ -173,6 +222,27 @@ class WorkQueue(Generic[_Work]):
         elif work.skips_starving:
             self._starvation_credit_seconds = min(earned, self._starvation_credit_seconds + earned)
         self._classes[work.urgency].shares.correct(work.caller, seconds - work.cost_seconds)
+
+    def put_back(self, work: _Work) -> None:
+        """Lets work that is done wait again, at its old place in the order, to run alone."""
+        work.batch = work.started_at = None
+        self._classes[work.urgency].put_back(work)
+
+    def _begin(self, work: _Work, now: float) -> None:
+        work.started_at, work.cost_seconds = now, self._expected_seconds(work)
+        self._classes[work.urgency].begin(work)
+        self.running[work.sequence] = work
+
+    def _hold_ends_at(self, work: _Work) -> float:
+        """Returns the time until which a work may wait for others to join it."""
+        if work.batch is None:
+            return work.queued_at
+        wait_seconds = work.batch.wait_seconds
+        if work.deadline is not None:
+            # At most half of the time that it can spare.
+            spare_seconds = work.deadline - work.queued_at - self._expected_seconds(work)
+            wait_seconds = min(wait_seconds, spare_seconds / 2)
+        return work.queued_at + wait_seconds
 
     def _outstanding(self) -> Iterator[_Work]:
         yield from self.running.values()
@@ -233,6 +303,10 @@ class _ClassQueue(Generic[_Work]):
     def add(self, work: _Work) -> None:
         self.arrivals[work.sequence] = work
         insort(self._flows.setdefault(work.caller.name, []), work, key=lambda each: each.due)
+
+    def put_back(self, work: _Work) -> None:
+        self.add(work)
+        self.arrivals = dict(sorted(self.arrivals.items()))
 
     def remove(self, work: _Work) -> None:
         if self.arrivals.pop(work.sequence, None) is None:

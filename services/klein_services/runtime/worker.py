@@ -11,14 +11,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from klein_core.errors import DeviceFault
 from klein_services.runtime import metrics, tracing
 from klein_services.runtime.caller import caller
-from klein_services.runtime.errors import DeadlinePassed, StageUnavailable, as_device_fault
+from klein_services.runtime.errors import (
+    DeadlinePassed,
+    DeviceOutOfMemory,
+    StageUnavailable,
+    as_device_fault,
+)
 from klein_services.runtime.semantic_conventions import QUEUE
 from klein_services.runtime.urgency import Urgency
-from klein_services.runtime.work_queue import Work, WorkQueue
+from klein_services.runtime.work_queue import Batch, Work, WorkQueue
 
 _STOP_SECONDS = 1.0
+_Item = TypeVar("_Item")
 _Value = TypeVar("_Value")
 _log = logging.getLogger("klein.worker")
 
@@ -30,11 +37,14 @@ class Completed(Generic[_Value]):
     value: _Value
     queue_seconds: float
     compute_seconds: float
+    """Of a batch, this work's share."""
 
 
 @dataclass(eq=False, kw_only=True)
 class _Job(Work):
-    function: Callable[[], Any]
+    function: Callable[[Sequence[Any]], Sequence[Any]]
+    """Computes items of equal jobs."""
+    item: Any
     future: asyncio.Future[Completed[Any]]
     context: contextvars.Context
 
@@ -123,10 +133,47 @@ class Worker:
             StageUnavailable: the worker is closed.
             DeviceFault: the device failed.
         """
+        return await self.run_together(
+            _call_each,
+            function,
+            None,
+            operation=operation,
+            deadline=deadline,
+            urgency=urgency,
+            pixel_count=pixel_count,
+        )
+
+    async def run_together(
+        self,
+        function: Callable[[Sequence[_Item]], Sequence[_Value]],
+        item: _Item,
+        batch: Batch | None,
+        *,
+        operation: str,
+        deadline: float | None = None,
+        urgency: Urgency = Urgency.STANDARD,
+        pixel_count: int = 0,
+    ) -> Completed[_Value]:
+        """Runs a function on items of which this is one, and waits for this one's result.
+
+        The others are those of calls with equal batches that would run next. When the function fails for several, each
+        runs again alone, so that no call fails because of another's item.
+
+        Args:
+            function: returns a result for each of several items, in their order.
+            item: this call's.
+            batch: what it can be computed with; `None` is nothing else.
+            operation, deadline, urgency, pixel_count: as for `run`.
+
+        Raises:
+            Exception: as `run`.
+        """
         loop = asyncio.get_running_loop()
         now = time.monotonic()
         job = _Job(
             function=function,
+            item=item,
+            batch=batch,
             future=loop.create_future(),
             context=contextvars.copy_context(),
             operation=operation,
@@ -172,41 +219,67 @@ class Worker:
             thread.join(max(ends_at - time.monotonic(), 0.0))
 
     def _work(self) -> None:
-        while (job := self._next()) is not None:
-            self._compute(job)
-            # Frees the last result, perhaps a large tensor, before waiting for the next job.
-            del job
+        while jobs := self._next():
+            self._compute(jobs)
+            # Frees the last results, perhaps large tensors, before waiting for the next job.
+            del jobs
 
-    def _next(self) -> _Job | None:
+    def _next(self) -> list[_Job]:
+        """Waits for work; returns none when the worker is closed."""
         with self._changed:
             while not self._closed:
-                job = self._queue.take(time.monotonic())
-                if job is not None:
-                    return job
-                self._changed.wait()
-            return None
+                now = time.monotonic()
+                if hold_seconds := self._queue.hold_seconds(now):
+                    self._changed.wait(hold_seconds)
+                elif jobs := self._queue.take_batch(now):
+                    return jobs
+                else:
+                    self._changed.wait()
+            return []
 
-    def _compute(self, job: _Job) -> None:
+    def _compute(self, taken: list[_Job]) -> None:
         self._count()
         started_at = time.monotonic()
+        late = [job for job in taken if job.deadline is not None and started_at > job.deadline]
+        for job in late:
+            self._end(job, started_at, 0.0, None, DeadlinePassed())
+        jobs = [job for job in taken if job not in late]
+        if jobs:
+            values, error = _outcome(jobs)
+            seconds = (time.monotonic() - started_at) / len(jobs)
+            if jobs[0].batch is not None:
+                metrics.BATCH_WORKS.labels(self.name, jobs[0].operation).observe(len(jobs))
+            runs_again = len(jobs) > 1 and error is not None and not _is_lost_device(error)
+            for job, value in zip(jobs, values, strict=True):
+                if not (runs_again and self._put_back(job, seconds)):
+                    self._end(job, started_at, seconds, value, error)
+        self._count()
+
+    def _put_back(self, job: _Job, seconds: float) -> bool:
+        """Lets a job of a failed batch run again, alone; returns whether it will."""
+        with self._changed:
+            if self._closed or job.future.done():
+                return False
+            self._queue.done(job, seconds, is_measured=False)
+            self._queue.put_back(job)
+            self._changed.notify()
+            return True
+
+    def _end(
+        self, job: _Job, started_at: float, seconds: float, value: Any, error: BaseException | None
+    ) -> None:
+        """Accounts for a job and has its result delivered."""
         queue_seconds = started_at - job.queued_at
-        value: Any = None
-        error: BaseException | None
-        if job.deadline is not None and started_at > job.deadline:
-            error = DeadlinePassed()
-        else:
-            value, error = _outcome(job)
-        compute_seconds = time.monotonic() - started_at
         exemplar = job.context.run(metrics.exemplar)
         metrics.QUEUE_WAIT_SECONDS.labels(self.name).observe(queue_seconds, exemplar)
         if job.operation and error is None:
-            metrics.STAGE_SECONDS.labels(self.name, job.operation).observe(compute_seconds, exemplar)
+            metrics.STAGE_SECONDS.labels(self.name, job.operation).observe(seconds, exemplar)
         with self._changed:
-            self._queue.done(job, compute_seconds, is_measured=bool(job.operation) and error is None)
+            self._queue.done(job, seconds, is_measured=bool(job.operation) and error is None)
             # A thread may wait because this job was large.
             self._changed.notify()
         self._count()
-        completed = Completed(value, queue_seconds, compute_seconds)
+        completed = Completed(value, queue_seconds, seconds)
         loop = job.future.get_loop()
         try:
             loop.call_soon_threadsafe(self._deliver, job.future, completed, error)
@@ -234,20 +307,43 @@ class Worker:
             metrics.QUEUE_LARGE_PIXELS.labels(self.name).set(self._queue.large_pixel_count)
 
 
-def _outcome(job: _Job) -> tuple[Any, BaseException | None]:
-    def traced() -> Any:
-        if not job.operation:
-            return job.function()
-        tracing.record(QUEUE, job.queued_at, time.monotonic())
-        with tracing.span(job.operation):
-            return job.function()
+def _call_each(functions: Sequence[Callable[[], _Value]]) -> Sequence[_Value]:
+    return [function() for function in functions]
 
+
+def _outcome(jobs: Sequence[_Job]) -> tuple[Sequence[Any], BaseException | None]:
+    """Returns the jobs' results, `None` for each if the function failed, and its exception."""
+    first, others = jobs[0], jobs[1:]
+    started_at = time.monotonic()
+
+    def traced() -> Sequence[Any]:
+        items = [job.item for job in jobs]
+        if not first.operation:
+            return first.function(items)
+        tracing.record(QUEUE, first.queued_at, started_at)
+        with tracing.span(first.operation):
+            return first.function(items)
+
+    values: Sequence[Any] = [None] * len(jobs)
+    error: BaseException | None = None
     try:
-        return job.context.run(traced), None
-    except Exception as error:
-        return None, as_device_fault(error)
-    except BaseException as error:  # SystemExit from a library must not end the only thread that computes
-        return None, RuntimeError(f"a function ended with {error!r}")
+        computed = first.context.run(traced)
+        if len(computed) != len(jobs):
+            raise RuntimeError(f"{len(computed)} results of {len(jobs)} works")
+        values = computed
+    except Exception as raised:
+        error = as_device_fault(raised)
+    except BaseException as raised:  # SystemExit from a library must not end the only thread that computes
+        error = RuntimeError(f"a function ended with {raised!r}")
+    ended_at = time.monotonic()
+    for job in others:
+        job.context.run(tracing.record, QUEUE, job.queued_at, started_at)
+        job.context.run(tracing.record, job.operation, started_at, ended_at)
+    return values, error
+
+
+def _is_lost_device(error: BaseException) -> bool:
+    return isinstance(error, DeviceFault) and not isinstance(error, DeviceOutOfMemory)
 
 
 def _set_exception(future: asyncio.Future[Any], error: BaseException) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from klein_api.v1 import text_encoder_service_pb2 as pb
 from klein_core.checkpoint.key_mapping import TEXT_ENCODER
 from klein_core.errors import InvalidInput
 from klein_core.params import prompt_violations
+from klein_services.runtime.batching import BatchLimits, batch_limits
 from klein_services.runtime.frames import FrameEnvelope
 from klein_services.runtime.load_phases import IMPORT, READ_WEIGHTS, WARM_UP, phase
 from klein_services.runtime.stage import Loaded, ModelService, deadline_of, duration, require_model
@@ -51,8 +52,11 @@ class TextEncoderServicer(text_encoder_service_pb2_grpc.TextEncoderServiceServic
         violations = list(prompt_violations("prompt", request.prompt))
         if violations:
             raise InvalidInput(violations)
-        completed = await self._stage.worker.run(
-            lambda: self._encode(request.prompt),
+        completed = await self._stage.worker.run_together(
+            self._stage.encode,
+            request.prompt,
+            # Prompts are padded to one length, so that all have one shape.
+            self._stage.batches.batch(None),
             operation=OPERATION,
             deadline=deadline_of(context),
             urgency=urgency,
@@ -67,12 +71,6 @@ class TextEncoderServicer(text_encoder_service_pb2_grpc.TextEncoderServiceServic
         for message in serialized_tensor_frames(completed.value.embedding, _ENVELOPE):
             yield message
 
-    def _encode(self, prompt: str) -> EncodedPrompt:
-        # Prompts are padded to one length, so that all take the same time.
-        with watched(OPERATION, 1):
-            encoded = self._stage.encoder.encode([prompt])[0]
-            return replace(encoded, embedding=host_tensor(encoded.embedding))
-
 
 class TextEncoderStage(ModelService):
     """The stage: one text encoder behind one worker."""
@@ -84,6 +82,8 @@ class TextEncoderStage(ModelService):
     def __init__(self, settings: TextEncoderSettings) -> None:
         super().__init__(settings)
         self.settings = settings
+        self.batches = BatchLimits()
+        """Prompts that are encoded together; set by `load_model`."""
         self.encoder: TextEncoder
         """The model; set by `load_model`."""
 
@@ -92,6 +92,12 @@ class TextEncoderStage(ModelService):
         text_encoder_service_pb2_grpc.add_TextEncoderServiceServicer_to_server(
             TextEncoderServicer(self), server
         )
+
+    def encode(self, prompts: Sequence[str]) -> list[EncodedPrompt]:
+        """Returns each prompt's embedding, on the CPU."""
+        with watched(OPERATION, len(prompts)):
+            encoded = self.encoder.encode(prompts)
+            return [replace(each, embedding=host_tensor(each.embedding)) for each in encoded]
 
     def load_model(self) -> Loaded:
         # transformers takes seconds to import; health must answer meanwhile.
@@ -108,6 +114,11 @@ class TextEncoderStage(ModelService):
             )
         with phase(WARM_UP):
             warm = encoder.encode([""])[0]
+            self.batches = batch_limits(
+                self.settings,
+                device.type,
+                lambda count, _: host_tensor(encoder.encode([""] * count)[0].embedding),
+            )
         self.encoder = encoder
         facts = stage_service_pb2.TextEncoderFacts(
             sequence_length=encoder.config.sequence_length,

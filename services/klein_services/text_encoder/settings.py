@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from klein_core.checkpoint.files import ModelFiles
+from klein_services.runtime.batching import BatchingSettings
 from klein_services.runtime.settings import (
-    StageSettings,
     metrics_port_setting,
     path_problems,
     quantization_setting,
@@ -17,7 +17,7 @@ from klein_services.runtime.settings import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextEncoderSettings(StageSettings):
+class TextEncoderSettings(BatchingSettings):
     """Settings of `klein_services.text_encoder`."""
 
     port: int = setting(50051, help="Port of the gRPC server; 0 takes a free one", minimum=0, maximum=65535)

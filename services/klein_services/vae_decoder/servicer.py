@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+import math
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import grpc
@@ -20,7 +21,8 @@ from klein_core.vae_decoder.image_io import ReferenceLimits, encode_image, prepa
 from klein_core.vae_decoder.initial_image import InitialImage
 from klein_core.vae_decoder.tiling import TilingPolicy
 from klein_services.runtime.admission import ConcurrencyLimit
-from klein_services.runtime.frames import MAX_FRAME_BYTES
+from klein_services.runtime.batching import BatchLimits, batch_limits
+from klein_services.runtime.frames import MAX_FRAME_BYTES, FrameReader
 from klein_services.runtime.load_phases import READ_WEIGHTS, WARM_UP, phase
 from klein_services.runtime.request_parts import read_parts
 from klein_services.runtime.settings import SettingsError
@@ -61,6 +63,8 @@ READ_REFERENCE = "read-reference"
 READ_INITIAL_IMAGE = "read-initial-image"
 WRITE_IMAGE = "write-image"
 OPEN_FILES = "open-files"
+MEASURED_PIXEL_COUNTS = (256**2, 512**2)
+"""Sizes of images at which it is measured whether batches pay."""
 
 
 class VaeDecoderServicer(vae_decoder_service_pb2_grpc.VaeDecoderServiceServicer):
@@ -172,8 +176,10 @@ class VaeDecoderServicer(vae_decoder_service_pb2_grpc.VaeDecoderServiceServicer)
                     )
                     image = read.value
                     done += [opened, read]
-                decoded = await stage.worker.run(
-                    lambda: stage.decode(latents_tensor(frames)),
+                decoded = await stage.worker.run_together(
+                    stage.decode,
+                    frames,
+                    stage.batches.batch((frames.spec.shape, frames.spec.data_type), pixel_count),
                     operation=DECODE,
                     deadline=deadline,
                     urgency=urgency,
@@ -218,6 +224,12 @@ def write_image(
     return encode_image(pixels, encoding.name, encoding.quality, encoding.metadata), pixels.shape
 
 
+def square_latents(pixel_count: int, channels: int) -> torch.Tensor:
+    """Returns random latents of a square image of so many pixels."""
+    side = math.isqrt(pixel_count) // SIZE_MULTIPLE_PX
+    return torch.randn(side, side, channels)
+
+
 def image_pixel_count(pixels: torch.Tensor) -> int:
     """Returns the pixels of an image of shape (height, width, channels)."""
     height_px, width_px, _ = pixels.shape
@@ -257,6 +269,8 @@ class VaeDecoderStage(ModelService):
         """Reads and writes image files."""
         self.watermark = Watermark(settings.watermark) if settings.watermark else None
         """Marks every image; `None` when none is set."""
+        self.batches = BatchLimits()
+        """Images that are decoded together; set by `load_model`."""
         self.decoder: VaeDecoder
         """The model; set by `load_model`."""
 
@@ -293,10 +307,11 @@ class VaeDecoderStage(ModelService):
         with watched("encode", pixels.numel()):
             return host_tensor(self.decoder.encode(pixels))
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Returns the pixels of latents."""
-        with watched(DECODE, latents.numel()):
-            return self.decoder.decode(latents)
+    def decode(self, received: Sequence[FrameReader]) -> list[torch.Tensor]:
+        """Returns the pixels of each of some latents of one shape."""
+        latents = [latents_tensor(frames) for frames in received]
+        with watched(DECODE, sum(each.numel() for each in latents)):
+            return self.decoder.decode_batch(latents)
 
     def load_model(self) -> Loaded:
         set_threads(self.settings.threads)
@@ -311,10 +326,19 @@ class VaeDecoderStage(ModelService):
                 TilingPolicy(self.settings.tiling, (self.settings.tiling_limit_mib << 20) or None),
             )
         _log.info("%s", decoder.tiling)
+        channels = decoder.config.packed_channels
         with phase(WARM_UP):
             for side_px in self.settings.warm_up_sizes_px(on_gpu=device.type == "cuda"):
                 # Random: products of zeros are faster than those of images.
                 pixels = decoder.decode(decoder.encode(2 * torch.rand(side_px, side_px, 3) - 1))
+            self.batches = batch_limits(
+                self.settings,
+                device.type,
+                lambda count, pixel_count: decoder.decode_batch(
+                    [square_latents(pixel_count, channels)] * count
+                ),
+                MEASURED_PIXEL_COUNTS,
+            )
         if self.watermark is not None:
             try:
                 self.watermark.applied(pixels)
@@ -322,9 +346,7 @@ class VaeDecoderStage(ModelService):
                 cause = f": {error.__cause__}" if error.__cause__ else ""
                 raise SettingsError(f"KLEIN_WATERMARK: {error}{cause}") from error
         self.decoder = decoder
-        facts = stage_service_pb2.VaeDecoderFacts(
-            latent_channels=decoder.config.packed_channels, watermark=self.settings.watermark
-        )
+        facts = stage_service_pb2.VaeDecoderFacts(latent_channels=channels, watermark=self.settings.watermark)
         return Loaded(
             device=str(device),
             dtype=dtype_name(decoder.dtype),

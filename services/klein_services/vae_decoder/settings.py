@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from klein_core.params import DEFAULT_LIMITS, SIZE_MULTIPLE_PX
-from klein_services.runtime.settings import SettingsError, StageSettings, metrics_port_setting, setting
+from klein_services.runtime.batching import BatchingSettings
+from klein_services.runtime.settings import SettingsError, metrics_port_setting, setting
 from klein_services.vae_decoder.watermark import Watermark
 
 
 @dataclass(frozen=True, kw_only=True)
-class VaeDecoderSettings(StageSettings):
+class VaeDecoderSettings(BatchingSettings):
     """Settings of `klein_services.vae_decoder`."""
 
     port: int = setting(50053, help="Port of the gRPC server; 0 takes a free one", minimum=0, maximum=65535)
