@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import heapq
 import math
+import random
 from bisect import insort
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from klein_services.runtime.admission import RetryTimes
 from klein_services.runtime.caller import Caller
 from klein_services.runtime.errors import DeadlineUnreachable, QueueFull
 from klein_services.runtime.fair_shares import FairShares
@@ -25,7 +27,6 @@ STARVING_SHARE = 0.125
 """That share."""
 UNMEASURED_SECONDS = 1.0
 """Cost of work before any operation was measured, so that waiting work never looks like none."""
-_RETRY_SECONDS = (0.1, 60.0)
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,16 @@ class WorkQueue(Generic[_Work]):
         call_limit: most works that wait or run beyond one for each thread.
         pixel_limit: most pixels of large works that wait or run; one alone may exceed it. 0 is no limit.
         thread_count: threads that take work.
+        randomness: returns numbers in [0, 1) for the retry hints of refused work.
     """
 
-    def __init__(self, call_limit: int, pixel_limit: int = 0, thread_count: int = 1) -> None:
+    def __init__(
+        self,
+        call_limit: int,
+        pixel_limit: int = 0,
+        thread_count: int = 1,
+        randomness: Callable[[], float] = random.random,
+    ) -> None:
         self.call_limit = call_limit
         self.pixel_limit = pixel_limit
         self.times = OperationTimes()
@@ -109,6 +117,8 @@ class WorkQueue(Generic[_Work]):
         self._classes: dict[Urgency, _ClassQueue[_Work]] = {urgency: _ClassQueue() for urgency in Urgency}
         self._next_sequence = 0
         self._starvation_credit_seconds = 0.0
+        self._retry_times = RetryTimes(randomness)
+        self._large_retry_times = RetryTimes(randomness)
 
     def __len__(self) -> int:
         """Works that wait."""
@@ -137,10 +147,16 @@ class WorkQueue(Generic[_Work]):
             DeadlineUnreachable: by measured times, the work would end after its deadline.
         """
         if len(self) + len(self.running) >= self.call_limit + self._thread_count:
-            raise QueueFull(self.call_limit, self._retry_seconds())
+            raise QueueFull(self.call_limit, self._retry_seconds(now, self._retry_times, self._outstanding()))
+        if not (self.running or len(self)):
+            self._retry_times.forget()
         pixel_count = self.large_pixel_count
+        if not pixel_count:
+            self._large_retry_times.forget()
         if self.pixel_limit and work.is_large and 0 < pixel_count > self.pixel_limit - work.pixel_count:
-            raise QueueFull(self.pixel_limit, self._retry_seconds(), "pixels of large images wait")
+            large = (other for other in self._outstanding() if other.is_large)
+            retry_seconds = self._retry_seconds(now, self._large_retry_times, large)
+            raise QueueFull(self.pixel_limit, retry_seconds, "pixels of large images wait")
         work.sequence = self._next_sequence
         self._next_sequence += 1
         work_class = self._classes[work.urgency]
@@ -279,11 +295,21 @@ class WorkQueue(Generic[_Work]):
         """Returns the seconds of a work ahead; unmeasured ones count as 0, so that none is refused on a guess."""
         return self.times.shortest(work.operation, work.pixel_count) or 0.0
 
-    def _retry_seconds(self) -> float:
-        """Returns the time until a place is free, within bounds."""
-        shortest, longest = _RETRY_SECONDS
-        expected = min(map(self._expected_seconds, self.running.values()), default=UNMEASURED_SECONDS)
-        return min(max(expected, shortest), longest)
+    def _retry_seconds(self, now: float, line: RetryTimes, works: Iterable[_Work]) -> float:
+        """Returns the seconds after which refused work should come back: the next place in line that becomes free.
+
+        Args:
+            line: the places that were promised.
+            works: waiting and running works whose ends make places.
+        """
+        seconds, until_first, thread_count = [], math.inf, 0
+        for work in works:
+            seconds.append(self._expected_seconds(work))
+            if work.started_at is not None:
+                thread_count += 1
+                until_first = min(until_first, max(seconds[-1] - (now - work.started_at), 0.0))
+        interval = sum(seconds) / len(seconds) / max(thread_count, 1)
+        return line.seconds(now, interval if until_first == math.inf else until_first, interval)
 
 
 @dataclass

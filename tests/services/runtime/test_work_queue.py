@@ -24,7 +24,7 @@ class Simulator:
     """One thread that works off a queue; each work takes the seconds that its operation's name says."""
 
     def __init__(self, call_limit=10_000, pixel_limit=0, thread_count=1):
-        self.queue = WorkQueue(call_limit, pixel_limit, thread_count)
+        self.queue = WorkQueue(call_limit, pixel_limit, thread_count, randomness=lambda: 0.5)
         self.now = 0.0
         self.served = []
 
@@ -199,6 +199,45 @@ def test_the_bound_in_pixels_is_of_large_works_and_lets_a_single_one_pass():
     simulator.queue.remove(alone)
     assert simulator.queue.large_pixel_count == 0
     simulator.add(pixels=LARGE_PIXEL_COUNT + 9)
+
+
+def test_refused_works_are_asked_to_come_back_one_by_one_as_places_become_free():
+    simulator = Simulator(call_limit=1)
+    simulator.learn(4.0, 8.0)
+    running = simulator.add(4.0)
+    assert simulator.begin() is running
+    simulator.add(8.0)
+    simulator.now = 1.0
+    hints = []
+    for _ in range(3):
+        with pytest.raises(QueueFull) as refused:
+            simulator.add(4.0)
+        hints.append(refused.value.retry_after_seconds)
+    # The running one ends in 3 s, and works take 6 s in the mean.
+    assert hints == [3.0, 9.0, 15.0]
+    simulator.end(running)
+    simulator.run_all()
+    # Promises end with the work.
+    simulator.add(4.0)
+    simulator.begin()
+    simulator.add(4.0)
+    with pytest.raises(QueueFull) as refused:
+        simulator.add(4.0)
+    assert refused.value.retry_after_seconds == 4.0
+
+
+def test_refused_large_works_are_asked_to_come_back_when_large_ones_end():
+    simulator = Simulator(pixel_limit=3 * LARGE_PIXEL_COUNT, thread_count=2)
+    simulator.learn(2.0, pixels=LARGE_PIXEL_COUNT * 2)
+    small = simulator.add(0.125)
+    large = simulator.add(2.0, pixels=LARGE_PIXEL_COUNT * 2)
+    assert [simulator.begin(), simulator.begin()] == [small, large]
+    hints = []
+    for _ in range(2):
+        with pytest.raises(QueueFull, match="pixels") as refused:
+            simulator.add(2.0, pixels=LARGE_PIXEL_COUNT * 2)
+        hints.append(refused.value.retry_after_seconds)
+    assert hints == [2.0, 4.0]
 
 
 def test_large_works_run_one_at_a_time_and_small_ones_pass_them():
