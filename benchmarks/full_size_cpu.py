@@ -32,7 +32,7 @@ from benchmarks.measure import Bar, command, describe_machine, finish
 from benchmarks.shapes import SHAPES
 from klein_api.v1 import image_service_pb2 as api
 from klein_services.cli.client import connect, generate
-from klein_services.cli.process import PROCESSES
+from klein_services.cli.process import SUITE
 from klein_services.cli.suite import Suite, SuiteOptions
 
 PROMPT = "a lighthouse on a cliff at dusk"
@@ -112,7 +112,7 @@ def suite_side(options: argparse.Namespace, folder: Path) -> Bar:
         suite.wait_until_ready(timeout_seconds=TIMEOUT_SECONDS)
         print(f"suite: ready after {time.perf_counter() - begin:.1f} s", flush=True)
         asyncio.run(_make_both(suite.target, options))
-        peaks = {name: _peak_bytes(suite.children[name].pid) for name in PROCESSES}
+        peaks = {name: _peak_bytes(suite.children[name].pid) for name in SUITE}
     for name, peak in peaks.items():
         print(f"  {name:<14} peak {peak / 1e9:6.2f} GB", flush=True)
     return Bar("peak memory of all four, GiB", sum(peaks.values()) / 2**30, MEMORY_BAR_GIB)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from klein_services.cli.client import connect, generate
-from klein_services.cli.process import PROCESSES
+from klein_services.cli.process import SUITE
 from klein_services.cli.suite import Suite, SuiteOptions
 from klein_services.runtime.scrape import scrape
 from tests.e2e.running_suite import READY_SECONDS, Case, picture
@@ -85,7 +85,7 @@ def test_a_request_is_one_trace_over_four_processes(observed):
 def test_logs_carry_the_requests_ids_in_every_process_and_never_its_prompt(observed):
     collector, folder, _, summary = observed
     (request,) = collector.named(GENERATION)
-    for process in PROCESSES:
+    for process in SUITE:
         text = Path(folder, f"{process}.log").read_text(encoding="utf-8")
         assert "sesquipedalian" not in text
         lines = [json.loads(line) for line in text.splitlines() if line.startswith("{")]

@@ -55,7 +55,7 @@ class Up:
         return shown[1]
 
     def wait_for_stages(self) -> dict[str, psutil.Process]:
-        """Waits until all four were started; they may be far from ready."""
+        """Waits until all were started; they may be far from ready."""
         assert soon(lambda: set(self._children()) == set(PROCESSES), READY_SECONDS)
         return self._children()
 

@@ -135,6 +135,19 @@ def up(
             help="PEM file of the authorities one of which must have issued each client's certificate.",
         ),
     ] = None,
+    gateway_port: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=65535,
+            help="Port of the gateway, which serves HTTP; 0 takes a free one; by default 8080, or a free one where "
+            "that is taken.",
+            show_default=False,
+        ),
+    ] = None,
+    no_gateway: Annotated[
+        bool, typer.Option("--no-gateway", help="Leave the gateway out: gRPC only.")
+    ] = False,
     log_folder: Annotated[
         Path | None, typer.Option(help="Folder of the logs; by default a temporary one, kept after failures.")
     ] = None,
@@ -142,7 +155,7 @@ def up(
         bool, typer.Option("--verbose", "-v", help="Show the logs while they are written.")
     ] = False,
 ) -> None:
-    """Run the whole suite on this machine: four processes, one public port. Ctrl-C stops them."""
+    """Run the whole suite on this machine: four processes and the HTTP gateway. Ctrl-C stops them."""
     from klein_services.cli.suite import SuiteOptions
     from klein_services.cli.up import run_up
 
@@ -161,6 +174,8 @@ def up(
         offload=offload.value,
         threads=threads,
         log_folder=log_folder,
+        has_gateway=not no_gateway,
+        gateway_port=gateway_port,
         tls={setting: path.resolve() for setting, path in tls.items() if path is not None},
     )
     raise typer.Exit(run_up(options, Console(), verbose=verbose))

@@ -18,7 +18,7 @@ from klein_core.pico import WEIGHTS
 from klein_services.cli.errors import CliError, with_period
 from klein_services.cli.exit_codes import MISUSED
 from klein_services.cli.hub.catalog import Choice, choose, is_known, refuse_named_family
-from klein_services.runtime.settings import EMBEDDED_MODEL, model_name
+from klein_services.runtime.stage_settings import EMBEDDED_MODEL, model_name
 
 RECEIPT = "klein-pull.json"
 """Written last, next to model_index.json: the model, and the source of each file."""

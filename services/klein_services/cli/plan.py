@@ -41,7 +41,7 @@ from klein_services.cli.hub.catalog import choose, is_known
 from klein_services.cli.model_store import PICO, model_path, pulled_folder
 from klein_services.cli.output import memory_size
 from klein_services.cli.ports import DEFAULT_PORT, LOOPBACK
-from klein_services.runtime.settings import model_name
+from klein_services.runtime.stage_settings import model_name
 
 _PRECISIONS = {"F32": "fp32", "F16": "bf16", "BF16": "bf16", "F8_E4M3": "fp8", "U8": "nvfp4", "I8": "int8"}
 """Dtype of most of a file's bytes → precision; fp16 takes as much memory as bf16."""

@@ -15,6 +15,8 @@ from klein_services.cli.exit_codes import MISUSED
 LOOPBACK = "127.0.0.1"
 DEFAULT_PORT = 50050
 """Port of the public API."""
+GATEWAY_PORT = 8080
+"""Port of the gateway."""
 _CAN_HOLD = sys.platform == "linux"
 
 
@@ -81,6 +83,24 @@ def reserve_public(port: int, host: str) -> ReservedPort:
         raise CliError(
             f"Nothing can listen on port {port} of {host}: {error.strerror}.",
             "--host takes an address of this machine, --port any that is free from 1024 on.",
+            MISUSED,
+        ) from error
+
+
+def reserve_gateway(port: int | None, host: str) -> ReservedPort:
+    """Reserves the port of `--gateway-port`; for `None`, `GATEWAY_PORT` or a free one where that is taken.
+
+    Raises:
+        CliError: nothing could listen on a port that was asked for.
+    """
+    try:
+        return ReservedPort(GATEWAY_PORT if port is None else port, host)
+    except OSError as error:
+        if port is None:
+            return ReservedPort(0, host)
+        raise CliError(
+            f"Nothing can listen on --gateway-port {port} of {host}: {error.strerror}.",
+            "0 takes any free port, --no-gateway leaves the gateway out.",
             MISUSED,
         ) from error
 

@@ -1,8 +1,9 @@
-"""Probes of a suite's processes through the standard gRPC health service."""
+"""Probes of a suite's processes: the standard gRPC health service, and HTTP for the gateway."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import http.client
+from collections.abc import Collection, Mapping
 from enum import Enum
 from types import TracebackType
 
@@ -15,6 +16,10 @@ SERVICES: Mapping[str, str] = {
     "vae-decoder": "klein_api.v1.VaeDecoderService",
     "orchestrator": "klein_api.v1.ImageService",
 }
+"""Process → gRPC service whose health is asked for."""
+GATEWAY = "gateway"
+HEALTH_PATH = "/healthz"
+"""Path of a metrics port, which speaks plaintext whatever the gateway does."""
 PROBE_SECONDS = 0.5
 _OPTIONS = (
     ("grpc.enable_http_proxy", 0),
@@ -33,12 +38,14 @@ class StartupPhase(Enum):
 
 
 class Probes:
-    """Health checks of several processes, given by name with their addresses."""
+    """Health checks of several processes, given by name with their addresses; the gateway's is its metrics port."""
 
     def __init__(self, addresses: Mapping[str, str]) -> None:
+        self._gateway = addresses.get(GATEWAY, "")
         self._channels = {
             process: grpc.insecure_channel(address, options=_OPTIONS)
             for process, address in addresses.items()
+            if process != GATEWAY
         }
         self._stubs = {
             process: health_pb2_grpc.HealthStub(channel) for process, channel in self._channels.items()
@@ -58,7 +65,7 @@ class Probes:
             channel.close()
 
     def check(
-        self, processes: Iterable[str], *, timeout_seconds: float = PROBE_SECONDS
+        self, processes: Collection[str], *, timeout_seconds: float = PROBE_SECONDS
     ) -> dict[str, StartupPhase]:
         """Checks several processes at once; takes at most the timeout, half a second by default."""
         calls = {
@@ -66,8 +73,11 @@ class Probes:
                 health_pb2.HealthCheckRequest(service=SERVICES[process]), timeout=timeout_seconds
             )
             for process in processes
+            if process != GATEWAY
         }
         phases = {}
+        if GATEWAY in processes:
+            phases[GATEWAY] = _gateway_phase(self._gateway, timeout_seconds)
         for process, call in calls.items():
             try:
                 is_serving = call.result().status == health_pb2.HealthCheckResponse.SERVING
@@ -77,3 +87,15 @@ class Probes:
                 listens = error.code() is grpc.StatusCode.NOT_FOUND
                 phases[process] = StartupPhase.LOADING if listens else StartupPhase.STARTING
         return phases
+
+
+def _gateway_phase(address: str, timeout_seconds: float) -> StartupPhase:
+    connection = http.client.HTTPConnection(address, timeout=timeout_seconds)
+    try:
+        connection.request("GET", HEALTH_PATH)
+        status = connection.getresponse().status
+    except (OSError, http.client.HTTPException):
+        return StartupPhase.STARTING
+    finally:
+        connection.close()
+    return StartupPhase.READY if status == 200 else StartupPhase.LOADING

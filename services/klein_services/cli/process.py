@@ -20,7 +20,11 @@ from klein_services.cli.errors import CliError
 
 STAGES = ("text-encoder", "denoiser", "vae-decoder")
 ORCHESTRATOR = "orchestrator"
-PROCESSES = (*STAGES, ORCHESTRATOR)
+GATEWAY = "gateway"
+SUITE = (*STAGES, ORCHESTRATOR)
+"""Processes of every suite."""
+PROCESSES = (*SUITE, GATEWAY)
+"""Everything that `klein serve` runs."""
 TAIL_LINES = 12
 
 
@@ -40,7 +44,7 @@ class ChildSpec:
 
 
 class Child:
-    """A running stage or orchestrator. It ends when its parent does, however the parent ends."""
+    """A running process of the suite. It ends when its parent does, however the parent ends."""
 
     def __init__(self, spec: ChildSpec) -> None:
         self.spec = spec

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 
 from klein_services.cli.probes import Probes, StartupPhase
-from klein_services.cli.process import PROCESSES, ProcessDied
+from klein_services.cli.process import ProcessDied
 from klein_services.cli.suite import Suite
 
 DEATH_LIMIT = 3
@@ -52,8 +52,8 @@ class Restarts:
     def __init__(self, suite: Suite, say: Callable[[str], None]) -> None:
         self._suite = suite
         self._say = say
-        self._histories = {process: _History() for process in PROCESSES}
-        self._probes = Probes({process: child.address for process, child in suite.children.items()})
+        self._histories = {process: _History() for process in suite.processes}
+        self._probes = Probes(suite.probe_addresses)
 
     def __enter__(self) -> Restarts:
         return self

@@ -14,17 +14,12 @@ from typer.core import TyperGroup
 from klein_services.cli.errors import CliError, with_period
 from klein_services.cli.exit_codes import MISUSED
 from klein_services.cli.model_store import find_model
+from klein_services.cli.prerequisites import require_temporary_folder, require_torch
 from klein_services.cli.process import PROCESSES, STAGES, with_flags
 from klein_services.cli.stage_process import run_stage, settings_class
-from klein_services.cli.suite import require_temporary_folder, require_torch
-from klein_services.runtime.settings import (
-    EMBEDDED_MODEL,
-    ServerSettings,
-    SettingsError,
-    load_settings,
-    variable_name,
-)
+from klein_services.runtime.settings import ProcessSettings, SettingsError, load_settings, variable_name
 from klein_services.runtime.settings_report import describe, misspelled
+from klein_services.runtime.stage_settings import EMBEDDED_MODEL
 
 _SHORT_FLAGS = {"model_path": "--model"}
 
@@ -96,7 +91,7 @@ def _with_found_model(
     return overrides, environment | {variable: place}
 
 
-def _with_flags(stage: str, settings: type[ServerSettings]) -> Callable[..., None]:
+def _with_flags(stage: str, settings: type[ProcessSettings]) -> Callable[..., None]:
     """Returns a function that runs a stage, with a signature from which typer makes a flag for each setting."""
 
     def run(*, check_config: bool, **flags: str | None) -> None:

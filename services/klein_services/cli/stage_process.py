@@ -15,19 +15,19 @@ import threading
 import time
 from collections.abc import Mapping
 
-from klein_services.runtime.settings import ServerSettings
+from klein_services.runtime.settings import ProcessSettings
 
 STOP_SECONDS = 5.0
 """Time for a stage whose parent is gone to stop by itself."""
 
 
-def settings_class(stage: str) -> type[ServerSettings]:
-    """Returns the one class of a stage's settings module that derives from ServerSettings."""
+def settings_class(stage: str) -> type[ProcessSettings]:
+    """Returns the one class of a stage's settings module that derives from ProcessSettings."""
     module = importlib.import_module(f"klein_services.{stage.replace('-', '_')}.settings")
     found = [
         each
         for each in vars(module).values()
-        if inspect.isclass(each) and issubclass(each, ServerSettings) and each.__module__ == module.__name__
+        if inspect.isclass(each) and issubclass(each, ProcessSettings) and each.__module__ == module.__name__
     ]
     if len(found) != 1:
         raise TypeError(f"{module.__name__} has {len(found)} settings classes; exactly one is needed")

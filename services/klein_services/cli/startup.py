@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -20,7 +20,7 @@ from klein_services.cli.probes import StartupPhase
 from klein_services.cli.process import PROCESSES
 from klein_services.cli.suite import Suite
 
-_COLORS = dict(zip(PROCESSES, ("cyan", "magenta", "green", "yellow"), strict=True))
+_COLORS = dict(zip(PROCESSES, ("cyan", "magenta", "green", "yellow", "blue"), strict=True))
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -46,7 +46,7 @@ def wait_with_progress(
         ProcessDied: a process ended instead.
         CliError: it takes too long.
     """
-    progress = LoadingProgress()
+    progress = LoadingProgress(suite.processes)
 
     def show(phases: Mapping[str, StartupPhase]) -> None:
         for process in progress.update(phases):
@@ -62,9 +62,9 @@ def wait_with_progress(
 class LoadingProgress:
     """Live display with a line per process: a spinner, then the time at which it was ready."""
 
-    def __init__(self) -> None:
+    def __init__(self, processes: Sequence[str]) -> None:
         self._started = time.monotonic()
-        self._phases: Mapping[str, StartupPhase] = dict.fromkeys(PROCESSES, StartupPhase.STARTING)
+        self._phases: Mapping[str, StartupPhase] = dict.fromkeys(processes, StartupPhase.STARTING)
         self._ready_after: dict[str, float] = {}
         self._spinner = Spinner("dots")
 

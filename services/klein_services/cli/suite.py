@@ -1,4 +1,4 @@
-"""The suite's four processes on this machine: their settings, start, readiness and end.
+"""The suite's processes on this machine: their settings, start, readiness and end.
 
 Used by `klein up`, the demo, the end-to-end tests and the benchmarks.
 """
@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 
@@ -23,12 +22,21 @@ from klein_core.quantization.constants import NO_QUANTIZATION
 from klein_services.cli.errors import CliError, with_period
 from klein_services.cli.exit_codes import MISUSED
 from klein_services.cli.model_store import COMPONENTS, PICO, model_files, require_model
-from klein_services.cli.ports import LOOPBACK, ReservedPort, reserve_all_or_free, reserve_public
+from klein_services.cli.ports import (
+    LOOPBACK,
+    ReservedPort,
+    reserve_all_or_free,
+    reserve_gateway,
+    reserve_public,
+)
+from klein_services.cli.prerequisites import require_temporary_folder, require_torch
 from klein_services.cli.probes import Probes, StartupPhase
 from klein_services.cli.process import (
+    GATEWAY,
     ORCHESTRATOR,
     PROCESSES,
     STAGES,
+    SUITE,
     Child,
     ChildSpec,
     ProcessDied,
@@ -39,9 +47,9 @@ from klein_services.cli.process import (
 from klein_services.cli.stage_process import settings_class
 from klein_services.runtime.channels import host_for_url
 from klein_services.runtime.settings import (
+    ProcessSettings,
     ServerSettings,
     SettingsError,
-    check_temporary_folder,
     load_settings,
     variable_name,
 )
@@ -111,6 +119,10 @@ class SuiteOptions:
     """`None` creates a temporary folder, which is removed after a clean end."""
     adapters: Path | None = None
     """Folder of the adapters that requests may name."""
+    has_gateway: bool = False
+    """Whether the gateway is started, too."""
+    gateway_port: int | None = None
+    """Port of the gateway; 0 takes a free one, `None` 8080 or a free one where that is taken."""
     tls: Mapping[str, Path] = field(default_factory=dict)
     """Setting of the public API's TLS, such as `tls_certificate`, → its file."""
     settings: Mapping[str, str] = field(default_factory=dict)
@@ -118,7 +130,7 @@ class SuiteOptions:
 
 
 class Suite:
-    """Four processes that start and end together. Leaving the `with` block stops them.
+    """Processes that start and end together. Leaving the `with` block stops them.
 
     Raises:
         CliError: the model is missing, a setting cannot be used, or the port is taken.
@@ -132,21 +144,24 @@ class Suite:
         self.model_name = require_model(self.files)
         if options.adapters is not None and not options.adapters.is_dir():
             raise CliError(f"--adapters {options.adapters} is not a folder.", exit_code=MISUSED)
+        self.processes = PROCESSES if options.has_gateway and not self.gateway_problem else SUITE
+        """Names of the processes, in the order of their start."""
         self.children: dict[str, Child] = {}
         self._killed: list[str] = []
         with ExitStack() as held:
             reserved = [held.enter_context(ReservedPort()) for _ in STAGES]
             reserved.append(held.enter_context(reserve_public(options.port, options.host)))
-            metrics = [held.enter_context(each) for each in reserve_all_or_free(METRICS_PORTS)]
-            self.ports = {process: each.port for process, each in zip(PROCESSES, reserved, strict=True)}
-            self.metrics_ports = {
-                process: each.port for process, each in zip(PROCESSES, metrics, strict=True)
-            }
+            if options.has_gateway:
+                reserved.append(held.enter_context(reserve_gateway(options.gateway_port, options.host)))
+            preferred = METRICS_PORTS[: len(self.processes)]
+            metrics = [held.enter_context(each) for each in reserve_all_or_free(preferred)]
+            self.ports = {name: each.port for name, each in zip(self.processes, reserved, strict=True)}
+            self.metrics_ports = {name: each.port for name, each in zip(self.processes, metrics, strict=True)}
             self.health_ports: dict[str, int] = {}
             """Plaintext ports for the probes of the processes that speak TLS."""
-            for process in PROCESSES:
+            for process in self.processes:
                 settings = self._check_settings(process)
-                if settings.tls_certificate:
+                if isinstance(settings, ServerSettings) and settings.tls_certificate:
                     port = settings.health_port or held.enter_context(ReservedPort()).port
                     self.health_ports[process] = port
             self.log_folder = options.log_folder or Path(tempfile.mkdtemp(prefix="klein-"))
@@ -160,19 +175,39 @@ class Suite:
     @property
     def target(self) -> str:
         """Address of the public API for clients on this machine."""
-        host = LOOPBACK if self.options.host in _EVERY_ADDRESS else self.options.host
-        return f"{host_for_url(host)}:{self.ports[ORCHESTRATOR]}"
+        return self._public_address(ORCHESTRATOR)
 
-    def probe_address(self, process: str) -> str:
-        """Returns the plaintext address that answers a process's health."""
-        address = self._address(process)
-        if port := self.health_ports.get(process):
-            return f"{address.rpartition(':')[0]}:{port}"
-        return address
+    @property
+    def gateway_problem(self) -> str:
+        """Reason for which the gateway cannot call this suite; empty when it can."""
+        variable = variable_name("tls_certificate")
+        has_tls = self.options.tls or self.options.settings.get(variable) or os.environ.get(variable)
+        if not has_tls or os.environ.get(variable_name("target_tls_ca")):
+            return ""
+        return (
+            "the orchestrator speaks TLS, and KLEIN_TARGET_TLS_CA, the authorities that issued its certificate, is "
+            "not set"
+        )
+
+    @property
+    def gateway_url(self) -> str:
+        """URL of the gateway for clients on this machine; empty without one."""
+        return f"http://{self._public_address(GATEWAY)}" if GATEWAY in self.processes else ""
+
+    @property
+    def probe_addresses(self) -> dict[str, str]:
+        """Plaintext address of each process that answers its health."""
+        addresses = {process: self._address(process) for process in self.processes}
+        ports = self.health_ports | {
+            name: self.metrics_ports[name] for name in self.processes if name == GATEWAY
+        }
+        for process, port in ports.items():
+            addresses[process] = f"{addresses[process].rpartition(':')[0]}:{port}"
+        return addresses
 
     def __enter__(self) -> Suite:
         try:
-            for process in PROCESSES:
+            for process in self.processes:
                 self.children[process] = Child(self._child_spec(process))
         except BaseException:
             self.stop()
@@ -193,15 +228,15 @@ class Suite:
         on_change: OnChange = lambda phases: None,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> bool:
-        """Waits until all four serve; returns false when `cancelled` returned true first.
+        """Waits until all serve; returns false when `cancelled` returned true first.
 
         Raises:
             ProcessDied: one ended instead.
             CliError: the time passed.
         """
-        phases = dict.fromkeys(PROCESSES, StartupPhase.STARTING)
+        phases = dict.fromkeys(self.processes, StartupPhase.STARTING)
         end = time.monotonic() + timeout_seconds
-        with Probes({process: self.probe_address(process) for process in PROCESSES}) as probes:
+        with Probes(self.probe_addresses) as probes:
             while not cancelled():
                 self.raise_if_died()
                 waiting = [name for name, phase in phases.items() if phase is not StartupPhase.READY]
@@ -228,7 +263,7 @@ class Suite:
         return False
 
     def raise_if_died(self) -> None:
-        """Raises ProcessDied when one of the four has ended."""
+        """Raises ProcessDied when one of them has ended."""
         for child in self.children.values():
             if child.exit_code is not None:
                 raise ProcessDied(child, flags=self.flags(child.name))
@@ -238,7 +273,7 @@ class Suite:
         self.children[process] = Child(replace(self._child_spec(process), appends_log=True))
 
     def stop(self, *, insisted: Callable[[], bool] = lambda: False) -> list[str]:
-        """Stops what runs, the orchestrator first so that its requests can end; kills what takes too long.
+        """Stops what runs, the public ones first so that their requests can end; kills what takes too long.
 
         Args:
             insisted: called at each poll; true kills at once.
@@ -247,10 +282,8 @@ class Suite:
             Names of the processes that had to be killed, in this call or before.
         """
         alive = [child for child in self.children.values() if child.exit_code is None]
-        for group in (
-            [child for child in alive if child.name == ORCHESTRATOR],
-            [child for child in alive if child.name != ORCHESTRATOR],
-        ):
+        for names in ((GATEWAY,), (ORCHESTRATOR,), STAGES):
+            group = [child for child in alive if child.name in names]
             for child in group:
                 child.terminate()
             end = time.monotonic() + GRACE_SECONDS + 2.0
@@ -266,11 +299,13 @@ class Suite:
 
     def flags(self, process: str) -> dict[str, str]:
         """Returns `KLEIN_` variable → flag of `klein up`, for the settings that the flags set."""
+        if process == GATEWAY:
+            return _COMMON_FLAGS | {"KLEIN_PORT": "--gateway-port"}
         if process == ORCHESTRATOR:
             return _COMMON_FLAGS
         return _COMMON_FLAGS | {"KLEIN_WEIGHTS_PATH": f"--{COMPONENTS[process].replace('_', '-')}"}
 
-    def _check_settings(self, process: str) -> ServerSettings:
+    def _check_settings(self, process: str) -> ProcessSettings:
         """Returns the settings of a process.
 
         Raises:
@@ -286,7 +321,12 @@ class Suite:
         return settings
 
     def _address(self, process: str) -> str:
-        return self.target if process == ORCHESTRATOR else f"{LOOPBACK}:{self.ports[process]}"
+        is_public = process in (ORCHESTRATOR, GATEWAY)
+        return self._public_address(process) if is_public else f"{LOOPBACK}:{self.ports[process]}"
+
+    def _public_address(self, process: str) -> str:
+        host = LOOPBACK if self.options.host in _EVERY_ADDRESS else self.options.host
+        return f"{host_for_url(host)}:{self.ports[process]}"
 
     def _child_spec(self, process: str) -> ChildSpec:
         environment = inherited_environment() | self._settings(process)
@@ -295,7 +335,7 @@ class Suite:
         return ChildSpec(process, self._address(process), environment, self.log_folder / f"{process}.log")
 
     def _settings(self, process: str) -> dict[str, str]:
-        is_public = process == ORCHESTRATOR
+        is_public = process in (ORCHESTRATOR, GATEWAY)
         common = {
             "KLEIN_HOST": self.options.host if is_public else LOOPBACK,
             "KLEIN_PORT": str(self.ports[process]),
@@ -306,6 +346,9 @@ class Suite:
             "KLEIN_DRAIN_DELAY_SECONDS": "0",
             "KLEIN_GRACE_SECONDS": f"{GRACE_SECONDS:g}",
         }
+        if process == GATEWAY:
+            # The user's own target is the one that commands call.
+            return common | {"KLEIN_TARGET": self.target, **_NO_TLS} | dict(self.options.settings)
         # Exactly these stages, in plaintext, whatever the user's shell names.
         targets = {"KLEIN_ROUTING_TABLE": "", **_NO_STAGE_TLS} | {
             f"KLEIN_{stage.replace('-', '_').upper()}_TARGET": f"{LOOPBACK}:{self.ports[stage]}"
@@ -342,20 +385,3 @@ def default_threads() -> int:
     """
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, usable // 2)
-
-
-def require_torch() -> None:
-    """Raises CliError in an installation that can only be a client or an orchestrator."""
-    if find_spec("torch") is None:
-        raise CliError(
-            "This installation cannot run stages: torch is missing.",
-            "Install it with: pip install 'klein-suite[stages]'",
-        )
-
-
-def require_temporary_folder() -> None:
-    """Raises CliError when no folder for temporary files can be written, which torch fails without."""
-    try:
-        check_temporary_folder()
-    except SettingsError as error:
-        raise CliError(str(error), exit_code=MISUSED) from error

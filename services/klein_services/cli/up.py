@@ -12,7 +12,7 @@ from rich.text import Text
 from klein_services.cli.errors import CliError
 from klein_services.cli.exit_codes import FAILED
 from klein_services.cli.ports import DEFAULT_PORT, LOOPBACK
-from klein_services.cli.process import ORCHESTRATOR, PROCESSES
+from klein_services.cli.process import ORCHESTRATOR
 from klein_services.cli.restarts import Restarts
 from klein_services.cli.startup import FollowedLogs, StopSignals, wait_with_progress
 from klein_services.cli.status import list_models, model_text
@@ -41,6 +41,8 @@ def run_up(options: SuiteOptions, console: Console, *, verbose: bool) -> int:
             )
             if seconds is not None:
                 about = about_model(suite)
+                if options.has_gateway and suite.gateway_problem:
+                    console.print(f"Without the gateway: {suite.gateway_problem}.", soft_wrap=True)
                 for text in (
                     f"Ready after {seconds:.1f} s at {suite.target}.",
                     about,
@@ -93,11 +95,19 @@ def how_to_call(suite: Suite) -> str:
         if "tls_client_ca" in suite.options.tls:
             target += " --tls-certificate CLIENT.pem --tls-key CLIENT.key"
             grpcurl += " -cert CLIENT.pem -key CLIENT.key"
-    is_default = list(suite.metrics_ports.values()) == list(METRICS_PORTS)
+    is_default = list(suite.metrics_ports.values()) == list(METRICS_PORTS[: len(suite.processes)])
     ports = suite.metrics_ports.values()
     pages = "" if is_default else "".join(f" --metrics {LOOPBACK}:{port}" for port in ports)
     metrics = "\n".join(
-        f"    {process:<13} http://127.0.0.1:{suite.metrics_ports[process]}/metrics" for process in PROCESSES
+        f"    {process:<13} http://127.0.0.1:{suite.metrics_ports[process]}/metrics"
+        for process in suite.processes
+    )
+    http_call = (
+        f"""    curl {suite.gateway_url}/v1/images/generations -H 'Content-Type: application/json' \\
+        -d '{{"prompt": "a blue star"}}'
+"""
+        if suite.gateway_url
+        else ""
     )
     return f"""
 Call it:
@@ -106,6 +116,6 @@ Call it:
     klein top{pages}
     grpcurl {grpcurl} -d '{{"spec": {{"prompt": "a blue star"}}}}' {address} \\
         klein_api.v1.ImageService/GenerateImage
-Metrics:
+{http_call}Metrics:
 {metrics}
 Ctrl-C stops everything."""

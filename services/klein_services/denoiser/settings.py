@@ -7,13 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from klein_services.runtime.settings import (
-    SettingsError,
-    StageSettings,
-    metrics_port_setting,
-    quantization_setting,
-    setting,
-)
+from klein_services.runtime.settings import SettingsError, metrics_port_setting, setting
+from klein_services.runtime.stage_settings import StageSettings, quantization_setting
 
 AUTOMATIC = "auto"
 OFFLOAD_BLOCKS = "blocks"

@@ -8,7 +8,8 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 from klein_services.runtime.errors import DeviceOutOfMemory, as_device_fault
-from klein_services.runtime.settings import StageSettings, setting
+from klein_services.runtime.settings import setting
+from klein_services.runtime.stage_settings import StageSettings
 from klein_services.runtime.work_queue import Batch
 
 AUTOMATIC = "auto"

@@ -9,23 +9,17 @@ import os
 import resource
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from klein_services.runtime import logs
 from klein_services.runtime.listener import RESERVED_FILES
 from klein_services.runtime.pem import PemError
 from klein_services.runtime.server import serve
-from klein_services.runtime.settings import (
-    ServerSettings,
-    SettingsError,
-    StageSettings,
-    check_temporary_folder,
-    load_settings,
-)
+from klein_services.runtime.settings import ProcessSettings, SettingsError, load_settings
 from klein_services.runtime.settings_report import describe, misspelled
-from klein_services.runtime.stage import Service
+from klein_services.runtime.stage_settings import StageSettings, check_temporary_folder
 
 CHECK_CONFIG = "--check-config"
 _STAGE_PACKAGES = ("torch", "transformers", "safetensors", "numpy", "PIL")
@@ -37,7 +31,7 @@ _BLOCK_BYTES = 32 << 20
 _KEPT_BYTES = 64 << 20
 """Free memory at the heap's end beyond this is returned to the system."""
 _log = logging.getLogger("klein.server")
-_Settings = TypeVar("_Settings", bound=ServerSettings)
+_Settings = TypeVar("_Settings", bound=ProcessSettings)
 
 
 @dataclass(frozen=True)
@@ -45,8 +39,10 @@ class EntryPoint(Generic[_Settings]):
     """The process of one kind of server; its `__main__` module makes one."""
 
     settings_class: type[_Settings]
-    make_service: Callable[[_Settings], Service]
+    make_service: Callable[[_Settings], Any]
     """Called with valid settings. Imports what it needs, so that settings are checked before torch is loaded."""
+    serve_service: Callable[[Any, Any], Coroutine[Any, Any, int]] = serve
+    """Serves what `make_service` returned until it is stopped; returns the exit code."""
 
     def cli_main(self, arguments: Sequence[str]) -> int:
         """Runs `python -m PACKAGE [--check-config]` and returns the exit code, 2 for bad arguments or settings.
@@ -102,7 +98,7 @@ class EntryPoint(Generic[_Settings]):
             _log.warning("%s", warning)
         keep_large_blocks()
         allow_files(settings.max_connections + RESERVED_FILES)
-        code = asyncio.run(serve(settings, service))
+        code = asyncio.run(self.serve_service(settings, service))
         if any(thread.daemon for thread in threading.enumerate()):
             # A thread that nothing can interrupt may still compute; ending the interpreter under it crashes.
             logging.shutdown()

@@ -39,6 +39,11 @@ RPC_RESPONSE_STATUS_CODE: Final = "rpc.response.status_code"
 GRPC: Final = "grpc"
 """Value of `rpc.system.name`."""
 
+# HTTP, https://opentelemetry.io/docs/specs/semconv/http/http-spans/
+HTTP_REQUEST_METHOD: Final = "http.request.method"
+HTTP_RESPONSE_STATUS_CODE: Final = "http.response.status_code"
+HTTP_ROUTE: Final = "http.route"
+
 ERROR_TYPE: Final = "error.type"
 SERVER_ADDRESS: Final = "server.address"
 SERVER_PORT: Final = "server.port"

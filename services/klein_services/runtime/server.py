@@ -15,8 +15,9 @@ from klein_services.runtime.health import ServerHealth, State
 from klein_services.runtime.listener import BindError, Listener
 from klein_services.runtime.load_phases import begin_load, process_began_at
 from klein_services.runtime.pem import PemError
-from klein_services.runtime.settings import ServerSettings, SettingsError, StageSettings
+from klein_services.runtime.settings import ServerSettings, SettingsError
 from klein_services.runtime.stage import Service, software_version
+from klein_services.runtime.stage_settings import StageSettings
 from klein_services.runtime.tls import exposure
 from klein_services.runtime.watchdog import Watchdog, end_process
 

@@ -10,7 +10,7 @@ from typing import Any
 from klein_services.runtime.settings import (
     PREFIX,
     LoadedSettings,
-    ServerSettings,
+    ProcessSettings,
     limits_of,
     number_text,
     variable_name,
@@ -20,7 +20,7 @@ _LIKENESS = 0.93
 """Similarity of a misspelled name: one or two of its letters are wrong, missing or too many."""
 
 
-def misspelled(cls: type[ServerSettings], environment: Mapping[str, str]) -> list[str]:
+def misspelled(cls: type[ProcessSettings], environment: Mapping[str, str]) -> list[str]:
     """Returns a sentence for each `KLEIN_` variable that is not a setting of this class but looks like one.
 
     Other variables are not reported: the stages may share an environment.

@@ -16,7 +16,7 @@ from klein_api.v1 import stage_service_pb2, stage_service_pb2_grpc
 from klein_services.runtime import metrics
 from klein_services.runtime.channels import STAGE_MESSAGE_BYTES
 from klein_services.runtime.errors import UnknownModel
-from klein_services.runtime.settings import StageSettings
+from klein_services.runtime.stage_settings import StageSettings
 from klein_services.runtime.worker import Worker
 
 if TYPE_CHECKING:

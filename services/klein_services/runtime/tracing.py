@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -210,6 +210,35 @@ def server_span(path: str, metadata: Sequence[tuple[str, str | bytes]]) -> OpenS
             attributes=_rpc_attributes(method),
         )
     )
+
+
+def http_server_span(method: str, headers: Iterable[tuple[str, str]]) -> OpenSpan:
+    """Begins the span of an incoming HTTP request, as a child of the client's span."""
+    if _tracer is None:
+        return NO_SPAN
+    from opentelemetry import propagate
+    from opentelemetry.trace import SpanKind
+
+    return OpenSpan(
+        _tracer.start_span(
+            method,
+            context=propagate.extract(dict(headers)),
+            kind=SpanKind.SERVER,
+            attributes={names.HTTP_REQUEST_METHOD: method},
+        )
+    )
+
+
+def end_http_server_span(opened: OpenSpan, route: str, status: int, request_id: str) -> None:
+    """Ends the span of an incoming HTTP request; statuses from 500 on are errors of this server."""
+    opened.set(
+        {
+            names.HTTP_ROUTE: route,
+            names.HTTP_RESPONSE_STATUS_CODE: status,
+            names.KLEIN_REQUEST_ID: request_id,
+        }
+    )
+    opened.end(grpc.StatusCode.UNKNOWN if status >= 500 else grpc.StatusCode.OK)
 
 
 def end_server_span(opened: OpenSpan, code: grpc.StatusCode, request_id: str) -> None:

@@ -8,12 +8,8 @@ from pathlib import Path
 
 from klein_core.checkpoint.files import ModelFiles
 from klein_services.runtime.batching import BatchingSettings
-from klein_services.runtime.settings import (
-    metrics_port_setting,
-    path_problems,
-    quantization_setting,
-    setting,
-)
+from klein_services.runtime.settings import metrics_port_setting, path_problems, setting
+from klein_services.runtime.stage_settings import quantization_setting
 
 
 @dataclass(frozen=True, kw_only=True)

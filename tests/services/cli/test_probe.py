@@ -67,7 +67,7 @@ async def test_a_probe_of_a_port_without_a_server_fails():
     [
         ((), {}, "Give one of text-encoder"),
         (("decoder",), {}, "Give one of text-encoder"),
-        (("denoiser",), {"KLEIN_TLS_CERTIFICATE": "cert.pem"}, "A server with TLS needs KLEIN_HEALTH_PORT"),
+        (("denoiser",), {"KLEIN_TLS_CERTIFICATE": "cert.pem"}, "This server needs KLEIN_HEALTH_PORT"),
         (("denoiser",), {"KLEIN_PORT": "many"}, "KLEIN_PORT is 'many'; it must be a whole number"),
     ],
 )

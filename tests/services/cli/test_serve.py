@@ -27,7 +27,7 @@ def test_check_config_shows_every_setting_with_its_source(
     lines = capsys.readouterr().out.splitlines()
     assert any("KLEIN_PORT" in line and "12345" in line and "--port" in line for line in lines)
     assert any("KLEIN_LOG_LEVEL" in line and "debug" in line for line in lines)
-    assert any("KLEIN_QUEUE_LIMIT" in line and "default" in line for line in lines)
+    assert any("KLEIN_GRACE_SECONDS" in line and "default" in line for line in lines)
 
 
 def test_a_bad_flag_value_is_one_sentence_with_its_name(capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,4 +154,4 @@ def test_help_lists_the_settings(stage: str, capsys: pytest.CaptureFixture[str])
     out = capsys.readouterr().out
     assert "--metrics-port" in out
     assert "KLEIN_METRICS_PORT" in out
-    assert re.search(r"\[default: 946[4-7]\]", out)
+    assert re.search(r"\[default: 946[4-8]\]", out)

@@ -5,9 +5,10 @@ import sys
 
 import pytest
 
-from klein_services.cli.process import PROCESSES, inherited_environment
+from klein_services.cli.process import PROCESSES, STAGES, inherited_environment
 
-MODULES = [f"klein_services.{stage.replace('-', '_')}" for stage in PROCESSES]
+MODULES = [f"klein_services.{process.replace('-', '_')}" for process in PROCESSES]
+STAGE_MODULES = MODULES[: len(STAGES)]
 WITHOUT_TORCH = """
 import runpy, sys
 class Absent:
@@ -40,9 +41,9 @@ def run(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_check_config_needs_no_torch_and_starts_nothing(module: str) -> None:
-    shown = run(module, "--check-config", KLEIN_QUEUE_LIMT="3", KLEIN_DRAIN_DELAY_SECONDS="7")
+    shown = run(module, "--check-config", KLEIN_GRACE_SECOND="3", KLEIN_DRAIN_DELAY_SECONDS="7")
     assert (shown.returncode, shown.stderr.count("\n")) == (0, 1)
-    assert "KLEIN_QUEUE_LIMIT is one" in shown.stderr
+    assert "KLEIN_GRACE_SECONDS is one" in shown.stderr
     assert any("KLEIN_DRAIN_DELAY_SECONDS" in line and " 7 " in line for line in shown.stdout.splitlines())
 
 
@@ -72,8 +73,8 @@ def test_all_processes_can_run_side_by_side_with_their_defaults() -> None:
         lines = run(module, "--check-config").stdout.splitlines()
         values = {words[0]: words[1] for words in map(str.split, lines)}
         ports += [values["KLEIN_PORT"], values["KLEIN_METRICS_PORT"]]
-    assert len(set(ports)) == len(ports) == 8
-    assert set(ports) >= {"9464", "9465", "9466", "9467"}
+    assert len(set(ports)) == len(ports) == 10
+    assert set(ports) >= {"9464", "9465", "9466", "9467", "9468"}
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -83,7 +84,7 @@ def test_other_arguments_are_refused(module: str) -> None:
     assert refused.stderr.startswith("--port is not understood")
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if "orchestrator" not in module])
+@pytest.mark.parametrize("module", STAGE_MODULES)
 def test_a_stage_without_torch_is_one_sentence(module: str) -> None:
     ended = run(module)
     assert ended.returncode == 1
@@ -92,7 +93,7 @@ def test_a_stage_without_torch_is_one_sentence(module: str) -> None:
     assert "Traceback" not in ended.stderr
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if "orchestrator" not in module])
+@pytest.mark.parametrize("module", STAGE_MODULES)
 def test_a_stage_without_a_temporary_folder_is_one_sentence(module: str) -> None:
     ended = subprocess.run(
         [sys.executable, "-c", WITHOUT_TEMPORARY_FOLDER, module],

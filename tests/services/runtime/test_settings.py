@@ -16,12 +16,12 @@ from klein_services.orchestrator.settings import OrchestratorSettings
 from klein_services.runtime.settings import (
     ServerSettings,
     SettingsError,
-    StageSettings,
     load_settings,
     setting,
     variable_name,
 )
 from klein_services.runtime.settings_report import describe, misspelled
+from klein_services.runtime.stage_settings import StageSettings
 from klein_services.text_encoder.settings import TextEncoderSettings
 from klein_services.vae_decoder.settings import VaeDecoderSettings
 

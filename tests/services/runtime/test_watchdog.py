@@ -40,7 +40,7 @@ from tests.services.runtime.test_process import process
 SCRIPT = """
 import ctypes, logging, os, sys, time
 from klein_services.runtime.entry import EntryPoint
-from klein_services.runtime.settings import StageSettings
+from klein_services.runtime.stage_settings import StageSettings
 from klein_services.runtime.watchdog import watched
 from tests.services.fakes.runtime_toy import Toy
 
