@@ -20,6 +20,7 @@ from klein_services.denoiser.request import DenoiseParams, RequestTensors, Serve
 from klein_services.denoiser.request_state import RequestState
 from klein_services.denoiser.scheduled_request import CacheSpec, ScheduledRequest
 from klein_services.denoiser.warmup import STEPS_NEEDED
+from klein_services.runtime.caller import caller
 
 CACHED_TOKENS_PER_TOKEN = 8
 """Cached reference tokens that cost about as much step time as one ordinary token.
@@ -58,6 +59,8 @@ class RequestPlanner:
             first_step=params.first_step,
             urgency=params.urgency,
             deadline=deadline,
+            caller=caller.get(),
+            is_resumed=params.resume_step > 0,
             memory_bytes=self._memory_bytes(params, self.text_tokens, params.initial_tokens),
         )
 

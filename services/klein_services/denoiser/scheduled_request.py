@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from klein_services.denoiser.step_spans import StepSpans
 from klein_services.runtime import metrics
+from klein_services.runtime.caller import NO_CALLER, Caller
 from klein_services.runtime.urgency import Urgency
 
 STAGE = "denoiser"
@@ -45,11 +46,17 @@ class ScheduledRequest:
     """Bytes of the request's tensors, held from admission to its end."""
     cache: CacheSpec | None = None
     """Reference cache needed before the first step."""
+    caller: Caller = NO_CALLER
+    """Requests of a class share the device by their callers."""
+    is_resumed: bool = False
+    """Whether another replica did the steps before `first_step`."""
     connection: str = ""
     """The connection that the request came on."""
 
     sequence: int = 0
     """Order of admission."""
+    place: float = 0.0
+    """Place among equals: that of its admission, but of a resumed request before those that wait."""
     admitted_at: float = 0.0
     is_silent: bool = True
     """Whether nothing came after the spec yet."""
@@ -62,15 +69,19 @@ class ScheduledRequest:
     started_at: float | None = None
     spent_seconds: float = 0.0
     """This request's share of device time so far."""
+    turn: float | None = None
+    """Its caller's start tag when it began; `None` while its caller has to share before it goes on."""
+    charged_seconds: float = 0.0
+    """Device time that its caller was charged: in a turn also what the request still needs."""
     exemplar: dict[str, str] | None = field(default_factory=metrics.exemplar)
     """Links this request's observations, which the engine's thread makes, to its trace."""
     spans: StepSpans | None = None
     """Spans of the request; `None` while tracing is off."""
 
     @property
-    def sort_key(self) -> tuple[int, float, int]:
-        """Order of service: priority class, then earliest deadline, then order of admission."""
-        return (self.urgency, math.inf if self.deadline is None else self.deadline, self.sequence)
+    def due(self) -> tuple[float, float, int]:
+        """Order among the requests of one caller and class: earliest deadline, then first come, first served."""
+        return (math.inf if self.deadline is None else self.deadline, self.place, self.sequence)
 
     @property
     def items_left(self) -> int:

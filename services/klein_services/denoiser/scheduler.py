@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from klein_services.denoiser.cache_admission import CacheAdmission
 from klein_services.denoiser.estimates import Estimates, StepBudget, StepTimes
 from klein_services.denoiser.reference_kv_cache import ReferenceCaches
 from klein_services.denoiser.scheduled_request import Batch, CacheSpec, ScheduledRequest, WorkItem
+from klein_services.denoiser.service_order import ServiceOrder
 from klein_services.denoiser.silent_requests import SilentRequests, is_doubtful
 from klein_services.runtime.admission import RetryTimes
 from klein_services.runtime.errors import DeadlineUnreachable, QueueFull
@@ -17,7 +19,7 @@ from klein_services.runtime.errors import DeadlineUnreachable, QueueFull
 UNKNOWN_RETRY_SECONDS = 1.0
 """Time until a place is free, as long as no step was measured."""
 UNMEASURED_SECONDS = 1.0
-"""Backlog of a request whose size was never measured, so that waiting work never looks like none."""
+"""Cost of a request whose size was never measured, so that waiting work never looks like none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +55,12 @@ class Load:
 
 
 class Scheduler:
-    """Earliest deadline first within priority classes, first come first served among equals.
+    """Chooses batches in the order of `ServiceOrder`: by class, then fairly between callers, then by deadline.
 
-    The order is strict: a running request pauses at a step boundary for one that precedes it, and its tensors stay
-    where they are. Since a strict order starves, the oldest starving request leads a batch whenever it has had less
-    than `starving_share` of the device time since a batch first skipped it.
+    A running request pauses at a step boundary for one that precedes it, and its tensors stay where they are. Since
+    strict classes and deadlines starve, the oldest starving request leads a batch whenever it has had less than
+    `starving_share` of the device time since a batch first skipped it. Requests that only wait for their caller's turn
+    do not starve: others of their class share with them.
 
     A reference cache is computed as a work item, alone or next to others' steps within the token budget. While caches
     in use leave no room for it, its request waits and the others go on: see `CacheAdmission`.
@@ -80,14 +83,19 @@ class Scheduler:
         self.step_times = step_times or StepTimes()
         self.estimates = Estimates(self.step_times, self.budget, self.caches)
         self._cache_admission = CacheAdmission(self.caches)
+        self._order = ServiceOrder(self._cost)
         self._requests: dict[int, ScheduledRequest] = {}
+        self._sorted: tuple[ScheduledRequest, ...] | None = ()
+        """`requests`, until the order may have changed."""
         self._next_sequence = 0
         self._starvation_credit_seconds = 0.0
 
     @property
     def requests(self) -> tuple[ScheduledRequest, ...]:
-        """All admitted requests that have not left, in the order of service."""
-        return tuple(sorted(self._requests.values(), key=lambda request: request.sort_key))
+        """All admitted requests that have not left, in the order of service if no other comes."""
+        if self._sorted is None:
+            self._sorted = tuple(self._order.sort(self._requests.values()))
+        return self._sorted
 
     @property
     def queued_count(self) -> int:
@@ -100,8 +108,7 @@ class Scheduler:
     @property
     def backlog_seconds(self) -> float:
         """Device seconds that all admitted requests still need."""
-        left = (self.estimates.seconds_left(request) for request in self._requests.values())
-        return sum(UNMEASURED_SECONDS if seconds is None else seconds for seconds in left)
+        return sum(map(self._cost, self._requests.values()))
 
     def admit(self, request: ScheduledRequest, now: float) -> list[ScheduledRequest]:
         """Reserves a place in the queue; the request is scheduled only after `activate`.
@@ -115,7 +122,12 @@ class Scheduler:
         """
         if not self._requests:
             self._retry_times.forget()
-        request.sequence, request.admitted_at = self._next_sequence, now
+        request.sequence = request.place = self._next_sequence
+        request.admitted_at = now
+        if request.is_resumed:
+            # Its caller has waited for it once.
+            waiting = (other.place for other in self._requests.values() if not other.is_started)
+            request.place = min(waiting, default=request.sequence) - 0.5
         staying, dropped = list(self._requests.values()), list[ScheduledRequest]()
         while (refusal := self._refusal(request, staying)) is not None:
             if (silent := self._silent.to_drop_for(request, staying, now)) is None:
@@ -126,6 +138,7 @@ class Scheduler:
         self.remove(dropped)
         self._next_sequence += 1
         self._requests[request.sequence] = request
+        self._sorted = None
         return dropped
 
     def received(self, request: ScheduledRequest) -> None:
@@ -152,8 +165,10 @@ class Scheduler:
         if (refusal := self._memory_refusal(memory_bytes, others)) is not None:
             raise self._queue_full(*refusal, now)
         request.image_tokens, request.memory_bytes, request.cache = image_tokens, memory_bytes, cache
+        self._sorted = None
         self._check_deadline(request, now)
         request.is_ready = True
+        self._order.add(request)
 
     def cancel(self, request: ScheduledRequest) -> None:
         """Marks the request cancelled; the next `reap` removes it."""
@@ -178,17 +193,16 @@ class Scheduler:
     def remove(self, requests: Iterable[ScheduledRequest]) -> None:
         """Removes requests; no effect on those already removed."""
         for request in requests:
-            self._requests.pop(request.sequence, None)
+            if self._requests.pop(request.sequence, None) is not None:
+                self._order.remove(request)
+                self._sorted = None
 
     def schedule(self, now: float) -> Batch | None:
         """Returns the next batch, or `None` when no request is ready."""
-        ready = [request for request in self.requests if request.is_ready]
+        ready = self._order.sort(request for request in self._requests.values() if request.is_ready)
         if not ready:
             return None
-        starving = sorted(
-            (request for request in ready if now - request.admitted_at >= self.config.aging_seconds),
-            key=lambda request: request.sequence,
-        )
+        starving = self._starving(ready, now)
         due = starving if self._starvation_credit_seconds >= 0 else []
         self._cache_admission.reserve(ready, due)
         # The oldest starving request that can do work leads the batch, unless it is first anyway.
@@ -199,6 +213,9 @@ class Scheduler:
         starting = tuple(dict.fromkeys(item.request for item in items if not item.request.is_started))
         for request in starting:
             request.started_at = now
+        for request in dict.fromkeys(item.request for item in items):
+            self._order.begin(request)
+        self._sorted = None
         skips_starving = bool(starving) and all(item.request is not starving[0] for item in items)
         return Batch(items, starting, is_starving_turn=lead is not None, skips_starving=skips_starving)
 
@@ -212,19 +229,20 @@ class Scheduler:
         elif batch.skips_starving:
             self._starvation_credit_seconds = min(earned, self._starvation_credit_seconds + earned)
         for item in batch.items:
-            item.request.spent_seconds += seconds * item.tokens / batch.tokens
             item.request.items_done += item.image is not None
+            self._order.account(item.request, seconds * item.tokens / batch.tokens)
+        self._sorted = None
         finished = list(dict.fromkeys(item.request for item in batch.items if item.request.is_finished))
         self.remove(finished)
         return finished
 
     def estimated_wait(self, request: ScheduledRequest) -> float | None:
         """Returns the seconds until the request starts; `None` when sizes ahead of it were never measured."""
-        return self.estimates.wait(request, self._ahead(request))
+        return self.estimates.wait(request, self._around(request)[0])
 
     def load(self, probe: ScheduledRequest) -> Load:
-        """Returns how busy the device is, and how long `probe` would wait if it were admitted now."""
-        probe = dataclasses.replace(probe, sequence=self._next_sequence)
+        """Returns how busy the device is, and how long `probe` would wait if its caller sent it now."""
+        probe = dataclasses.replace(probe, sequence=self._next_sequence, place=self._next_sequence)
         return Load(
             queued_count=self.queued_count,
             running_count=self.running_count,
@@ -245,8 +263,32 @@ class Scheduler:
                 tokens += item.tokens
         return tuple(items)
 
-    def _ahead(self, request: ScheduledRequest) -> list[ScheduledRequest]:
-        return [other for other in self.requests if other.sort_key < request.sort_key]
+    def _starving(self, ready: Sequence[ScheduledRequest], now: float) -> list[ScheduledRequest]:
+        """Returns the starving requests that may lead a batch, the oldest first.
+
+        Args:
+            ready: requests that may be in the batch, in the order of service.
+            now: time on the engine's clock.
+        """
+        aged = [request for request in ready if now - request.admitted_at >= self.config.aging_seconds]
+        first = {request.urgency: request for request in reversed(ready)}
+        # Within a class the callers share. Only the one whose turn it is gets the share of the class.
+        leads = {request for request in aged if request.caller.name == first[request.urgency].caller.name}
+        leads.update(first[request.urgency] for request in aged)
+        return sorted(leads, key=lambda request: request.sequence)
+
+    def _around(self, request: ScheduledRequest) -> tuple[list[ScheduledRequest], list[ScheduledRequest]]:
+        """Returns the requests that are served before and after one that need not be admitted yet."""
+        if request in self._requests.values():
+            order = list(self.requests)
+        else:
+            order = self._order.sort([*self._requests.values(), request])
+        place = order.index(request)
+        return order[:place], order[place + 1 :]
+
+    def _cost(self, request: ScheduledRequest) -> float:
+        seconds = self.estimates.seconds_left(request)
+        return UNMEASURED_SECONDS if seconds is None else seconds
 
     def _refusal(
         self, request: ScheduledRequest, others: Sequence[ScheduledRequest]
@@ -267,8 +309,8 @@ class Scheduler:
     def _check_deadline(self, request: ScheduledRequest, now: float) -> None:
         if request.deadline is None:
             return
-        behind = [other for other in self.requests if other.sort_key > request.sort_key]
-        ahead = [other for other in self._ahead(request) if not is_doubtful(other, now)]
+        before, behind = self._around(request)
+        ahead = [other for other in before if not is_doubtful(other, now)]
         needed = self.estimates.needed(request, ahead, behind)
         remaining = request.deadline - now
         if needed is not None and needed > remaining:
@@ -281,70 +323,3 @@ class Scheduler:
         first_seconds = min(known, default=UNKNOWN_RETRY_SECONDS)
         interval = self.backlog_seconds / max(1, len(self._requests))
         return QueueFull(limit, self._retry_times.seconds(now, first_seconds, interval), what)
-
-
-class CacheAdmission:
-    """Starvation-free admission to the reference KV cache.
-
-    One waiting request at a time holds a reservation: the first in the order of service that needs a cache. Others
-    may start to use a cache, existing or new, only if the reserved one still fits next to it. Requests that already use
-    a cache go on to their end, which frees the room. A starving request gets the reservation ahead of more urgent ones
-    and keeps it until it has its cache or leaves.
-    """
-
-    def __init__(self, caches: ReferenceCaches[Any]) -> None:
-        self._caches = caches
-        self._reservation: ScheduledRequest | None = None
-        self._starving_reservation: ScheduledRequest | None = None
-
-    def reserve(self, ready: Sequence[ScheduledRequest], starving: Sequence[ScheduledRequest]) -> None:
-        """Chooses the request that holds the reservation for the next batch.
-
-        Args:
-            ready: requests that may be in the batch, in the order of service.
-            starving: those of them that are starving and due, the oldest first.
-        """
-        waiting = [request for request in ready if request.needs_cache]
-        if self._starving_reservation not in waiting:
-            self._starving_reservation = next((request for request in starving if request.needs_cache), None)
-        self._reservation = self._starving_reservation or next(iter(waiting), None)
-
-    def items(self, request: ScheduledRequest, taken: Sequence[WorkItem] = ()) -> list[WorkItem]:
-        """Returns what a request can do in a batch that already holds `taken`.
-
-        Empty while the request's cache is being computed or has no room.
-        """
-        steps = [WorkItem(request, request.next_image + i) for i in range(request.images_left_in_step)]
-        cache = request.cache
-        if cache is None or request.has_cache:
-            return steps
-        others = [item.request.cache for item in taken if item.image is None]
-        computed = {other.key: other.size_bytes for other in others if other is not None}
-        if cache.key in computed or not self._has_room(cache, computed):
-            return []
-        return steps if cache.key in self._caches else [WorkItem(request, None)]
-
-    def acquire(self, item: WorkItem) -> None:
-        """Pins an existing cache for a request that is about to use it for the first time."""
-        request = item.request
-        if item.image is not None and request.cache is not None and not request.has_cache:
-            self._caches.acquire(request.cache.key)
-            request.has_cache = True
-
-    def _has_room(self, cache: CacheSpec, computed: Mapping[str, int]) -> bool:
-        """Returns whether `cache` may come into use next to `computed`, those in use and the reserved one."""
-        holder = self._reservation
-        reserved = None if holder is None or holder.has_cache else holder.cache
-        is_covered = (
-            reserved is None
-            or reserved.key == cache.key
-            or reserved.key in computed
-            or self._caches.is_used(reserved.key)
-        )
-        reserved_bytes = 0 if reserved is None or is_covered else reserved.size_bytes
-        is_used = self._caches.is_used(cache.key)
-        if is_used and not reserved_bytes:
-            return True
-        return self._caches.has_room(
-            0 if is_used else cache.size_bytes, sum(computed.values()) + reserved_bytes
-        )

@@ -33,8 +33,8 @@ class Caller:
     """Its share of a busy stage, relative to others'."""
 
 
-_NO_CALLER = Caller(name="")
-caller: ContextVar[Caller] = ContextVar("caller", default=_NO_CALLER)
+NO_CALLER = Caller(name="")
+caller: ContextVar[Caller] = ContextVar("caller", default=NO_CALLER)
 """Caller of the request that is being handled; without a name outside of requests."""
 
 
