@@ -12,7 +12,7 @@ from rich.text import Text
 from klein_services.cli.errors import CliError
 from klein_services.cli.exit_codes import FAILED
 from klein_services.cli.ports import DEFAULT_PORT, LOOPBACK
-from klein_services.cli.process import ORCHESTRATOR
+from klein_services.cli.process import ORCHESTRATOR, SUITE
 from klein_services.cli.restarts import Restarts
 from klein_services.cli.startup import FollowedLogs, StopSignals, wait_with_progress
 from klein_services.cli.status import list_models, model_text
@@ -95,8 +95,9 @@ def how_to_call(suite: Suite) -> str:
         if "tls_client_ca" in suite.options.tls:
             target += " --tls-certificate CLIENT.pem --tls-key CLIENT.key"
             grpcurl += " -cert CLIENT.pem -key CLIENT.key"
-    is_default = list(suite.metrics_ports.values()) == list(METRICS_PORTS[: len(suite.processes)])
-    ports = suite.metrics_ports.values()
+    # `klein top` shows no gateway, whose page has nothing about the device.
+    ports = [suite.metrics_ports[process] for process in SUITE]
+    is_default = ports == list(METRICS_PORTS[: len(SUITE)])
     pages = "" if is_default else "".join(f" --metrics {LOOPBACK}:{port}" for port in ports)
     metrics = "\n".join(
         f"    {process:<13} http://127.0.0.1:{suite.metrics_ports[process]}/metrics"

@@ -6,13 +6,17 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
-import grpc
 from starlette.requests import Request
 
+from klein_client import AsyncClient, Tls
 from klein_services.gateway.bodies import BodyReader
+from klein_services.gateway.downloads import Downloads
+from klein_services.gateway.outbound import Outbound
 from klein_services.gateway.readiness import Readiness
+from klein_services.gateway.result_store import LocalResultStore, ResultStore, s3_store
 from klein_services.gateway.settings import GatewaySettings
-from klein_services.runtime.channels import IMAGE_MESSAGE_BYTES, open_channel
+from klein_services.runtime.channels import open_channel
+from klein_services.runtime.settings import SettingsError
 
 
 @dataclass(frozen=True)
@@ -22,13 +26,18 @@ class Gateway:
     settings: GatewaySettings
     bodies: BodyReader
     readiness: Readiness
-    channel: grpc.aio.Channel
-    """Connection to the orchestrator."""
+    client: AsyncClient
+    """Client of the orchestrator. It has no token of its own: each request passes on its caller's."""
+    downloads: Downloads
+    results: ResultStore
 
     def url(self, request: Request, path: str) -> str:
         """Returns the absolute URL of a path of this gateway, as the request's client reaches it."""
-        base = self.settings.public_url.rstrip("/") or f"{request.url.scheme}://{request.url.netloc}"
-        return base + path
+        return self.base_url(request) + path
+
+    def base_url(self, request: Request) -> str:
+        """Returns the URL under which the request's client reaches the gateway, without a slash at its end."""
+        return self.settings.public_url.rstrip("/") or f"{request.url.scheme}://{request.url.netloc}"
 
 
 @asynccontextmanager
@@ -37,20 +46,55 @@ async def open_gateway(settings: GatewaySettings) -> AsyncIterator[Gateway]:
 
     Raises:
         PemError: the files of TLS cannot be used.
+        SettingsError: the folder of results cannot be used.
     """
     async with AsyncExitStack() as stack:
         files = settings.target_tls_files
-        channel = open_channel(
-            settings.target,
-            message_bytes=IMAGE_MESSAGE_BYTES,
-            credentials=files.read() if files.are_set else None,
-            server_name=settings.target_tls_name,
-        )
+        credentials = files.read() if files.are_set else None
+        # Health has its own channel: the client has no call for it, and probes must not wait behind images.
+        channel = open_channel(settings.target, credentials=credentials, server_name=settings.target_tls_name)
         await stack.enter_async_context(channel)
         readiness = Readiness(channel)
         readiness.start()
         stack.push_async_callback(readiness.close)
-        yield Gateway(settings, BodyReader(settings), readiness, channel)
+        tls: Tls | bool = False
+        if credentials is not None:
+            tls = Tls(
+                ca=credentials.authorities or None,
+                certificate=credentials.certificate or None,
+                key=credentials.key or None,
+                server_name=settings.target_tls_name,
+            )
+        # Without retries: a client of HTTP gets the refusal with its time, and has a policy of its own.
+        client = AsyncClient(
+            settings.target, token="", tls=tls, timeout_seconds=settings.request_timeout_seconds, retry=False
+        )
+        await stack.enter_async_context(client)
+        outbound = Outbound(settings.private_hosts)
+        stack.push_async_callback(outbound.close)
+        downloads = Downloads(outbound, settings.download_seconds, settings.reference_limit_mib << 20)
+        results = _open_results(settings)
+        stack.push_async_callback(results.close)
+        yield Gateway(settings, BodyReader(settings), readiness, client, downloads, results)
+
+
+def _open_results(settings: GatewaySettings) -> ResultStore:
+    if settings.results_bucket:
+        return s3_store(
+            settings.results_bucket,
+            settings.results_prefix,
+            settings.results_endpoint,
+            settings.results_region,
+        )
+    folder = settings.results_path
+    try:
+        store = LocalResultStore(folder, settings.results_mib << 20, settings.results_seconds)
+    except OSError as error:
+        raise SettingsError(
+            f"KLEIN_RESULTS_FOLDER: {folder} cannot be used: {error.strerror or error}"
+        ) from None
+    store.start()
+    return store
 
 
 def gateway_of(request: Request) -> Gateway:

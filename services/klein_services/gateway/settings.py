@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 
 from klein_services.runtime.pem import PemFiles
 from klein_services.runtime.settings import (
@@ -68,6 +71,54 @@ class GatewaySettings(ProcessSettings):
         600.0, help="Seconds that a request to the orchestrator may take", minimum=1, maximum=86400
     )
 
+    download_seconds: float = setting(
+        20.0, help="Seconds that the download of a reference may take", minimum=0.1, maximum=600
+    )
+    download_private_hosts: str = setting(
+        "",
+        help="Names, separated by commas, of hosts that references and webhooks may have although their addresses are "
+        "private; * allows every host",
+    )
+    reference_limit_mib: int = setting(
+        20, help="Most MiB of one reference, initial image or mask", minimum=1, maximum=64
+    )
+    results_folder: str = setting(
+        "", help="Folder of images that are fetched by a link; empty: klein/results in XDG_STATE_HOME"
+    )
+    results_mib: int = setting(
+        4096, help="MiB of all images in the folder; the oldest give way", minimum=1, maximum=10**9
+    )
+    results_seconds: float = setting(
+        86400.0,
+        help="Seconds after which an image in the folder is deleted",
+        minimum=1,
+        maximum=31536000,
+    )
+    results_link_seconds: float = setting(
+        3600.0, help="Seconds for which a link to an image works", minimum=1, maximum=604800
+    )
+    results_bucket: str = setting(
+        "", help="Bucket of an S3-compatible store that images are kept in, instead of the folder"
+    )
+    results_prefix: str = setting("", help="Begin of the names of images in the bucket, such as klein/")
+    results_endpoint: str = setting(
+        "", help="URL of the S3-compatible store; empty: AWS. Clients must reach it, too"
+    )
+    results_region: str = setting("", help="Region of the bucket; empty: that of boto3's configuration")
+
+    @property
+    def private_hosts(self) -> frozenset[str]:
+        """Names in `download_private_hosts`."""
+        return frozenset(name.strip() for name in self.download_private_hosts.split(",") if name.strip())
+
+    @property
+    def results_path(self) -> Path:
+        """Folder of a local result store."""
+        if self.results_folder:
+            return Path(self.results_folder)
+        state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+        return Path(state) / "klein" / "results"
+
     @property
     def target_tls_files(self) -> PemFiles:
         """Files of the TLS between gateway and orchestrator."""
@@ -81,6 +132,10 @@ class GatewaySettings(ProcessSettings):
             yield "KLEIN_TARGET_TLS_NAME is set without KLEIN_TARGET_TLS_CA, without which there is no TLS"
         if self.public_url and not self.public_url.startswith(("http://", "https://")):
             yield f"KLEIN_PUBLIC_URL is {self.public_url!r}; it must begin with http:// or https://"
+        if self.results_bucket and find_spec("boto3") is None:
+            yield "KLEIN_RESULTS_BUCKET needs boto3; install it with: pip install 'klein-suite[s3]'"
+        if self.results_endpoint and not self.results_bucket:
+            yield "KLEIN_RESULTS_ENDPOINT is set without KLEIN_RESULTS_BUCKET"
         if self.body_memory_mib < self.body_limit_mib:
             yield (
                 f"KLEIN_BODY_MEMORY_MIB is {self.body_memory_mib}; it must be at least KLEIN_BODY_LIMIT_MIB, "

@@ -15,8 +15,8 @@ from urllib.error import HTTPError, URLError
 
 from klein_services.runtime.channels import host_for_url
 
-DEFAULT_TARGETS = tuple(f"127.0.0.1:{port}" for port in range(9464, 9469))
-"""Metrics ports of the processes of one machine."""
+DEFAULT_TARGETS = tuple(f"127.0.0.1:{port}" for port in range(9464, 9468))
+"""Metrics ports of the four processes of one machine."""
 MAX_TARGETS = 256
 TIMEOUT_SECONDS = 2.0
 PAGE_BYTES = 8 << 20
