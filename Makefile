@@ -59,6 +59,8 @@ lint: setup  ## Check style, types, imports, spelling, sizes and protos.
 	@$(BIN)/codespell --ignore-regex '(?<!")"[^"]+"(?!")' $(PICO)
 	@$(BIN)/python -m tests.contract.house
 	@./protos/check.sh
+	@# The page is plain JavaScript; its types are in comments. Nothing is built.
+	@! command -v npx >/dev/null || npx --yes --package=typescript@7.0.2 tsc -p services/klein_services/gateway/page/jsconfig.json
 
 protos: setup  ## Generate the Python code of protos/.
 	@$(BIN)/python protos/generate.py

@@ -39,6 +39,8 @@ def test_the_wheel_installs_its_packages_and_nothing_else(wheel: list[str]) -> N
         "klein_core/pico/weights/model_index.json",
         "klein_core/pipeline.py",
         "klein_services/cli/main.py",
+        "klein_services/gateway/page/index.html",
+        "klein_services/gateway/page/main.js",
     ],
 )
 def test_the_wheel_holds_code_protos_and_the_embedded_model(wheel: list[str], name: str) -> None:

@@ -348,7 +348,9 @@ class Suite:
         }
         if process == GATEWAY:
             # The user's own target is the one that commands call.
-            return common | {"KLEIN_TARGET": self.target, **_NO_TLS} | dict(self.options.settings)
+            pages = ",".join(f"{LOOPBACK}:{self.metrics_ports[name]}" for name in SUITE)
+            specific = {"KLEIN_TARGET": self.target, "KLEIN_METRICS_TARGETS": pages, **_NO_TLS}
+            return common | specific | dict(self.options.settings)
         # Exactly these stages, in plaintext, whatever the user's shell names.
         targets = {"KLEIN_ROUTING_TABLE": "", **_NO_STAGE_TLS} | {
             f"KLEIN_{stage.replace('-', '_').upper()}_TARGET": f"{LOOPBACK}:{self.ports[stage]}"

@@ -103,6 +103,7 @@ def how_to_call(suite: Suite) -> str:
         f"    {process:<13} http://127.0.0.1:{suite.metrics_ports[process]}/metrics"
         for process in suite.processes
     )
+    page = f"In a browser: {suite.gateway_url}/\n" if suite.gateway_url else ""
     http_call = (
         f"""    curl {suite.gateway_url}/v1/images/generations -H 'Content-Type: application/json' \\
         -d '{{"prompt": "a blue star"}}'
@@ -111,7 +112,7 @@ def how_to_call(suite: Suite) -> str:
         else ""
     )
     return f"""
-Call it:
+{page}Call it:
     klein generate "a large red heart on a yellow background"{target} -o heart.png
     klein status{target}
     klein top{pages}

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from starlette.requests import Request
 
 from klein_client import AsyncClient, Tls
 from klein_services.gateway.bodies import BodyReader
 from klein_services.gateway.downloads import Downloads
+from klein_services.gateway.known_callers import KnownCallers
 from klein_services.gateway.outbound import Outbound
 from klein_services.gateway.readiness import Readiness
+from klein_services.gateway.recent_requests import RecentRequests
 from klein_services.gateway.result_store import LocalResultStore, ResultStore, s3_store
 from klein_services.gateway.settings import GatewaySettings
+from klein_services.gateway.suite_watch import SuiteWatch
 from klein_services.runtime.channels import open_channel
 from klein_services.runtime.settings import SettingsError
 
@@ -30,6 +33,9 @@ class Gateway:
     """Client of the orchestrator. It has no token of its own: each request passes on its caller's."""
     downloads: Downloads
     results: ResultStore
+    suite_watch: SuiteWatch
+    recent_requests: RecentRequests = field(default_factory=RecentRequests)
+    known_callers: KnownCallers = field(default_factory=KnownCallers)
 
     def url(self, request: Request, path: str) -> str:
         """Returns the absolute URL of a path of this gateway, as the request's client reaches it."""
@@ -75,7 +81,8 @@ async def open_gateway(settings: GatewaySettings) -> AsyncIterator[Gateway]:
         downloads = Downloads(outbound, settings.download_seconds, settings.reference_limit_mib << 20)
         results = _open_results(settings)
         stack.push_async_callback(results.close)
-        yield Gateway(settings, BodyReader(settings), readiness, client, downloads, results)
+        watch = SuiteWatch(settings.metrics_pages)
+        yield Gateway(settings, BodyReader(settings), readiness, client, downloads, results, watch)
 
 
 def _open_results(settings: GatewaySettings) -> ResultStore:

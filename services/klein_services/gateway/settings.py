@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from klein_services.runtime.pem import PemFiles
+from klein_services.runtime.scrape import TargetsError, check_targets
 from klein_services.runtime.settings import (
     ProcessSettings,
     metrics_port_setting,
@@ -45,6 +46,11 @@ class GatewaySettings(ProcessSettings):
     public_url: str = setting(
         "",
         help="URL under which clients reach the gateway, https://images.example; empty takes each request's Host",
+    )
+    metrics_targets: str = setting(
+        "",
+        help="Metrics pages of the suite, HOST:PORT or dns:///NAME:PORT (all addresses of a name), with commas between "
+        "them: for the page at /",
     )
     body_limit_mib: int = setting(
         128, help="Most MiB of a request's body, all files of an upload together", minimum=1, maximum=4096
@@ -125,6 +131,11 @@ class GatewaySettings(ProcessSettings):
         fields = ("target_tls_certificate", "target_tls_key", "target_tls_ca")
         return pem_files(self.target_tls_certificate, self.target_tls_key, self.target_tls_ca, fields)
 
+    @property
+    def metrics_pages(self) -> tuple[str, ...]:
+        """Targets in `metrics_targets`."""
+        return tuple(each.strip() for each in self.metrics_targets.split(",") if each.strip())
+
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         yield from pem_problems(self.target_tls_files)
@@ -136,6 +147,10 @@ class GatewaySettings(ProcessSettings):
             yield "KLEIN_RESULTS_BUCKET needs boto3; install it with: pip install 'klein-suite[s3]'"
         if self.results_endpoint and not self.results_bucket:
             yield "KLEIN_RESULTS_ENDPOINT is set without KLEIN_RESULTS_BUCKET"
+        try:
+            check_targets(self.metrics_pages, "KLEIN_METRICS_TARGETS")
+        except TargetsError as error:
+            yield str(error)
         if self.body_memory_mib < self.body_limit_mib:
             yield (
                 f"KLEIN_BODY_MEMORY_MIB is {self.body_memory_mib}; it must be at least KLEIN_BODY_LIMIT_MIB, "
