@@ -18,8 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.measure import Bar, command, describe_machine, finish
-from klein_api.v1 import image_service_pb2 as api
-from klein_services.cli.client import connect, generate
+from klein_client import AsyncClient
 from klein_services.cli.ports import LOOPBACK, ReservedPort
 from klein_services.cli.process import STAGES, inherited_environment
 from klein_services.cli.suite import Suite, SuiteOptions
@@ -36,15 +35,12 @@ async def replica_start(suite: Suite, stage: str, port: int, metrics_port: int) 
     done = asyncio.Event()
 
     async def client(number: int) -> None:
-        async with connect(suite.target) as stub:
+        async with AsyncClient(suite.target, timeout_seconds=GIVE_UP_SECONDS, retry=False) as caller:
             for index in range(10**6):
                 if done.is_set():
                     return
                 # Another prompt each time, so that no cache answers it.
-                prompt = f"a red circle {number} {index}"
-                await generate(
-                    stub, api.ImageSpec(prompt=prompt, seed=index), timeout_seconds=GIVE_UP_SECONDS
-                )
+                await caller.generate(f"a red circle {number} {index}", seed=index)
 
     environment = inherited_environment() | {
         "KLEIN_HOST": LOOPBACK,

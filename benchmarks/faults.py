@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.measure import Bar, command, describe_machine, finish
-from klein_services.cli.client import connect
+from klein_client import AsyncClient
 from klein_services.cli.process import STAGES
 from tests.e2e.fleet import Fleet, Replica, running_fleet
 from tests.e2e.test_faults import CASES, Load, spec, streamed
@@ -74,8 +74,8 @@ async def disturb(fleet: Fleet, load: Load, count: int, seed: int) -> Counter[tu
 
 async def measured(fleet: Fleet, count: int, seed: int) -> tuple[Load, Counter[tuple[str, str]]]:
     """Returns the load after the faults, and the faults."""
-    async with connect(fleet.target) as stub:
-        expected = {case: await streamed(stub, spec(case)) for case in range(CASES)}
+    async with AsyncClient(fleet.target) as client:
+        expected = {case: await streamed(client.stub(), spec(case)) for case in range(CASES)}
     load = Load(fleet.target, expected)
     return load, await disturb(fleet, load, count, seed)
 

@@ -30,8 +30,7 @@ from PIL import Image
 
 from benchmarks.measure import Bar, command, describe_machine, finish
 from benchmarks.shapes import SHAPES
-from klein_api.v1 import image_service_pb2 as api
-from klein_services.cli.client import connect, generate
+from klein_client import AsyncClient
 from klein_services.cli.process import SUITE
 from klein_services.cli.suite import Suite, SuiteOptions
 
@@ -124,22 +123,19 @@ def _threads() -> int:
 
 
 async def _make_both(target: str, options: argparse.Namespace) -> None:
-    async with connect(target) as stub:
+    async with AsyncClient(target, timeout_seconds=TIMEOUT_SECONDS, retry=False) as client:
         for flow in FLOWS:
-            spec = api.ImageSpec(
-                prompt=f"{PROMPT}, {flow}",
-                width_px=options.size,
-                height_px=options.size,
-                seed=0,
-                step_count=options.steps,
-                references=[reference(options.size)] if flow == "edit" else [],
-            )
+            references = [reference(options.size)] if flow == "edit" else []
             begin = time.perf_counter()
-            made = await generate(stub, spec, timeout_seconds=TIMEOUT_SECONDS)
-            stages = ", ".join(
-                f"{timing.operation} {timing.compute_duration.ToMilliseconds() / 1e3:.1f}"
-                for timing in made.summary.stage_timings
+            made = await client.generate(
+                f"{PROMPT}, {flow}",
+                width=options.size,
+                height=options.size,
+                seed=0,
+                steps=options.steps,
+                references=references,
             )
+            stages = ", ".join(f"{timing.operation} {timing.compute_seconds:.1f}" for timing in made.timings)
             print(f"suite: {flow} {time.perf_counter() - begin:.1f} s ({stages})", flush=True)
 
 

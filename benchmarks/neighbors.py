@@ -19,16 +19,14 @@ import time
 from io import BytesIO
 from pathlib import Path
 
-import grpc
 from PIL import Image
 
 from benchmarks.measure import Bar, describe_machine, finish
-from klein_api.v1 import image_pb2
-from klein_api.v1 import image_service_pb2 as api
-from klein_services.cli.client import connect, generate
+from klein_client import AsyncClient, ImageOptions, KleinError
 from klein_services.cli.suite import Suite, SuiteOptions
 from klein_services.runtime.scrape import scrape
 
+PROMPT = "a red heart"
 ALLOWED_MIB = 600
 _COLORS = itertools.count(1)
 
@@ -41,31 +39,29 @@ def picture(side_px: int) -> bytes:
     return file.getvalue()
 
 
-def edit(references: list[bytes], priority: image_pb2.Priority.ValueType) -> api.ImageSpec:
-    return api.ImageSpec(
-        prompt="a red heart", references=references, width_px=64, height_px=64, priority=priority
-    )
+def edit(references: list[bytes], priority: str) -> ImageOptions:
+    return ImageOptions(references=references, width=64, height=64, priority=priority, timeout_seconds=300)
 
 
 async def timed_edit(target: str) -> float:
-    async with connect(target) as stub:
+    async with AsyncClient(target, retry=False) as client:
         begin = time.perf_counter()
-        await generate(stub, edit([picture(64)], image_pb2.PRIORITY_INTERACTIVE), timeout_seconds=300)
+        await client.generate(PROMPT, **edit([picture(64)], "interactive"))
         return time.perf_counter() - begin
 
 
 async def attack(target: str, kind: str, file: bytes, outcomes: list[str]) -> None:
     """Sends one edit after the other until it is cancelled."""
-    priority = image_pb2.PRIORITY_STANDARD if kind == "files" else image_pb2.PRIORITY_BATCH
-    async with connect(target) as stub:
+    priority = "standard" if kind == "files" else "batch"
+    async with AsyncClient(target, retry=False) as client:
         while True:
             # Decoders ignore what follows the image, and no cache has seen the file.
             references = [file + next(_COLORS).to_bytes(8) for _ in range(4)]
             try:
-                await generate(stub, edit(references, priority), timeout_seconds=300)
+                await client.generate(PROMPT, **edit(references, priority))
                 outcomes.append("OK")
-            except grpc.aio.AioRpcError as error:
-                outcomes.append(error.code().name)
+            except KleinError as error:
+                outcomes.append(error.code.name)
 
 
 def resident_mib(pid: int) -> float:

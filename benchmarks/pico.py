@@ -16,8 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from klein_api.v1 import image_service_pb2 as api
-from klein_services.cli.client import Generation, connect, generate
+from klein_client import AsyncClient, Generation
 from klein_services.cli.errors import CliError
 from klein_services.cli.model_store import PICO
 from klein_services.cli.process import STAGES
@@ -75,13 +74,12 @@ def _cpu_seconds(suite: Suite) -> dict[str, float]:
 
 async def _time_pictures(target: str, run_count: int) -> tuple[list[float], Generation]:
     seconds: list[float] = []
-    async with connect(target) as stub:
+    async with AsyncClient(target, timeout_seconds=60, retry=False) as client:
         for run in range(WARM_UP_COUNT + run_count):
             # Another prompt each time: the same one would be answered from the orchestrator's cache.
             prompt = f"a large red heart on a yellow background {run}"
-            spec = api.ImageSpec(prompt=prompt, seed=run, width_px=SIDE_PX, height_px=SIDE_PX)
             started = time.perf_counter()
-            last = await generate(stub, spec, timeout_seconds=60)
+            last = await client.generate(prompt, seed=run, width=SIDE_PX, height=SIDE_PX)
             seconds.append(time.perf_counter() - started)
     return seconds[WARM_UP_COUNT:], last
 
@@ -92,11 +90,8 @@ def _resident(stage: str, pid: int) -> Measurement:
 
 
 def _show_stages(generation: Generation) -> None:
-    for timing in generation.summary.stage_timings:
-        call, compute = (
-            timing.call_duration.ToMicroseconds() / 1e3,
-            timing.compute_duration.ToMicroseconds() / 1e3,
-        )
+    for timing in generation.timings:
+        call, compute = timing.call_seconds * 1e3, timing.compute_seconds * 1e3
         print(f"last picture, {timing.operation:<22} {call:8.1f} ms called, {compute:.1f} ms computed")
 
 

@@ -31,7 +31,7 @@ from PIL import Image
 from benchmarks.measure import Bar, command, describe_machine, finish
 from klein_api.v1 import image_pb2
 from klein_api.v1 import image_service_pb2 as api
-from klein_services.cli.client import connect
+from klein_client import AsyncClient
 from klein_services.cli.suite import Suite, SuiteOptions
 from klein_services.runtime.metrics import OUTCOMES
 from klein_services.runtime.scrape import Scrape, scrape
@@ -116,7 +116,8 @@ class Soak:
     async def load(self, seconds: float, client_count: int) -> None:
         """Lets clients ask for so long, and samples levels meanwhile."""
         end = time.monotonic() + seconds
-        async with connect(self.suite.target) as stub:
+        async with AsyncClient(self.suite.target) as client:
+            stub = client.stub()
             self.expected = [await self.answer(stub, index) for index in range(len(image_specs()))]
             async with asyncio.TaskGroup() as group:
                 for _ in range(client_count):
@@ -156,7 +157,8 @@ class Soak:
 
     async def cancel_many(self, count: int) -> float:
         """Cancels so many streams, and returns the slots that are in use some seconds later."""
-        async with connect(self.suite.target) as stub:
+        async with AsyncClient(self.suite.target) as client:
+            stub = client.stub()
             for first in range(0, count, SLOTS):
                 batch = range(first, min(first + SLOTS, count))
                 await asyncio.gather(*(self._cancel(stub, number % len(self.expected)) for number in batch))

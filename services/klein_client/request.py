@@ -6,8 +6,8 @@ import difflib
 import hashlib
 import re
 import uuid
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias, TypedDict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias, TypedDict
 
 from klein_api.v1 import image_pb2
 from klein_api.v1 import image_service_pb2 as api
@@ -16,8 +16,8 @@ from klein_client.errors import ARGUMENTS, InvalidRequest
 from klein_client.results import Generation
 from klein_client.sources import ImageSource, listed
 
-Format: TypeAlias = Literal["png", "jpeg", "jpg", "webp", "raw"]
-Priority: TypeAlias = Literal["interactive", "standard", "batch"]
+AdapterNames: TypeAlias = Mapping[str, float] | Sequence[str | tuple[str, float | None]]
+"""Adapters by name, with or without their scales."""
 LONGEST_TIMEOUT_SECONDS = 24 * 3600.0
 """Longest time that a request may take; no server allows more."""
 IDEMPOTENCY_KEY = "idempotency-key"
@@ -88,14 +88,14 @@ class ImageOptions(TypedDict, total=False):
     """Seed of the first image; the following images take the next numbers. Random by default."""
     count: int | None
     """Number of images."""
-    format: Format | None
-    """File format of the images; by default `png`."""
+    format: str | None
+    """File format of the images: `png` by default, `jpeg`, `webp` or `raw`."""
     quality: int | None
     """Quality of JPEG and WebP, 1 to 100."""
-    priority: Priority | None
-    """Order in the server's queues; by default `standard`."""
-    adapters: Mapping[str, float] | Sequence[str] | None
-    """Names of adapters, or names with scales: `{"watercolor": 0.8}`."""
+    priority: str | None
+    """Class in the server's queues: `interactive`, `standard` by default, or `batch`."""
+    adapters: AdapterNames | None
+    """Names of adapters, or names with scales: `{"watercolor": 0.8}`, `[("watercolor", 0.8), "ink"]`."""
     embed_prompt: bool | None
     """Whether the prompts are stored in the image files."""
     timeout_seconds: float | None
@@ -197,7 +197,7 @@ def image_spec(
             spec.references.append(data)
         else:
             _set(spec, field, data)
-    _add_adapters(spec, options.get("adapters"))
+    _add_adapters(spec, options.get("adapters") or ())
     if (sides := options.get("expand")) is not None:
         _set_expansion(spec, sides)
     if retry and not spec.HasField("seed"):
@@ -206,11 +206,15 @@ def image_spec(
     return spec
 
 
-def _add_adapters(spec: api.ImageSpec, adapters: Mapping[str, float] | Sequence[str] | None) -> None:
-    if isinstance(adapters, str):
-        adapters = [adapters]
-    scales = adapters if isinstance(adapters, Mapping) else dict.fromkeys(adapters or ())
-    for index, (name, scale) in enumerate(scales.items()):
+def _add_adapters(spec: api.ImageSpec, adapters: AdapterNames) -> None:
+    listed_adapters: Iterable[Any] = [adapters] if isinstance(adapters, str) else adapters
+    if isinstance(adapters, Mapping):
+        listed_adapters = adapters.items()
+    for index, each in enumerate(listed_adapters):
+        pair = (each, None) if isinstance(each, str) else each
+        if not isinstance(pair, Sequence) or len(pair) != 2:
+            raise InvalidRequest.of(f"adapters[{index}]", f"is {each!r}; give a name, or a name and a scale")
+        name, scale = pair
         adapter = spec.adapters.add()
         _set(adapter, "name", name, f"adapters[{index}].name")
         if scale is not None:

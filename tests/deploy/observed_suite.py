@@ -20,13 +20,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import grpc
 import yaml
 
 from deploy.observability.generate import ROOT, RULES, rule_files
 from deploy.observability.parameters import Parameters
-from klein_api.v1.image_service_pb2 import ImageSpec
-from klein_services.cli.client import connect, generate
+from klein_client import AsyncClient, ImageOptions, KleinError
 from klein_services.cli.suite import Suite, SuiteOptions
 from tests.deploy.tools import tool
 
@@ -95,20 +93,23 @@ class ObservedSuite:
         return text
 
     @contextmanager
-    def load(self, clients: int, specs: Callable[[int], ImageSpec] | None = None) -> Iterator[Counter[str]]:
+    def load(
+        self, clients: int, requests: Callable[[int], tuple[str, ImageOptions]] | None = None
+    ) -> Iterator[Counter[str]]:
         """Runs clients, each of which asks for one image after the other; yields how their requests ended."""
         ended: Counter[str] = Counter()
         stopped = threading.Event()
-        make = specs or (lambda number: ImageSpec(prompt=f"a red circle {number}"))
+        make = requests or (lambda number: (f"a red circle {number}", ImageOptions()))
 
         async def ask_again_and_again() -> None:
-            async with connect(self.suite.target) as stub:
+            async with AsyncClient(self.suite.target, timeout_seconds=120, retry=False) as client:
                 while not stopped.is_set():
+                    prompt, options = make(next(_PROMPTS))
                     try:
-                        await generate(stub, make(next(_PROMPTS)), timeout_seconds=120)
+                        await client.generate(prompt, **options)
                         ended["OK"] += 1
-                    except grpc.aio.AioRpcError as error:
-                        ended[error.code().name] += 1
+                    except KleinError as error:
+                        ended[error.code.name] += 1
                         await asyncio.sleep(0.1)
 
         async def all_clients() -> None:

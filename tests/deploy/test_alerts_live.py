@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from deploy.observability.panels import BOARDS
-from klein_api.v1.image_service_pb2 import ImageSpec
+from klein_client import ImageOptions
 from tests.deploy.observed_suite import ObservedSuite, observed_suite, wait_until
 from tests.deploy.tools import tool
 from tests.e2e.running_suite import picture
@@ -29,10 +29,10 @@ def observed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObservedSuite
         yield running
 
 
-def any_flow(number: int) -> ImageSpec:
+def any_flow(number: int) -> tuple[str, ImageOptions]:
     """A request of each flow in turn, and every other one asked before."""
     references = [picture(64, 64, index) for index in range(number % 3)]
-    return ImageSpec(prompt=f"a blue star {number // 6}", references=references)
+    return f"a blue star {number // 6}", ImageOptions(references=references)
 
 
 def series(observed: ObservedSuite) -> set[str]:

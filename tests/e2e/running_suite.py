@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from klein_api.v1 import image_pb2
 from klein_api.v1 import image_service_pb2 as api
+from klein_client import AsyncClient, Generation, ImageOptions
+from klein_client.errors import ARGUMENTS
+from klein_client.request import image_sources, image_spec
 from klein_core.pico import WEIGHTS
 from klein_core.pipeline import Pipeline
-from klein_services.cli.client import Generation, connect, generate
 from klein_services.cli.suite import Suite, SuiteOptions
 from tests.services.fakes.denoiser_server import one_thread
 from tests.tiny.adapters import FORMATS
@@ -37,23 +38,26 @@ class Case:
     seeds: tuple[int, ...] = (0,)
     options: dict = field(default_factory=dict)
 
-    def spec(self, default_size: tuple[int | None, int | None]) -> api.ImageSpec:
+    def arguments(self, default_size: tuple[int | None, int | None]) -> ImageOptions:
         width, height = self._size(default_size)
-        options = dict(self.options)
+        options = {ARGUMENTS.get(name, name): value for name, value in self.options.items()}
         if sides := options.pop("expand", None):
-            options["expand"] = image_pb2.ImageExpansion(
-                left_px=sides.left, top_px=sides.top, right_px=sides.right, bottom_px=sides.bottom
-            )
-        return api.ImageSpec(
-            prompt=self.prompt,
+            options["expand"] = (sides.left, sides.top, sides.right, sides.bottom)
+        if adapters := options.pop("adapters", None):
+            options["adapters"] = [(each.name, each.scale) for each in adapters]
+        return ImageOptions(
             references=self.references,
-            width_px=width,
-            height_px=height,
+            width=width,
+            height=height,
             seed=self.seeds[0],
-            image_count=len(self.seeds),
-            format=image_pb2.IMAGE_FORMAT_RAW_RGB,
+            count=len(self.seeds),
+            format="raw",
             **options,
         )
+
+    def spec(self, default_size: tuple[int | None, int | None]) -> api.ImageSpec:
+        options = self.arguments(default_size)
+        return image_spec(self.prompt, options, image_sources(options))
 
     def expected(self, pipeline: Pipeline, default_size: tuple[int | None, int | None]) -> list[bytes]:
         width, height = self._size(default_size)
@@ -112,8 +116,9 @@ class Running:
         """Sends all requests at once, each from its own client."""
 
         async def one(case: Case) -> Generation:
-            async with connect(self.suite.target) as stub:
-                return await generate(stub, case.spec(self.default_size), timeout_seconds=120)
+            async with AsyncClient(self.suite.target, retry=False) as client:
+                options = case.arguments(self.default_size)
+                return await client.generate(case.prompt, timeout_seconds=120, **options)
 
         async def all_of_them() -> list[Generation]:
             return await asyncio.gather(*map(one, cases))
@@ -160,7 +165,7 @@ def of_variant(case: Case, pipeline: Pipeline) -> Case:
 
 def encoder_calls(generation: Generation) -> dict[str, int]:
     """How often a request asked the encoders; 0 stands for an answer from the cache."""
-    calls = {timing.operation: timing.call_count for timing in generation.summary.stage_timings}
+    calls = {timing.operation: timing.call_count for timing in generation.timings}
     return {operation: count for operation, count in calls.items() if operation.startswith("encode")}
 
 

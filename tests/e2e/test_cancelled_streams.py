@@ -7,13 +7,12 @@ import random
 import time
 from collections.abc import Iterator
 
-import grpc
 import pytest
 
 from klein_api.v1 import image_service_pb2 as api
+from klein_client import AsyncClient, Generation, Overloaded
 from klein_core.pico import WEIGHTS
 from klein_core.pipeline import Pipeline
-from klein_services.cli.client import Generation, connect
 from klein_services.cli.suite import Suite, SuiteOptions
 from tests.e2e.running_suite import READY_SECONDS, Case, Running, picture
 
@@ -50,7 +49,8 @@ async def cancel_streams(running: Running, count: int) -> None:
         await asyncio.sleep(moments.uniform(0, LATEST_CANCEL_SECONDS))
         call.cancel()
 
-    async with connect(running.suite.target) as stub:
+    async with AsyncClient(running.suite.target) as client:
+        stub = client.stub()
         for first in range(0, count, SLOTS):
             await asyncio.gather(*(one(stub, seed) for seed in range(first, first + SLOTS)))
 
@@ -61,8 +61,8 @@ def ask_until_admitted(running: Running, cases: list[Case]) -> list[Generation]:
     while True:
         try:
             return running.ask(*cases)
-        except grpc.aio.AioRpcError as error:
-            if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED or time.monotonic() > end:
+        except Overloaded:
+            if time.monotonic() > end:
                 raise
         time.sleep(0.5)
 

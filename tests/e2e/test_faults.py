@@ -12,7 +12,7 @@ import pytest
 
 from klein_api.v1 import image_pb2
 from klein_api.v1 import image_service_pb2 as api
-from klein_services.cli.client import connect
+from klein_client import AsyncClient
 from tests.e2e.fleet import Fleet, Replica, running_fleet
 from tests.e2e.running_suite import picture
 from tests.services.fakes.runtime_toy import until
@@ -57,8 +57,8 @@ class Load:
                 group.create_task(self._client(client))
 
     async def _client(self, number: int) -> None:
-        async with connect(self.target) as stub:
-            count = number
+        async with AsyncClient(self.target) as client:
+            stub, count = client.stub(), number
             while not self.stopped.is_set():
                 count += 1
                 begin = time.monotonic()
@@ -110,8 +110,8 @@ def expected(fleet: Fleet) -> dict[int, list[bytes]]:
     """Images of all cases, undisturbed."""
 
     async def all_cases() -> dict[int, list[bytes]]:
-        async with connect(fleet.target) as stub:
-            return {case: await streamed(stub, spec(case)) for case in range(CASES)}
+        async with AsyncClient(fleet.target) as client:
+            return {case: await streamed(client.stub(), spec(case)) for case in range(CASES)}
 
     return asyncio.run(all_cases())
 

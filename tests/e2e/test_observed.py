@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from klein_services.cli.client import connect, generate
+from klein_client import AsyncClient
 from klein_services.cli.process import SUITE
 from klein_services.cli.suite import Suite, SuiteOptions
 from klein_services.runtime.scrape import scrape
@@ -34,9 +34,9 @@ def observed(tmp_path_factory):
     """Returns collector, log files, metrics pages and summary of a suite that made one image and has stopped."""
 
     async def ask(suite):
-        spec = Case(PROMPT, references=(picture(64, 64, 1),)).spec((None, None))
-        async with connect(suite.target) as stub:
-            return await generate(stub, spec, timeout_seconds=READY_SECONDS)
+        options = Case(PROMPT, references=(picture(64, 64, 1),)).arguments((None, None))
+        async with AsyncClient(suite.target) as client:
+            return await client.generate(PROMPT, timeout_seconds=READY_SECONDS, **options)
 
     folder = tmp_path_factory.mktemp("observed")
     with collecting() as collector:

@@ -11,15 +11,12 @@ from functools import partial
 import grpc
 import pytest
 
-from klein_api.v1 import image_pb2
-from klein_api.v1 import image_service_pb2 as api
 from klein_api.v1.stage_service_pb2 import DescribeStageRequest
 from klein_api.v1.stage_service_pb2_grpc import StageServiceStub
+from klein_client import AsyncClient, Tls
 from klein_core.pico import WEIGHTS
 from klein_core.pipeline import Pipeline
-from klein_services.cli.client import connect, generate
 from klein_services.cli.suite import Suite, SuiteOptions
-from klein_services.cli.target import Target
 from klein_services.runtime.channels import open_channel
 from klein_services.runtime.status import explain
 from tests.e2e.running_suite import READY_SECONDS, picture
@@ -39,15 +36,12 @@ class LockedSuite:
     authority: Authority
     pair: Pair
     """Files of the certificate that all processes present."""
-    target: Target
+    tls: Tls
 
     async def images(self, seed: int, references: tuple[bytes, ...] = ()) -> list[bytes]:
-        spec = api.ImageSpec(
-            prompt=PROMPT, seed=seed, references=references, format=image_pb2.IMAGE_FORMAT_RAW_RGB
-        )
-        async with connect(self.target) as stub:
-            generation = await generate(stub, spec, timeout_seconds=120)
-        return [image.data for image in generation.images]
+        async with AsyncClient(self.suite.target, tls=self.tls, timeout_seconds=120, retry=False) as client:
+            made = await client.generate(PROMPT, seed=seed, references=references, format="raw")
+        return [image.data for image in made]
 
     def log(self, process: str) -> str:
         return (self.suite.log_folder / f"{process}.log").read_text(encoding="utf-8")
@@ -71,8 +65,9 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LockedSuite]:
     options = SuiteOptions(device="cpu", threads=1, log_folder=folder / "logs", settings=settings)
     with one_thread(), Suite(options) as suite:
         suite.wait_until_ready(timeout_seconds=READY_SECONDS)
-        client = authority.credentials(authority.issue(IDENTITY))
-        yield LockedSuite(suite, authority, pair, Target(suite.target, client, IDENTITY))
+        own = authority.issue(IDENTITY)
+        tls = Tls(ca=authority.file, certificate=own.certificate, key=own.key, server_name=IDENTITY)
+        yield LockedSuite(suite, authority, pair, tls)
 
 
 def test_images_over_mutual_tls_have_the_bytes_of_the_pipeline(locked: LockedSuite) -> None:

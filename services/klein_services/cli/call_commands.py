@@ -1,4 +1,4 @@
-"""Commands that call a running suite: generate, adapters, status, top."""
+"""Commands that call a running suite: generate, batch, adapters, status, top."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from klein_services.cli.target import (
     ServerNameFlag,
     TargetFlag,
     read_target,
+    read_token,
 )
 
 LONGEST_TIMEOUT_SECONDS = 24 * 3600.0
@@ -178,7 +179,6 @@ def generate(
     token_file: TokenFile = None,
 ) -> None:
     """Make images through a running suite and write them to files."""
-    from klein_services.cli.client import read_token
     from klein_services.cli.generate import GenerateOptions, run_generate
 
     options = GenerateOptions(
@@ -211,6 +211,52 @@ def generate(
 
 
 @commands.command(
+    epilog='A line: [bold]{"id": "ring", "prompt": "a red ring", "width": 128, "height": 128, "seed": 7}[/]. Keys are '
+    "the arguments of klein_client's generate(); only prompt is needed. Paths are relative to the file's folder.\n\n"
+    "[bold]klein batch pictures.jsonl --out pictures[/]; the same command again makes what is missing.\n\n"
+    "Exits with 0 only when every line has its images, with 2 when a line cannot be used and nothing was sent."
+)
+def batch(
+    file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="Requests, one JSON object a line.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FOLDER", help="Folder for the images and results.jsonl.")
+    ],
+    concurrency: Annotated[
+        int, typer.Option("--concurrency", "-c", min=1, max=256, help="Requests at once.")
+    ] = 4,
+    target: TargetFlag = DEFAULT_TARGET,
+    tls_ca: AuthorityFlag = None,
+    tls_certificate: CertificateFlag = None,
+    tls_key: KeyFlag = None,
+    tls_name: ServerNameFlag = "",
+    timeout: Annotated[
+        float,
+        typer.Option(
+            min=0.001,
+            max=LONGEST_TIMEOUT_SECONDS,
+            metavar="SECONDS",
+            help="Longest time of one request, with its waits for a busy suite.",
+        ),
+    ] = 3600.0,
+    token_file: TokenFile = None,
+) -> None:
+    """Make the images of many requests in a file, after all other work; can be interrupted and repeated."""
+    from klein_services.cli.batch import run_batch
+
+    called = read_target(target, tls_ca, tls_certificate, tls_key, tls_name)
+    exit_code = run_batch(
+        file,
+        out,
+        called,
+        concurrency=concurrency,
+        timeout_seconds=timeout,
+        console=messages(),
+        token=read_token(token_file),
+    )
+    raise typer.Exit(exit_code)
+
+
+@commands.command(
     epilog="[bold]klein generate --adapter NAME:0.8[/] takes these names. Exits with 0 only when all can be used."
 )
 def adapters(
@@ -223,7 +269,6 @@ def adapters(
     token_file: TokenFile = None,
 ) -> None:
     """List the adapters that requests may name: kind, rank, layers, size, problems."""
-    from klein_services.cli.client import read_token
     from klein_services.cli.status import run_adapters
 
     called = read_target(target, tls_ca, tls_certificate, tls_key, tls_name)
@@ -241,7 +286,6 @@ def status(
     token_file: TokenFile = None,
 ) -> None:
     """Show the models and their stages: health, device, load, problems."""
-    from klein_services.cli.client import read_token
     from klein_services.cli.status import run_status
 
     called = read_target(target, tls_ca, tls_certificate, tls_key, tls_name)

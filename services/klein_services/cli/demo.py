@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import shlex
 import shutil
 import struct
@@ -12,20 +11,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import grpc
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from klein_api.v1 import image_pb2
-from klein_api.v1 import image_service_pb2 as api
-from klein_services.cli.client import OPERATIONS, Generation, connect, generate
+from klein_client import Generation, ImageOptions, KleinError
+from klein_client.results import OPERATIONS, Collector
 from klein_services.cli.errors import CliError, call_error
 from klein_services.cli.exit_codes import FAILED, INTERRUPTED
 from klein_services.cli.output import GenerationProgress
 from klein_services.cli.process import inherited_environment
 from klein_services.cli.startup import wait_with_progress
 from klein_services.cli.suite import Suite, SuiteOptions
+from klein_services.cli.target import open_client
 
 FOLDER = Path("out")
 SHEET = "contact-sheet.png"
@@ -47,15 +45,15 @@ class DemoImage:
     initial: str = ""
     """Name of the earlier image whose right half is painted over; empty for none."""
 
-    def image_spec(self, made: Mapping[str, bytes]) -> api.ImageSpec:
-        """Returns the request; `made` has the earlier images' files by name."""
-        return api.ImageSpec(
-            prompt=self.prompt,
-            references=[made[name] for name in self.references],
-            initial_image=made[self.initial] if self.initial else None,
+    def options(self, made: Mapping[str, Generation]) -> ImageOptions:
+        """Returns the options of the request; `made` has the earlier images by name."""
+        return ImageOptions(
+            references=[made[name].image for name in self.references],
+            initial_image=made[self.initial].image if self.initial else None,
             mask=right_half_mask(MASK_PX) if self.initial else None,
             seed=self.seed,
-            format=image_pb2.IMAGE_FORMAT_PNG,
+            format="png",
+            timeout_seconds=TIMEOUT_SECONDS,
         )
 
     def file_in(self, folder: Path) -> Path:
@@ -105,7 +103,7 @@ def run_demo(folder: Path, console: Console, options: SuiteOptions) -> None:
     with Suite(options) as suite:
         wait_with_progress(suite, console)
         try:
-            made = asyncio.run(make_images(suite.target, folder, console))
+            made = make_images(suite.target, folder, console)
         except CliError:
             suite.raise_if_died()
             raise
@@ -131,25 +129,27 @@ def klein_command() -> str:
     return shlex.quote(str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own))
 
 
-async def make_images(target: str, folder: Path, console: Console) -> dict[str, Generation]:
+def make_images(target: str, folder: Path, console: Console) -> dict[str, Generation]:
     """Makes all images of the demo and writes them to `folder`.
 
     Raises:
         CliError: a call failed.
     """
     made: dict[str, Generation] = {}
-    async with connect(target) as stub:
+    with open_client(target) as client:
         for image in IMAGES:
-            spec = image.image_spec({name: each.images[0].data for name, each in made.items()})
+            collector = Collector()
             console.print(Text.assemble((f"{image.title}: ", "bold"), image.prompt))
             with GenerationProgress(console, keep=True) as progress:
                 try:
-                    made[image.name] = await generate(
-                        stub, spec, timeout_seconds=TIMEOUT_SECONDS, on_event=progress.handle
-                    )
-                except grpc.aio.AioRpcError as error:
+                    with client.stream(image.prompt, **image.options(made)) as events:
+                        for event in events:
+                            progress.handle(event)
+                            collector.add(event)
+                    made[image.name] = collector.generation()
+                except KleinError as error:
                     raise call_error(error, target) from error
-            image.file_in(folder).write_bytes(made[image.name].images[0].data)
+            made[image.name].save(image.file_in(folder))
     return made
 
 
@@ -190,9 +190,9 @@ def times_table(made: Mapping[str, Generation]) -> Table:
         column.justify = "right"
     for name, generation in made.items():
         summary = generation.summary
-        took = {timing.operation: timing.call_duration.ToMilliseconds() for timing in summary.stage_timings}
+        took = {timing.operation: round(timing.call_seconds * 1000) for timing in summary.timings}
         cells = [str(took.get(operation, "–")) for operation in OPERATIONS]
-        table.add_row(name, *cells, str(summary.total_duration.ToMilliseconds()))
+        table.add_row(name, *cells, str(round(summary.total_seconds * 1000)))
     return table
 
 

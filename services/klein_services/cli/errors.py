@@ -11,17 +11,15 @@ import grpc
 from rich.console import Console
 from rich.text import Text
 
-from klein_core.errors import Violation
 from klein_services.cli.exit_codes import FAILED, INTERRUPTED, MISUSED
 from klein_services.runtime.status import (
     CONTENT_DENIED,
     CONTENT_POLICY_FAILED,
     UNKNOWN_ADAPTER,
-    StatusDetails,
-    explain,
 )
 
 if TYPE_CHECKING:
+    from klein_client import KleinError, Violation
     from klein_services.cli.target import Target
 
 _FLAGS = {
@@ -72,9 +70,7 @@ class CliError(Exception):
             console.print(Text.assemble(("Hint: ", "bold"), self.hint), soft_wrap=True)
 
 
-def call_error(
-    error: grpc.aio.AioRpcError, target: Target | str, reference_names: Sequence[str] = ()
-) -> CliError:
+def call_error(error: KleinError, target: Target | str, reference_names: Sequence[str] = ()) -> CliError:
     """Returns a failed call's status as a sentence with a hint about what to do.
 
     Args:
@@ -82,25 +78,24 @@ def call_error(
         target: the orchestrator that was called.
         reference_names: files of the request's references, to be named in place of their index.
     """
-    details = explain(error)
-    match details.code:
+    match error.code:
         case grpc.StatusCode.UNAVAILABLE:
-            return _unavailable(details, target)
+            return _unavailable(error, target)
         case grpc.StatusCode.INVALID_ARGUMENT:
-            violations = [_named(violation, reference_names) for violation in details.violations]
+            violations = [_named(violation, reference_names) for violation in error.violations]
             if not violations:
-                return CliError(_sentence(details), exit_code=MISUSED)
+                return CliError(_sentence(error), exit_code=MISUSED)
             if len(violations) == 1:
                 return CliError(with_period(violations[0]), exit_code=MISUSED)
             listed = "\n  ".join([f"{len(violations)} values cannot be used:", *violations])
             return CliError(listed, exit_code=MISUSED)
         case grpc.StatusCode.NOT_FOUND:
-            descriptions = "; ".join(violation.description for violation in details.violations)
-            sentence = with_period(descriptions) if descriptions else _sentence(details)
-            command, what = ("adapters",) * 2 if details.reason == UNKNOWN_ADAPTER else ("status", "models")
+            descriptions = "; ".join(violation.description for violation in error.violations)
+            sentence = with_period(descriptions) if descriptions else _sentence(error)
+            command, what = ("adapters",) * 2 if error.reason == UNKNOWN_ADAPTER else ("status", "models")
             return CliError(sentence, f"`klein {command} --target {target}` lists the {what}.", MISUSED)
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
-            return _exhausted(details)
+            return _exhausted(error)
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return CliError(
                 "The request took longer than --timeout allows.",
@@ -112,32 +107,32 @@ def call_error(
                 "Check --target and the server's version.",
             )
         case grpc.StatusCode.UNAUTHENTICATED:
-            return CliError(_sentence(details), "Set KLEIN_TOKEN, or name a file with --token-file.", MISUSED)
+            return CliError(_sentence(error), "Set KLEIN_TOKEN, or name a file with --token-file.", MISUSED)
         case grpc.StatusCode.PERMISSION_DENIED:
-            if details.reason == CONTENT_DENIED:
-                return CliError(_sentence(details), "Ask for something else.")
-            return CliError(_sentence(details), "Ask the server's operator for access.")
+            if error.reason == CONTENT_DENIED:
+                return CliError(_sentence(error), "Ask for something else.")
+            return CliError(_sentence(error), "Ask the server's operator for access.")
         case grpc.StatusCode.CANCELLED:
             return CliError("The call was cancelled.", exit_code=INTERRUPTED)
         case grpc.StatusCode.FAILED_PRECONDITION:
-            return CliError(_sentence(details), "The server's operator can correct it.")
+            return CliError(_sentence(error), "The server's operator can correct it.")
         case code:
-            return CliError(f"{_sentence(details)} ({code.name})", "The server's log shows the cause.")
+            return CliError(f"{_sentence(error)} ({code.name})", "The server's log shows the cause.")
 
 
-def _unavailable(details: StatusDetails, target: Target | str) -> CliError:
+def _unavailable(error: KleinError, target: Target | str) -> CliError:
     # Imported here: both modules import this one.
     from klein_services.cli.handshake import handshake_error
     from klein_services.cli.target import Target
 
-    if details.reason == CONTENT_POLICY_FAILED:
-        return CliError(_sentence(details), "The server's operator can repair the policy.")
-    if details.reason:
+    if error.reason == CONTENT_POLICY_FAILED:
+        return CliError(_sentence(error), "The server's operator can repair the policy.")
+    if error.reason:
         return CliError(
-            _sentence(details), f"`klein status --target {target}` shows the stages; try again soon."
+            _sentence(error), f"`klein status --target {target}` shows the stages; try again soon."
         )
     called = Target(target) if isinstance(target, str) else target
-    if explained := handshake_error(details.message, called):
+    if explained := handshake_error(error.message, called):
         return explained
     return CliError(
         f"Nothing answers at {target}.",
@@ -145,17 +140,17 @@ def _unavailable(details: StatusDetails, target: Target | str) -> CliError:
     )
 
 
-def _exhausted(details: StatusDetails) -> CliError:
-    if details.retry_after_seconds:
-        return CliError(_sentence(details), f"Try again in {details.retry_after_seconds:.0f} s.")
-    if details.reason == "QUOTA_EXCEEDED":
+def _exhausted(error: KleinError) -> CliError:
+    if error.retry_after_seconds:
+        return CliError(_sentence(error), f"Try again in {error.retry_after_seconds:.0f} s.")
+    if error.reason == "QUOTA_EXCEEDED":
         hint = "Ask for fewer or smaller images, or the server's operator for a larger quota."
-        return CliError(_sentence(details), hint)
-    if "larger than max" in details.message:
+        return CliError(_sentence(error), hint)
+    if "larger than max" in error.message:
         return CliError(
             "The image files are larger than the server takes.", "Make the files smaller.", MISUSED
         )
-    return CliError(_sentence(details), "Try again later, or allow more time with --timeout.")
+    return CliError(_sentence(error), "Try again later, or allow more time with --timeout.")
 
 
 def _named(violation: Violation, reference_names: Sequence[str]) -> str:
@@ -174,8 +169,8 @@ def _named(violation: Violation, reference_names: Sequence[str]) -> str:
     return f"{flag}{bracket}{index}{field_note} {description}"
 
 
-def _sentence(details: StatusDetails) -> str:
-    return with_period(details.message or details.code.name.replace("_", " ").lower())
+def _sentence(error: KleinError) -> str:
+    return with_period(error.message or error.code.name.replace("_", " ").lower())
 
 
 def with_period(text: str) -> str:

@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import grpc
 from rich.console import Console
 from rich.text import Text
 
-from klein_api.v1 import image_pb2
-from klein_api.v1 import image_service_pb2 as api
-from klein_services.cli.client import Generation, connect, generate, timings_in_order
+from klein_client import Generation, ImageOptions, KleinError
+from klein_client.results import PROMPT_TRUNCATED, Collector
 from klein_services.cli.errors import CliError, call_error
 from klein_services.cli.exit_codes import MISUSED
 from klein_services.cli.image_files import STANDARD_STREAM, ImageFiles
 from klein_services.cli.output import GenerationProgress
-from klein_services.cli.status import list_models, model_text
-from klein_services.cli.target import Target
+from klein_services.cli.status import fetch_status, model_text
+from klein_services.cli.target import Target, open_client
 
-_FORMATS = {
-    "png": image_pb2.IMAGE_FORMAT_PNG,
-    "jpeg": image_pb2.IMAGE_FORMAT_JPEG,
-    "webp": image_pb2.IMAGE_FORMAT_WEBP,
-}
 _DESCRIPTION_SECONDS = 5.0
-_TRUNCATED = "The prompt was too long: its end was cut off."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,46 +61,44 @@ class GenerateOptions:
         """Names of the references for messages."""
         return tuple("standard input" if path == STANDARD_STREAM else str(path) for path in self.references)
 
-    def image_spec(self, format_name: str) -> api.ImageSpec:
-        """Returns the request. Only the server knows its limits, so it checks them.
+    def request(self) -> tuple[str, ImageOptions]:
+        """Returns the prompt and the client's options. Only the server knows its limits, so it checks them.
 
         Raises:
-            CliError: an image file cannot be read, a size, an expansion or an adapter cannot be parsed, a number or a
-                text fits no request.
+            CliError: an image file cannot be read, or a size, an expansion, an adapter or the prompt cannot be parsed.
         """
         inputs = [*self.references, self.initial, self.mask, Path(self.prompt)]
         if inputs.count(STANDARD_STREAM) > 1:
             raise CliError("Standard input can be read only once.", "Give `-` only once.", MISUSED)
         width_px, height_px = parse_size(self.size) if self.size else (None, None)
-        try:
-            return api.ImageSpec(
-                model=self.model,
-                prompt=sys.stdin.buffer.read().decode().rstrip("\r\n") if self.prompt == "-" else self.prompt,
-                negative_prompt=self.negative_prompt,
-                references=[_read("--reference", path) for path in self.references],
-                width_px=width_px,
-                height_px=height_px,
-                step_count=self.steps,
-                guidance_scale=self.guidance,
-                seed=self.seed,
-                image_count=self.count,
-                format=_FORMATS[format_name],
-                quality=self.quality,
-                priority=image_pb2.PRIORITY_INTERACTIVE,
-                adapters=[parse_adapter(text) for text in self.adapters],
-                embed_prompt=self.embed_prompt,
-                initial_image=None if self.initial is None else _read("--initial", self.initial),
-                mask=None if self.mask is None else _read("--mask", self.mask),
-                mask_is_alpha=self.mask_alpha,
-                strength=self.strength,
-                mask_padding_px=self.mask_padding,
-                expand=parse_expansion(self.expand) if self.expand else None,
-                preserve_unmasked=False if self.no_preserve else None,
-            )
-        except UnicodeError as error:
-            raise CliError("The prompt or a name is not valid UTF-8.", exit_code=MISUSED) from error
-        except ValueError as error:
-            raise CliError(f"A number is far outside its limits: {error}.", exit_code=MISUSED) from error
+        prompt = self.prompt
+        if prompt == "-":
+            try:
+                prompt = sys.stdin.buffer.read().decode().rstrip("\r\n")
+            except UnicodeError as error:
+                raise CliError("The prompt or a name is not valid UTF-8.", exit_code=MISUSED) from error
+        return prompt, ImageOptions(
+            model=self.model or None,
+            negative_prompt=self.negative_prompt,
+            references=[_read("--reference", path) for path in self.references],
+            width=width_px,
+            height=height_px,
+            steps=self.steps,
+            guidance_scale=self.guidance,
+            seed=self.seed,
+            count=self.count,
+            quality=self.quality,
+            priority="interactive",
+            adapters=[parse_adapter(text) for text in self.adapters],
+            embed_prompt=self.embed_prompt or None,
+            initial_image=None if self.initial is None else _read("--initial", self.initial),
+            mask=None if self.mask is None else _read("--mask", self.mask),
+            mask_is_alpha=self.mask_alpha or None,
+            strength=self.strength,
+            mask_padding=self.mask_padding,
+            expand=parse_expansion(self.expand) if self.expand else None,
+            preserve_unmasked=False if self.no_preserve else None,
+        )
 
 
 def run_generate(
@@ -123,10 +112,19 @@ def run_generate(
     files = ImageFiles(options.output, options.image_format, options.count or 1, force=options.force)
     if options.as_json and files.is_standard_output:
         raise CliError("--json and -o - both need standard output.", "Name a file with -o.", MISUSED)
-    spec = options.image_spec(files.format_name)
-    generation = asyncio.run(
-        _generate(spec, options.reference_names, target, timeout_seconds, console, token)
-    )
+    prompt, request = options.request()
+    request["format"] = files.format_name
+    request["timeout_seconds"] = timeout_seconds
+    collector = Collector()
+    with GenerationProgress(console) as progress:
+        try:
+            with open_client(target, token) as client, client.stream(prompt, **request) as events:
+                for event in events:
+                    progress.handle(event)
+                    collector.add(event)
+            generation = collector.generation()
+        except KleinError as error:
+            raise call_error(error, target, options.reference_names) from error
     written, failures = _write_all(files, generation)
     # Also after a failure: its seeds make the same images again.
     if options.as_json:
@@ -134,12 +132,12 @@ def run_generate(
     else:
         out = console if files.is_standard_output else Console()
         out.print(summary_line(generation, written), highlight=False, soft_wrap=True, markup=False)
-    for warning in warnings_of(generation.summary):
+    for warning in generation.warnings:
         console.print(Text(f"Warning: {warning}", "yellow"), soft_wrap=True)
-    if generation.summary.warnings:
+    if set(generation.warnings) - {PROMPT_TRUNCATED}:
         name = generation.summary.model
         try:
-            models = asyncio.run(list_models(target, _DESCRIPTION_SECONDS, token)).models
+            models = fetch_status(target, _DESCRIPTION_SECONDS, token).models
             about = next((model_text(model) for model in models if model.name == name), name)
         except CliError:
             # The images are made and written; a missing description is no failure.
@@ -147,24 +145,6 @@ def run_generate(
         console.print(Text(about), soft_wrap=True)
     if failures:
         raise failures[0]
-
-
-async def _generate(
-    spec: api.ImageSpec,
-    reference_names: tuple[str, ...],
-    target: Target | str,
-    timeout_seconds: float,
-    console: Console,
-    token: str,
-) -> Generation:
-    with GenerationProgress(console) as progress:
-        try:
-            async with connect(target) as stub:
-                return await generate(
-                    stub, spec, timeout_seconds=timeout_seconds, token=token, on_event=progress.handle
-                )
-        except grpc.aio.AioRpcError as error:
-            raise call_error(error, target, reference_names) from error
 
 
 def _write_all(files: ImageFiles, generation: Generation) -> tuple[list[str | None], list[CliError]]:
@@ -180,24 +160,17 @@ def _write_all(files: ImageFiles, generation: Generation) -> tuple[list[str | No
     return names, failures
 
 
-def warnings_of(summary: api.GenerationSummary) -> list[str]:
-    """Returns the server's warnings about a request that succeeded."""
-    return [*summary.warnings, *([_TRUNCATED] if summary.prompt_truncated else [])]
-
-
 def summary_line(generation: Generation, names: list[str | None]) -> str:
     """Returns files, size, seeds, model, and the milliseconds of each operation in a request's order."""
     images, summary = generation.images, generation.summary
     seeds = ", ".join(str(image.seed) for image in images)
     size = " ".join(dict.fromkeys(f"{image.width_px}×{image.height_px}" for image in images))
     timings = " · ".join(
-        f"{timing.operation} {timing.call_duration.ToMilliseconds()} ms"
-        for timing in timings_in_order(summary)
+        f"{timing.operation} {_milliseconds(timing.call_seconds)} ms" for timing in summary.timings
     )
-    total_seconds = summary.total_duration.ToMilliseconds() / 1000
     word = "seed" if len(images) == 1 else "seeds"
     where = ", ".join(name for name in names if name is not None) or "No file"
-    return f"{where}: {size}, {word} {seeds}, {summary.model}, {total_seconds:.2f} s ({timings})"
+    return f"{where}: {size}, {word} {seeds}, {summary.model}, {summary.total_seconds:.2f} s ({timings})"
 
 
 def as_json(generation: Generation, names: list[str | None]) -> dict[str, object]:
@@ -218,15 +191,19 @@ def as_json(generation: Generation, names: list[str | None]) -> dict[str, object
                 "stage": timing.stage,
                 "operation": timing.operation,
                 "call_count": timing.call_count,
-                "queue_ms": timing.queue_duration.ToMilliseconds(),
-                "compute_ms": timing.compute_duration.ToMilliseconds(),
-                "call_ms": timing.call_duration.ToMilliseconds(),
+                "queue_ms": _milliseconds(timing.queue_seconds),
+                "compute_ms": _milliseconds(timing.compute_seconds),
+                "call_ms": _milliseconds(timing.call_seconds),
             }
-            for timing in timings_in_order(summary)
+            for timing in summary.timings
         ],
-        "total_ms": summary.total_duration.ToMilliseconds(),
-        "warnings": warnings_of(summary),
+        "total_ms": _milliseconds(summary.total_seconds),
+        "warnings": list(summary.warnings),
     }
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(seconds * 1000)
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -244,7 +221,7 @@ def parse_size(text: str) -> tuple[int, int]:
     return width_px, int(match[2]) if match[2] else width_px
 
 
-def parse_expansion(text: str) -> image_pb2.ImageExpansion:
+def parse_expansion(text: str) -> tuple[int, int, int, int]:
     """Parses `LEFT,TOP,RIGHT,BOTTOM`, each a number of pixels.
 
     Raises:
@@ -258,10 +235,10 @@ def parse_expansion(text: str) -> image_pb2.ImageExpansion:
             MISUSED,
         )
     left, top, right, bottom = map(int, sides)
-    return image_pb2.ImageExpansion(left_px=left, top_px=top, right_px=right, bottom_px=bottom)
+    return left, top, right, bottom
 
 
-def parse_adapter(text: str) -> image_pb2.Adapter:
+def parse_adapter(text: str) -> tuple[str, float | None]:
     """Parses `NAME` or `NAME:SCALE`.
 
     Raises:
@@ -269,7 +246,7 @@ def parse_adapter(text: str) -> image_pb2.Adapter:
     """
     name, colon, scale = text.partition(":")
     try:
-        return image_pb2.Adapter(name=name, scale=float(scale) if colon else None)
+        return name, float(scale) if colon else None
     except ValueError:
         raise CliError(
             f"--adapter {text!r} has no number after the colon.", "Write NAME or NAME:0.8.", MISUSED

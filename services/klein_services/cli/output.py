@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from klein_api.v1 import image_service_pb2 as api
+if TYPE_CHECKING:
+    from klein_client import Event
 
 _FILE_UNITS = ("bytes", "kB", "MB", "GB", "TB")
 _GIB = 1 << 30
@@ -59,27 +61,29 @@ class GenerationProgress:
     ) -> None:
         self._progress.stop()
 
-    def handle(self, event: api.StreamGenerateImageResponse) -> None:
+    def handle(self, event: Event) -> None:
         """Shows one event."""
-        match event.WhichOneof("event"):
-            case "queued":
-                text = f"{event.queued.position} ahead in the queue"
-                wait = event.queued.estimated_wait.ToTimedelta().total_seconds()
+        # Imported here: this module is loaded by commands that call nothing.
+        from klein_client import Image, Queued, Step, Summary
+
+        match event:
+            case Queued(position=position, estimated_wait_seconds=wait):
+                text = f"{position} ahead in the queue"
                 if wait:
                     text += f", about {wait:.0f} s"
-                self._describe(text if event.queued.position else "next in the queue")
-            case "step":
+                self._describe(text if position else "next in the queue")
+            case Step(step=step, step_count=step_count):
                 self._progress.update(
                     self._task,
-                    description="decoding" if event.step.step == event.step.step_count else "denoising",
-                    completed=event.step.step,
-                    total=event.step.step_count + 1,  # The last part of the bar is the decoding.
-                    count=f"{event.step.step}/{event.step.step_count} steps",
+                    description="decoding" if step == step_count else "denoising",
+                    completed=step,
+                    total=step_count + 1,  # The last part of the bar is the decoding.
+                    count=f"{step}/{step_count} steps",
                 )
-            case "image":
+            case Image():
                 self._image_count += 1
                 self._describe(f"{self._image_count} made")
-            case "summary":
+            case Summary():
                 total = self._progress.tasks[self._task].total or 1
                 self._progress.update(self._task, description="done", completed=total, total=total)
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
-
-import grpc
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from klein_api.v1 import image_service_pb2 as api
-from klein_services.cli.client import authorization, connect
+from klein_client import KleinError, Model, Stage, Status
 from klein_services.cli.errors import call_error
 from klein_services.cli.exit_codes import FAILED
 from klein_services.cli.output import file_size
 from klein_services.cli.process import STAGES
-from klein_services.cli.target import Target
+from klein_services.cli.target import Target, open_client
 
 
 def run_status(target: Target | str, timeout_seconds: float, console: Console, token: str = "") -> int:
@@ -24,73 +20,58 @@ def run_status(target: Target | str, timeout_seconds: float, console: Console, t
     Raises:
         CliError: the orchestrator does not answer.
     """
-    answer = asyncio.run(list_models(target, timeout_seconds, token))
-    console.print(status_table(answer))
-    for model in answer.models:
+    status = fetch_status(target, timeout_seconds, token)
+    console.print(status_table(status))
+    for model in status.models:
         if model.description:
             console.print(Text(model_text(model)), soft_wrap=True)
-    for line in problems(answer):
+    for line in status.problems:
         console.print(Text(line, "red"), soft_wrap=True)
-    all_serve = bool(answer.models) and all(model.serving for model in answer.models)
-    if not answer.models:
+    if not status.models:
         console.print(f"The orchestrator at {target} has no model.")
-    return 0 if all_serve else FAILED
+    return 0 if status.is_serving else FAILED
 
 
-async def list_models(
-    target: Target | str, timeout_seconds: float, token: str = ""
-) -> api.ListModelsResponse:
-    """Returns an orchestrator's models; raises CliError when it does not answer."""
+def fetch_status(target: Target | str, timeout_seconds: float, token: str = "") -> Status:
+    """Returns the state of an orchestrator's models; raises CliError when it does not answer."""
     try:
-        async with connect(target) as stub:
-            metadata = authorization(token)
-            return await stub.ListModels(api.ListModelsRequest(), timeout=timeout_seconds, metadata=metadata)
-    except grpc.aio.AioRpcError as error:
+        with open_client(target, token) as client:
+            return client.status(timeout_seconds=timeout_seconds)
+    except KleinError as error:
         raise call_error(error, target) from error
 
 
-def model_text(model: api.RoutedModel) -> str:
+def model_text(model: Model) -> str:
     """Returns a model's name with its description, if there is one, as a paragraph that begins with the name."""
     if model.description.startswith(model.name):
         return model.description
     return f"{model.name}: {model.description}".removesuffix(": ")
 
 
-def status_table(answer: api.ListModelsResponse) -> Table:
+def status_table(status: Status) -> Table:
     """Returns a table with a row for each stage of each model."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for heading in ("MODEL", "STAGE", "HEALTH", "DEVICE", "RUNNING", "QUEUED"):
         table.add_column(heading, no_wrap=True)
     table.add_column("TARGET", overflow="fold")
-    for model in answer.models:
-        is_chosen = len(answer.models) > 1 and model.name == answer.default_model
-        name = f"{model.name} (default)" if is_chosen else model.name
+    for model in status.models:
+        name = f"{model.name} (default)" if len(status.models) > 1 and model.is_default else model.name
         for position, stage in enumerate(model.stages):
-            described = stage.description
-            title = described.stage or (STAGES[position] if position < len(STAGES) else "")
-            if stage.HasField("description"):
-                load, device = described.load, f"{described.device} {described.dtype}".strip()
-                queue = f"{load.queued_count}/{load.queue_limit}"
-                cells = (_health(stage), device, str(load.running_count), queue)
+            title = stage.name or (STAGES[position] if position < len(STAGES) else "")
+            if stage.is_reachable:
+                device = f"{stage.device} {stage.dtype}".strip()
+                queue = f"{stage.queued_count}/{stage.queue_limit}"
+                cells = (_health(stage), device, str(stage.running_count), queue)
             else:
                 cells = (Text("unreachable", "red"), "–", "–", "–")
             table.add_row(name if position == 0 else "", title, *cells, stage.target)
     return table
 
 
-def problems(answer: api.ListModelsResponse) -> list[str]:
-    """Returns a line for each problem; stages that do not fit each other share one."""
-    lines = (
-        f"{model.name}: {stage.problem}" for model in answer.models for stage in model.stages if stage.problem
-    )
-    return list(dict.fromkeys(lines))
-
-
-def _health(stage: api.RoutedStage) -> Text:
-    if not stage.description.serving:
-        # Facts are set once the model is loaded, so a stage that has them and does not serve is on its way out.
-        is_loaded = stage.description.WhichOneof("facts") is not None
-        return Text("draining" if is_loaded else "loading", "yellow")
+def _health(stage: Stage) -> Text:
+    if not stage.is_serving:
+        # A stage whose model is loaded and that does not serve is on its way out.
+        return Text("draining" if stage.is_loaded else "loading", "yellow")
     return Text("wrong", "red") if stage.problem else Text("serving", "green")
 
 
@@ -100,8 +81,8 @@ def run_adapters(target: Target | str, timeout_seconds: float, console: Console,
     Raises:
         CliError: the orchestrator does not answer.
     """
-    answer = asyncio.run(list_models(target, timeout_seconds, token))
-    for model in answer.models:
+    status = fetch_status(target, timeout_seconds, token)
+    for model in status.models:
         if model.adapters:
             console.print(adapters_table(model))
         else:
@@ -109,12 +90,13 @@ def run_adapters(target: Target | str, timeout_seconds: float, console: Console,
         for adapter in model.adapters:
             for note in adapter.notes:
                 console.print(Text(f"{adapter.name}: {note}", "yellow"), soft_wrap=True)
-    for line in adapter_problems(answer):
+    problems = adapter_problems(status)
+    for line in problems:
         console.print(Text(line, "red"), soft_wrap=True)
-    return FAILED if adapter_problems(answer) else 0
+    return FAILED if problems else 0
 
 
-def adapters_table(model: api.RoutedModel) -> Table:
+def adapters_table(model: Model) -> Table:
     """Returns a table with a row for each adapter of a model."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(f"ADAPTER OF {model.name}", overflow="fold")
@@ -127,11 +109,11 @@ def adapters_table(model: api.RoutedModel) -> Table:
     return table
 
 
-def adapter_problems(answer: api.ListModelsResponse) -> list[str]:
+def adapter_problems(status: Status) -> list[str]:
     """Returns a line for each adapter that cannot be used."""
     return [
         f"{model.name}: {adapter.problem}"
-        for model in answer.models
+        for model in status.models
         for adapter in model.adapters
         if adapter.problem
     ]

@@ -1,11 +1,11 @@
-"""Target: the orchestrator that a command calls, and the TLS with which it does."""
+"""Target: the orchestrator that a command calls, and the TLS and the token with which it does."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, TypedDict
 
 import typer
 
@@ -14,7 +14,11 @@ from klein_services.cli.exit_codes import MISUSED
 from klein_services.cli.ports import DEFAULT_PORT, LOOPBACK
 from klein_services.runtime.pem import Credentials, PemError, PemFiles
 
+if TYPE_CHECKING:
+    from klein_client import Client, Tls
+
 DEFAULT_TARGET = f"{LOOPBACK}:{DEFAULT_PORT}"
+_LONGEST_TOKEN_FILE = 8192
 _FLAGS = ("--tls-certificate", "--tls-key", "--tls-ca")
 _URL = re.compile(r"(https?|grpcs?)://([^/]*)(.*)", re.IGNORECASE | re.DOTALL)
 
@@ -30,6 +34,74 @@ class Target:
 
     def __str__(self) -> str:
         return self.address
+
+
+class Connection(TypedDict):
+    """Arguments of a client that are about its connection."""
+
+    target: str
+    token: str | None
+    tls: Tls | bool
+
+
+def open_client(target: Target | str, token: str = "") -> Client:
+    """Returns a client with the arguments that `connection` returns; raises CliError as that does."""
+    from klein_client import Client
+
+    # A command that fails at once, with the time to wait in its message, leaves the choice to its user.
+    return Client(**connection(target, token), retry=False)
+
+
+def connection(target: Target | str, token: str = "") -> Connection:
+    """Returns the arguments of a client of an orchestrator, in plaintext if only an address is given.
+
+    Args:
+        target: the orchestrator.
+        token: of the suite's own authentication; empty means that of `KLEIN_TOKEN`.
+
+    Raises:
+        CliError: the text cannot be a token. It is not shown.
+    """
+    # Imported here: this module is loaded by commands that call nothing.
+    from klein_client import Tls
+    from klein_client.endpoint import TOKEN_VARIABLE, authorization
+
+    called = Target(target) if isinstance(target, str) else target
+    try:
+        authorization(token or None)
+    except ValueError as error:
+        raise CliError(
+            "The token has characters that no token has, or too many.",
+            f"{TOKEN_VARIABLE} and --token-file must hold a token and nothing else.",
+            MISUSED,
+        ) from error
+    tls: Tls | bool = False
+    if (credentials := called.credentials) is not None:
+        tls = Tls(
+            ca=credentials.authorities or None,
+            certificate=credentials.certificate or None,
+            key=credentials.key or None,
+            server_name=called.server_name,
+        )
+    return Connection(target=called.address, token=token or None, tls=tls)
+
+
+def read_token(file: Path | None) -> str:
+    """Returns the token in a file, without the white space around it; empty without a file.
+
+    Raises:
+        CliError: the file cannot be read, or is empty.
+    """
+    if file is None:
+        return ""
+    try:
+        with file.open("rb") as content:
+            token = content.read(_LONGEST_TOKEN_FILE).decode("ascii", "replace").strip()
+    except OSError as error:
+        raise CliError(f"--token-file {file} cannot be read: {error.strerror}.", exit_code=MISUSED) from error
+    if not token:
+        raise CliError(f"--token-file {file} is empty.", exit_code=MISUSED)
+    return token
 
 
 def read_target(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import shlex
 from functools import partial
 
@@ -15,7 +14,7 @@ from klein_services.cli.ports import DEFAULT_PORT, LOOPBACK
 from klein_services.cli.process import ORCHESTRATOR, SUITE
 from klein_services.cli.restarts import Restarts
 from klein_services.cli.startup import FollowedLogs, StopSignals, wait_with_progress
-from klein_services.cli.status import list_models, model_text
+from klein_services.cli.status import fetch_status, model_text
 from klein_services.cli.suite import METRICS_PORTS, Suite, SuiteOptions
 
 WATCH_SECONDS = 0.1
@@ -71,13 +70,13 @@ def about_model(suite: Suite) -> str:
         # The authority that issued its certificate is not known here.
         return suite.model_name
     try:
-        models = asyncio.run(list_models(suite.target, DESCRIPTION_SECONDS)).models
+        models = fetch_status(suite.target, DESCRIPTION_SECONDS).models
     except CliError:
         # The suite serves; a description that comes too late is no reason to stop it.
         return suite.model_name
     for model in models:
         # A stage that died since is restarted; only a misfit lasts.
-        if not model.serving and all(stage.description.serving for stage in model.stages):
+        if not model.is_serving and all(stage.is_serving for stage in model.stages):
             raise CliError(
                 f"{model.name} cannot be used: {model.stages[0].problem}.",
                 "--transformer, --vae and --text-encoder must be parts of one kind of model.",
