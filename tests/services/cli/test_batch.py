@@ -161,7 +161,7 @@ def test_bad_lines_are_all_named_before_anything_is_sent(
 ) -> None:
     lines: list[object] = [
         {"prompt": "x"},
-        {"prompt": "x", "wdith": 64},
+        {"prompt": "x", "widths": 64},
         '{"prompt": ',
         "[1]",
         {"prompt": "x", "seed": "abc"},
@@ -182,7 +182,7 @@ def test_bad_lines_are_all_named_before_anything_is_sent(
     assert exit_code == 2
     for words in (
         "15 lines cannot be used, nothing was sent",
-        "line 2: wdith is no key; did you mean width?",
+        "line 2: widths is no key; did you mean width?",
         "line 3: is no JSON",
         "line 4: is no JSON object",
         "line 5: seed cannot be of type str",
