@@ -224,6 +224,12 @@ _VAE_DECODER = (
             "{{stage}}",
         ),
     ),
+    graph(
+        "Bytes of images",
+        "bytes",
+        "Image files and pixels that requests hold while they wait.",
+        (f"sum by (instance) (klein_held_bytes{{{IN}}})", "{{instance}}"),
+    ),
 )
 _DENOISER = (
     graph("Step time", "s", "One packed step.", *quantiles("klein_denoise_step_seconds", _STEPS)),

@@ -212,7 +212,17 @@ def lay_channels_last(autoencoder: Autoencoder) -> None:
 
 def image_tensor(image: Image.Image) -> Tensor:
     """Converts an RGB image to a tensor (H, W, 3) in −1…1, fp32."""
-    return 2 * torch.from_numpy(np.array(image, dtype=np.float32) / 255) - 1
+    return scaled_pixels(rgb_tensor(image))
+
+
+def rgb_tensor(image: Image.Image) -> Tensor:
+    """Converts an RGB image to a tensor (H, W, 3), uint8: a quarter of the bytes of what the autoencoder takes."""
+    return torch.from_numpy(np.array(image))
+
+
+def scaled_pixels(rgb: Tensor) -> Tensor:
+    """Converts uint8 pixels to −1…1, fp32."""
+    return 2 * (rgb.float() / 255) - 1
 
 
 def memory_bytes(device: torch.device) -> int:

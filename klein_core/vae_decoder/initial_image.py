@@ -40,16 +40,16 @@ class InitialImage:
     image: Image.Image
     """RGB, about 1 MP at most."""
     mask: Image.Image
-    """L, 255 is made anew; of the image's size where there is a crop, else perhaps of another."""
+    """L, 255 is made anew; of the image's size where there is a crop, else (width_px, height_px)."""
     crop: Box | None
 
     @property
     def width_px(self) -> int:
-        return self.image.width // SIZE_MULTIPLE_PX * SIZE_MULTIPLE_PX
+        return _multiple(self.image.width)
 
     @property
     def height_px(self) -> int:
-        return self.image.height // SIZE_MULTIPLE_PX * SIZE_MULTIPLE_PX
+        return _multiple(self.image.height)
 
     def pixels(self) -> Image.Image:
         """Returns the RGB image that the autoencoder encodes, (width_px, height_px)."""
@@ -131,6 +131,9 @@ def prepare_initial_image(
     if mask_padding_px is not None:
         gray = gray.resize(image.size, Image.Resampling.LANCZOS)
         crop = _crop_box(gray, mask_padding_px)
+    else:
+        # Now, so that a large mask does not wait in memory.
+        gray = gray.resize((_multiple(image.width), _multiple(image.height)), Image.Resampling.LANCZOS)
     prepared = InitialImage(image, gray, crop)
     if not prepared.token_mask().any():
         raise InvalidInput.of(
@@ -196,13 +199,17 @@ def _crop_box(mask: Image.Image, padding: int) -> Box:
     box = mask.getbbox() or (0, 0, width, height)
     left, top = max(box[0] - padding, 0), max(box[1] - padding, 0)
     right, bottom = min(box[2] + padding, width), min(box[3] + padding, height)
-    multiple = SIZE_MULTIPLE_PX
-    aspect = (width // multiple * multiple) / (height // multiple * multiple)
+    aspect = _multiple(width) / _multiple(height)
     if (right - left) / (bottom - top) > aspect:
         top, bottom = _widened(top, bottom, int((right - left) / aspect - (bottom - top)), height)
     else:
         left, right = _widened(left, right, int((bottom - top) * aspect - (right - left)), width)
     return left, top, right, bottom
+
+
+def _multiple(side_px: int) -> int:
+    """Rounds a side down to a size that the autoencoder takes."""
+    return side_px // SIZE_MULTIPLE_PX * SIZE_MULTIPLE_PX
 
 
 def _widened(start: int, stop: int, by: int, limit: int) -> tuple[int, int]:

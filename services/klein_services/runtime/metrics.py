@@ -89,6 +89,9 @@ QUEUE_LARGE_PIXELS = Gauge(
     "Pixels of images of more than 4,194,304 pixels that wait or are worked on.",
     ["stage"],
 )
+HELD_BYTES = Gauge(
+    "klein_held_bytes", "Bytes of image files and of pixels that requests hold while they wait.", ["stage"]
+)
 QUEUE_WAIT_SECONDS = Histogram(
     "klein_queue_wait_seconds",
     "Seconds that a request waited for the device.",

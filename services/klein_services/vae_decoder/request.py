@@ -18,6 +18,7 @@ from klein_services.runtime.frames import FrameReader, shown_shape
 from klein_services.runtime.request_parts import RequestParts
 from klein_services.runtime.stage import require_model
 from klein_services.runtime.tensors import frames_tensor
+from klein_services.vae_decoder.held_bytes import RequestBytes
 from klein_services.vae_decoder.uploads import FileReader, InitialImageFiles, Preparation
 
 MAX_FIELD_NAME_CHARACTERS = 64
@@ -64,7 +65,7 @@ def reference_field(spec: pb.ReferenceSpec, model_name: str) -> str:
 
 
 async def read_file(
-    parts: RequestParts[pb.EncodeReferenceRequest], field: str, limit_bytes: int
+    parts: RequestParts[pb.EncodeReferenceRequest], field: str, limit_bytes: int, held: RequestBytes
 ) -> FileReader:
     """Reads the chunks of a reference's file.
 
@@ -72,12 +73,14 @@ async def read_file(
         parts: the request after its spec.
         field: name of the reference in errors.
         limit_bytes: largest file.
+        held: counts the bytes.
 
     Raises:
         InvalidInput: a chunk has the wrong size, or the file is empty or too large.
+        QueueFull: requests hold too many bytes.
         ReceiveTimeout: the stream is not complete in time.
     """
-    file = FileReader(field, limit_bytes)
+    file = FileReader(field, limit_bytes, held)
     async for part in parts:
         file.add(part.image_chunk)
     file.require_data()
@@ -85,7 +88,10 @@ async def read_file(
 
 
 async def read_initial_image(
-    parts: RequestParts[pb.EncodeInitialImageRequest], preparation: Preparation, limit_bytes: int
+    parts: RequestParts[pb.EncodeInitialImageRequest],
+    preparation: Preparation,
+    limit_bytes: int,
+    held: RequestBytes,
 ) -> InitialImageFiles:
     """Reads the chunks of an initial image's file and of its mask's, if there is one.
 
@@ -93,12 +99,14 @@ async def read_initial_image(
         parts: the request after its spec.
         preparation: how the files are prepared.
         limit_bytes: largest file, each.
+        held: counts the bytes.
 
     Raises:
         InvalidInput: a file has the wrong size, or one that is needed is missing.
+        QueueFull: requests hold too many bytes.
         ReceiveTimeout: the stream is not complete in time.
     """
-    files = InitialImageFiles(preparation, limit_bytes)
+    files = InitialImageFiles(preparation, limit_bytes, held)
     async for part in parts:
         if part.WhichOneof("part") == "mask_chunk":
             files.add_mask(part.mask_chunk)
@@ -147,6 +155,7 @@ async def read_latents(
 
     Raises:
         InvalidInput: the latents are incomplete or have a shape that is not allowed, or files do not fit the overlay.
+        QueueFull: requests hold too many bytes of files.
         ReceiveTimeout: the stream is not complete in time.
     """
     token_count = limits.pixel_count // SIZE_MULTIPLE_PX**2

@@ -16,8 +16,13 @@ from klein_api.v1 import vae_decoder_service_pb2 as pb
 from klein_core.checkpoint.key_mapping import VAE
 from klein_core.checkpoint.weights import weights_digest
 from klein_core.params import SIZE_MULTIPLE_PX, Limits
-from klein_core.vae_decoder.decoder import VaeDecoder, image_tensor
-from klein_core.vae_decoder.image_io import ReferenceLimits, encode_image, prepare_reference
+from klein_core.vae_decoder.decoder import VaeDecoder, rgb_tensor, scaled_pixels
+from klein_core.vae_decoder.image_io import (
+    MODEL_PIXEL_COUNT,
+    ReferenceLimits,
+    encode_image,
+    prepare_reference,
+)
 from klein_core.vae_decoder.initial_image import InitialImage
 from klein_core.vae_decoder.tiling import TilingPolicy
 from klein_services.runtime.admission import ConcurrencyLimit
@@ -40,6 +45,7 @@ from klein_services.runtime.urgency import Urgency, urgency_of
 from klein_services.runtime.watchdog import watched
 from klein_services.runtime.work_queue import LARGE_PIXEL_COUNT
 from klein_services.runtime.worker import Completed, Worker
+from klein_services.vae_decoder.held_bytes import ENCODING_SHARE, PIXEL_BYTES, HeldBytes, RequestBytes
 from klein_services.vae_decoder.request import (
     Encoding,
     image_encoding,
@@ -82,9 +88,9 @@ class VaeDecoderServicer(vae_decoder_service_pb2_grpc.VaeDecoderServiceServicer)
         async with read_parts(request_iterator, timeout_seconds=settings.receive_timeout_seconds) as parts:
             spec = (await parts.spec_part()).spec
             field, urgency = reference_field(spec, settings.model_name), urgency_of(spec.priority)
-            with stage.slots.slot():
-                file = await read_file(parts, field, settings.reference_bytes)
-                opened = await stage.open_files(file, deadline, urgency)
+            with stage.slots.slot(), stage.held_bytes.request(ENCODING_SHARE) as held:
+                file = await read_file(parts, field, settings.reference_bytes, held)
+                opened = await stage.open_files(file, deadline, urgency, held)
                 read = await stage.files.run(
                     lambda: stage.read_reference(file.data, field),
                     operation=READ_REFERENCE,
@@ -92,6 +98,7 @@ class VaeDecoderServicer(vae_decoder_service_pb2_grpc.VaeDecoderServiceServicer)
                     urgency=urgency,
                     pixel_count=opened.value,
                 )
+                file.release()
                 encoded = await stage.worker.run(
                     lambda: stage.encode(read.value),
                     operation=ENCODE_REFERENCE,
@@ -117,9 +124,9 @@ class VaeDecoderServicer(vae_decoder_service_pb2_grpc.VaeDecoderServiceServicer)
             spec = (await parts.spec_part()).spec
             require_model(spec.model, settings.model_name)
             preparation, urgency = Preparation.from_spec(spec.inpainting), urgency_of(spec.priority)
-            with stage.slots.slot():
-                files = await read_initial_image(parts, preparation, settings.reference_bytes)
-                opened = await stage.open_files(files, deadline, urgency)
+            with stage.slots.slot(), stage.held_bytes.request(ENCODING_SHARE) as held:
+                files = await read_initial_image(parts, preparation, settings.reference_bytes, held)
+                opened = await stage.open_files(files, deadline, urgency, held)
                 read = await stage.files.run(
                     lambda: stage.read_initial_image(files),
                     operation=READ_INITIAL_IMAGE,
@@ -127,6 +134,7 @@ class VaeDecoderServicer(vae_decoder_service_pb2_grpc.VaeDecoderServiceServicer)
                     urgency=urgency,
                     pixel_count=opened.value,
                 )
+                files.release()
                 pixels, mask = read.value
                 encoded = await stage.worker.run(
                     lambda: stage.encode(pixels),
@@ -155,18 +163,18 @@ class VaeDecoderServicer(vae_decoder_service_pb2_grpc.VaeDecoderServiceServicer)
         async with read_parts(request_iterator, timeout_seconds=settings.receive_timeout_seconds) as parts:
             spec = (await parts.spec_part()).spec
             encoding, urgency = image_encoding(spec, settings.model_name), urgency_of(spec.priority)
-            overlay = None
-            if spec.HasField("overlay"):
-                preparation = Preparation.from_spec(spec.overlay)
-                overlay = InitialImageFiles(preparation, settings.reference_bytes)
-            with stage.slots.slot():
+            preparation = Preparation.from_spec(spec.overlay) if spec.HasField("overlay") else None
+            with stage.slots.slot(), stage.held_bytes.request() as held:
+                overlay = None
+                if preparation is not None:
+                    overlay = InitialImageFiles(preparation, settings.reference_bytes, held)
                 frames = await read_latents(parts, encoding, channels, stage.limits, overlay)
                 rows, columns, _ = frames.spec.shape
                 pixel_count = rows * columns * SIZE_MULTIPLE_PX**2
                 done: list[Completed[Any]] = []
                 image: InitialImage | None = None
                 if overlay is not None:
-                    opened = await stage.open_files(overlay, deadline, urgency)
+                    opened = await stage.open_files(overlay, deadline, urgency, held)
                     read = await stage.files.run(
                         lambda: overlay_image(overlay, stage.decoder.reference_limits, frames),
                         operation=READ_INITIAL_IMAGE,
@@ -174,6 +182,7 @@ class VaeDecoderServicer(vae_decoder_service_pb2_grpc.VaeDecoderServiceServicer)
                         urgency=urgency,
                         pixel_count=opened.value,
                     )
+                    overlay.release()
                     image = read.value
                     done += [opened, read]
                 decoded = await stage.worker.run_together(
@@ -267,6 +276,8 @@ class VaeDecoderStage(ModelService):
             pixel_limit=settings.queue_pixel_count,
         )
         """Reads and writes image files."""
+        self.held_bytes = HeldBytes(settings.queue_bytes, self.name)
+        """Bounds what requests hold in memory while they wait."""
         self.watermark = Watermark(settings.watermark) if settings.watermark else None
         """Marks every image; `None` when none is set."""
         self.batches = BatchLimits()
@@ -279,33 +290,42 @@ class VaeDecoderStage(ModelService):
         vae_decoder_service_pb2_grpc.add_VaeDecoderServiceServicer_to_server(VaeDecoderServicer(self), server)
 
     async def open_files(
-        self, files: FileReader | InitialImageFiles, deadline: float | None, urgency: Urgency
+        self,
+        files: FileReader | InitialImageFiles,
+        deadline: float | None,
+        urgency: Urgency,
+        held: RequestBytes,
     ) -> Completed[int]:
         """Returns the pixels that files announce, by which the reading of their pixels is scheduled.
 
+        Takes the bytes of the pixels that will wait for the device.
+
         Raises:
             InvalidInput: a file is not an image, or exceeds the limits.
+            QueueFull: requests hold too many bytes.
         """
-        return await self.files.run(
+        opened = await self.files.run(
             lambda: files.pixel_count(self.decoder.reference_limits),
             operation=OPEN_FILES,
             deadline=deadline,
             urgency=urgency,
         )
+        held.add(PIXEL_BYTES * min(opened.value, MODEL_PIXEL_COUNT))
+        return opened
 
     def read_reference(self, data: bytes, field: str) -> torch.Tensor:
-        """Returns the pixels of a reference's file as the autoencoder takes them; `field` names it in errors."""
-        return image_tensor(prepare_reference(data, field=field, limits=self.decoder.reference_limits))
+        """Returns the pixels of a reference's file: uint8, (height, width, 3); `field` names it in errors."""
+        return rgb_tensor(prepare_reference(data, field=field, limits=self.decoder.reference_limits))
 
     def read_initial_image(self, files: InitialImageFiles) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns an initial image's pixels as the autoencoder takes them, and its mask: (rows, columns, 1)."""
+        """Returns an initial image's pixels, uint8 (height, width, 3), and its mask: (rows, columns, 1)."""
         image = files.prepare(self.decoder.reference_limits)
-        return image_tensor(image.pixels()), image.token_mask()
+        return rgb_tensor(image.pixels()), image.token_mask()
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Returns the latents of an image, on the CPU."""
+        """Returns the latents of an image's uint8 pixels, on the CPU."""
         with watched("encode", pixels.numel()):
-            return host_tensor(self.decoder.encode(pixels))
+            return host_tensor(self.decoder.encode(scaled_pixels(pixels)))
 
     def decode(self, received: Sequence[FrameReader]) -> list[torch.Tensor]:
         """Returns the pixels of each of some latents of one shape."""

@@ -38,6 +38,13 @@ class VaeDecoderSettings(BatchingSettings):
         minimum=1 << 26,
         maximum=1 << 40,
     )
+    queue_bytes: int = setting(
+        256 << 20,
+        help="Most bytes of image files and pixels that requests hold while they wait; more are refused, those to be "
+        "encoded at three quarters of it",
+        minimum=1 << 20,
+        maximum=1 << 40,
+    )
     warm_up_size_px: int = setting(
         0,
         help="Width and height of the image that is encoded and decoded before serving; 0 is 1024, then 512 on CUDA, "

@@ -10,6 +10,7 @@ from klein_core.params import Expansion, inpainting_violations
 from klein_core.vae_decoder.image_io import MODEL_PIXEL_COUNT, ReferenceLimits, open_image
 from klein_core.vae_decoder.initial_image import InitialImage, prepare_initial_image
 from klein_services.runtime.frames import MAX_FRAME_BYTES
+from klein_services.vae_decoder.held_bytes import RequestBytes
 
 LEAST_PIXEL_COUNT = 64 * 64
 """Least bound of an initial image's pixels: those of the smallest image."""
@@ -21,23 +22,24 @@ class FileReader:
     Args:
         field: the file's name in errors.
         limit_bytes: largest file; the stream is refused as soon as it sends more.
+        held: counts the bytes.
     """
 
-    def __init__(self, field: str, limit_bytes: int) -> None:
+    def __init__(self, field: str, limit_bytes: int, held: RequestBytes) -> None:
         self.field = field
+        self._held = held
         self._limit_bytes = limit_bytes
-        self._chunks: list[bytes] = []
-        self._received = 0
+        self._data = bytearray()
 
     @property
     def is_empty(self) -> bool:
         """Whether no chunk has been read."""
-        return not self._chunks
+        return not self._data
 
     @property
     def data(self) -> bytes:
-        """A copy of the file's bytes in one piece; make it off the event loop."""
-        return b"".join(self._chunks)
+        """A copy of the file's bytes; make it off the event loop."""
+        return bytes(self._data)
 
     def pixel_count(self, limits: ReferenceLimits) -> int:
         """Returns the pixels that the file's header announces. Copies the file: call it off the event loop.
@@ -53,15 +55,21 @@ class FileReader:
 
         Raises:
             InvalidInput: the chunk has the wrong size, or the file is too large.
+            QueueFull: requests hold too many bytes.
         """
         if not 1 <= len(chunk) <= MAX_FRAME_BYTES:
             raise InvalidInput.of(
                 self.field, f"has a chunk of {len(chunk)} bytes; must be in [1, {MAX_FRAME_BYTES}]"
             )
-        self._received += len(chunk)
-        if self._received > self._limit_bytes:
+        if len(self._data) + len(chunk) > self._limit_bytes:
             raise InvalidInput.of(self.field, f"is larger than {self._limit_bytes} bytes, the most allowed")
-        self._chunks.append(chunk)
+        self._held.add(len(chunk))
+        self._data += chunk
+
+    def release(self) -> None:
+        """Forgets the bytes, which are not needed any more."""
+        self._held.release(len(self._data))
+        self._data = bytearray()
 
     def require_data(self) -> None:
         """Checks that there is a file.
@@ -124,18 +132,20 @@ class InitialImageFiles:
     Args:
         preparation: how they are prepared.
         limit_bytes: largest file, each.
+        held: counts the bytes.
     """
 
-    def __init__(self, preparation: Preparation, limit_bytes: int) -> None:
+    def __init__(self, preparation: Preparation, limit_bytes: int, held: RequestBytes) -> None:
         self._preparation = preparation
-        self._image = FileReader("initial_image", limit_bytes)
-        self._mask = FileReader("mask", limit_bytes)
+        self._image = FileReader("initial_image", limit_bytes, held)
+        self._mask = FileReader("mask", limit_bytes, held)
 
     def add_image(self, chunk: bytes) -> None:
         """Reads the image's next chunk.
 
         Raises:
             InvalidInput: it does not fit, or comes after the mask's.
+            QueueFull: requests hold too many bytes.
         """
         if not self._mask.is_empty:
             raise InvalidInput.of("initial_image", "has chunks after those of the mask; it must come first")
@@ -146,8 +156,14 @@ class InitialImageFiles:
 
         Raises:
             InvalidInput: it does not fit.
+            QueueFull: requests hold too many bytes.
         """
         self._mask.add(chunk)
+
+    def release(self) -> None:
+        """Forgets the bytes of both files, which are not needed any more."""
+        self._image.release()
+        self._mask.release()
 
     def require_complete(self) -> None:
         """Checks that the files that the preparation needs are there.
