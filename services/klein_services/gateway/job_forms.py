@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
 from klein_services.gateway.job import Job, JobState, WebhookEvent
+from klein_services.gateway.result_store import ResultStore
 
 BFL = "bfl"
 PREDICTIONS = "predictions"
 EACHLABS = "eachlabs"
-IMAGE_URL_PATH = "base_url"
-"""Entry of a job's echo: the URL under which its client reaches the gateway."""
-ImageUrl = Callable[[Job, str], str]
-"""Returns the URL of a job's image by its key."""
 
 _PREDICTION_STATUS = {
     JobState.QUEUED: "starting",
@@ -32,11 +28,13 @@ class JobForms:
     """Forms of jobs.
 
     Args:
-        image_url: URL of an image.
+        results: has the images.
+        link_seconds: time for which a link to an image works.
     """
 
-    def __init__(self, image_url: ImageUrl) -> None:
-        self._image_url = image_url
+    def __init__(self, results: ResultStore, link_seconds: float) -> None:
+        self._results = results
+        self._link_seconds = link_seconds
 
     def bfl_result(self, job: Job) -> dict[str, Any]:
         """Returns BFL's result of a job, whose status is Pending until the job has ended."""
@@ -75,9 +73,9 @@ class JobForms:
             "error": None if job.error is None else job.error.message,
             "data_removed": False,
             "metrics": {},
-            "created_at": _iso_time(job.created_at),
-            "started_at": _iso_time(job.started_at),
-            "completed_at": _iso_time(job.completed_at),
+            "created_at": iso_time(job.created_at),
+            "started_at": iso_time(job.started_at),
+            "completed_at": iso_time(job.completed_at),
             "urls": {"get": base, "cancel": f"{base}/cancel", "stream": f"{base}/stream"},
         }
         if job.state.final and job.completed_at is not None:
@@ -107,7 +105,10 @@ class JobForms:
         return json.dumps(forms[job.api](job), separators=(",", ":"))
 
     def _image_urls(self, job: Job) -> list[str]:
-        return [self._image_url(job, image["key"]) for image in (job.result or {}).get("images", ())]
+        return [
+            self._results.url(image["key"], job.echo["base_url"], self._link_seconds)
+            for image in (job.result or {}).get("images", ())
+        ]
 
 
 def bfl_status(job: Job) -> str:
@@ -133,7 +134,8 @@ def _duration(begin: float | None, end: float | None) -> float | None:
     return None if begin is None or end is None else round(end - begin, 3)
 
 
-def _iso_time(seconds: float | None) -> str | None:
+def iso_time(seconds: float | None) -> str | None:
+    """Returns a time in ISO 8601, UTC."""
     if seconds is None:
         return None
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,10 +1,10 @@
-"""Images of a job: its request to the orchestrator, the store that keeps its images, and the faults of both."""
+"""Images of a job: its request to the orchestrator, and the faults that end it or let it wait."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import grpc
 
@@ -21,6 +21,7 @@ from klein_client import (
 from klein_services.gateway.job import Job, JobError, LeasedJob
 from klein_services.gateway.job_runner import JobFailed, JobPostponed, ReportStep
 from klein_services.gateway.job_secret import JobSecret, SecretError
+from klein_services.gateway.result_store import ResultStore
 
 LOST_PAUSE_SECONDS = 2.0
 """Mean time before a job whose orchestrator was gone is tried again."""
@@ -30,33 +31,19 @@ FILE_FIELDS = ("initial_image", "mask")
 """Fields of a job's request that are the position of one file; `references` is a list of positions."""
 
 
-class ImageStore(Protocol):
-    """Store of results that the images of jobs are kept in."""
-
-    async def put(self, key: str, data: bytes, content_type: str) -> None:
-        """Writes a file; one of that key is replaced."""
-
-    async def delete(self, key: str) -> None:
-        """Deletes a file; one that is not there is no error."""
-
-
 class JobImages:
     """Maker of the images of jobs.
 
     Args:
         client: of the orchestrator.
-        store: keeps the images.
+        store: of results, keeps the images.
         secret: unseals the keys of jobs.
-        timeout_seconds: longest time of one run.
     """
 
-    def __init__(
-        self, client: AsyncClient, store: ImageStore, secret: JobSecret, *, timeout_seconds: float
-    ) -> None:
+    def __init__(self, client: AsyncClient, store: ResultStore, secret: JobSecret) -> None:
         self._client = client
         self._store = store
         self._secret = secret
-        self._timeout_seconds = timeout_seconds
 
     async def make(self, leased: LeasedJob, report: ReportStep) -> Mapping[str, Any]:
         """Makes a job's images and returns its result; the same job gives the same images in every run.
@@ -134,7 +121,7 @@ class JobImages:
             except SecretError as error:
                 raise JobFailed(JobError(code="UNAUTHENTICATED", message=f"{error}; make it anew")) from None
         # A run of this job that still goes on, of a gateway that has stopped, is joined and not repeated.
-        return values | {"token": token, "idempotency_key": job.id, "timeout_seconds": self._timeout_seconds}
+        return values | {"token": token, "idempotency_key": job.id}
 
 
 def image_key(job_id: str, index: int) -> str:
@@ -151,7 +138,7 @@ def _verdict(error: KleinError) -> JobFailed | JobPostponed:
     code = error.code.name if isinstance(error.code, grpc.StatusCode) else str(error.code)
     violations = [{"field": each.argument, "description": each.description} for each in error.violations]
     if error.reason == CONTENT_DENIED:
-        code = CONTENT_DENIED
+        code = f"{CONTENT_DENIED}_{error.metadata.get('subject', 'request').upper()}"
     return JobFailed(JobError(code=code, message=str(error) or error.message, violations=violations))
 
 

@@ -211,20 +211,20 @@ class JobStore:
 
         return await self._database.read(work)
 
-    async def expire(self) -> int:
-        """Ends jobs whose time has passed as failed; returns their number.
+    async def expire(self) -> Sequence[Job]:
+        """Ends jobs whose time has passed as failed, and returns them.
 
         Raises:
             StoreUnavailable: the database failed.
         """
 
-        async def work(connection: AsyncConnection) -> int:
+        async def work(connection: AsyncConnection) -> Sequence[Job]:
             late = select(JOBS.c.id).where(JOBS.c.state.in_(OPEN_STATES), JOBS.c.deadline_at < clock())
             ids = (await connection.scalars(late.limit(DELETED_AT_ONCE))).all()
             error = JobError(
                 code="EXPIRED", message=f"the job did not end within {self._limits.job_seconds:g} seconds"
             )
-            return await self._end(connection, JOBS.c.id.in_(ids), JobState.FAILED, error) if ids else 0
+            return await self._end(connection, JOBS.c.id.in_(ids), JobState.FAILED, error) if ids else []
 
         return await self._database.write(work)
 
@@ -265,7 +265,7 @@ class JobStore:
 
     async def _end(
         self, connection: AsyncConnection, which: Any, state: JobState, error: JobError | None
-    ) -> int:
+    ) -> Sequence[Job]:
         values = {
             "state": state,
             "completed_at": clock(),
@@ -276,11 +276,11 @@ class JobStore:
             "error": None if error is None else asdict(error),
         }
         change = update(JOBS).where(which, JOBS.c.state.in_(OPEN_STATES)).values(values)
-        rows = (await connection.execute(change.returning(*COLUMNS))).all()
-        for row in rows:
-            await connection.execute(delete(JOB_FILES).where(JOB_FILES.c.job_id == row.id))
-            await post_events(connection, job_of(row), [WebhookEvent.COMPLETED], self._webhook_body)
-        return len(rows)
+        jobs = [job_of(row) for row in (await connection.execute(change.returning(*COLUMNS))).all()]
+        for job in jobs:
+            await connection.execute(delete(JOB_FILES).where(JOB_FILES.c.job_id == job.id))
+            await post_events(connection, job, [WebhookEvent.COMPLETED], self._webhook_body)
+        return jobs
 
 
 def request_digest(new: NewJob) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
-from klein_services.gateway.errors import ApiError, FieldViolation, invalid_fields
+from klein_services.gateway.errors import FieldViolation, invalid_fields
 
 MAXIMUM_SEED = 2**63 - 1
 """Largest seed that the suite takes."""
@@ -133,4 +133,5 @@ class JsonFields:
             self.refuse(name[:64], f"is unknown; known are {', '.join(sorted(self._read))}")
         if self._violations:
             error = invalid_fields(self._violations)
-            raise ApiError(status, error.reason, error.message, violations=error.violations)
+            error.status = status
+            raise error

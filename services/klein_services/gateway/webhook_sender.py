@@ -13,10 +13,13 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from klein_services.gateway.job import StoreUnavailable
 from klein_services.gateway.job_metrics import WEBHOOKS
+from klein_services.gateway.outbound import Outbound, OutboundError
 from klein_services.gateway.webhook_outbox import Delivery, WebhookOutbox
 
 CONCURRENT_CALLS = 32
 """Calls at a time; a receiver that hangs holds one of them for the time of an attempt."""
+ANSWER_BYTES = 1 << 16
+"""Most bytes of a receiver's answer, which only its status matters of."""
 LOOK_SECONDS = 1.0
 """Time between two looks at the outbox."""
 GONE = 410
@@ -59,6 +62,27 @@ def secret_key(secret: str) -> bytes:
         except binascii.Error:
             return secret.encode()
     return secret.encode()
+
+
+def webhook_post(outbound: Outbound, seconds: float) -> Post:
+    """Returns the function that calls webhooks at public addresses, without redirects, each within `seconds`."""
+
+    async def post(url: str, headers: Mapping[str, str], body: bytes) -> int:
+        try:
+            answer = await outbound.send(
+                "POST",
+                url,
+                seconds=seconds,
+                maximum_bytes=ANSWER_BYTES,
+                headers=headers,
+                content=body,
+                redirects=0,
+            )
+        except OutboundError as error:
+            raise CallFailed(str(error)) from None
+        return answer.status
+
+    return post
 
 
 class WebhookSender:
