@@ -12,13 +12,31 @@ from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import ASGIApp
 
-from klein_services.gateway import openai, operations, page_api, results
+from klein_services.gateway import (
+    bfl,
+    eachlabs,
+    openai,
+    operations,
+    page_api,
+    predictions,
+    results,
+    upload_routes,
+)
 from klein_services.gateway.gateway import Gateway, open_gateway
 from klein_services.gateway.request_log import RequestLog
 from klein_services.gateway.route_group import API_KEY, RouteGroup, method_or_path_error
 from klein_services.gateway.settings import GatewaySettings
 
-GROUPS: tuple[RouteGroup, ...] = (operations.GROUP, results.GROUP, openai.GROUP, page_api.GROUP)
+GROUPS: tuple[RouteGroup, ...] = (
+    operations.GROUP,
+    results.GROUP,
+    bfl.GROUP,
+    predictions.GROUP,
+    upload_routes.GROUP,
+    eachlabs.GROUP,
+    openai.GROUP,
+    page_api.GROUP,
+)
 """Every API. Routes are tried in this order; a group with a path of everything belongs at the end."""
 FALLBACK = openai.GROUP
 """Group whose form of errors unknown paths get."""

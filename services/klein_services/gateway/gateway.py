@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from http import HTTPStatus
 
 from starlette.requests import Request
 
 from klein_client import AsyncClient, Tls
 from klein_services.gateway.bodies import BodyReader
 from klein_services.gateway.downloads import Downloads
+from klein_services.gateway.errors import ApiError
+from klein_services.gateway.job_settings import NO_JOBS
+from klein_services.gateway.jobs import Jobs, open_jobs
 from klein_services.gateway.known_callers import KnownCallers
 from klein_services.gateway.outbound import Outbound
 from klein_services.gateway.readiness import Readiness
@@ -34,8 +38,22 @@ class Gateway:
     downloads: Downloads
     results: ResultStore
     suite_watch: SuiteWatch
+    jobs_or_none: Jobs | None = None
+    """`None` where the APIs with jobs are off."""
     recent_requests: RecentRequests = field(default_factory=RecentRequests)
     known_callers: KnownCallers = field(default_factory=KnownCallers)
+
+    @property
+    def jobs(self) -> Jobs:
+        """Jobs of the gateway.
+
+        Raises:
+            ApiError: the APIs with jobs are off.
+        """
+        if self.jobs_or_none is None:
+            message = "The APIs with jobs are off: KLEIN_JOBS_DATABASE is off."
+            raise ApiError(HTTPStatus.NOT_FOUND, "jobs_off", message)
+        return self.jobs_or_none
 
     def url(self, request: Request, path: str) -> str:
         """Returns the absolute URL of a path of this gateway, as the request's client reaches it."""
@@ -82,7 +100,14 @@ async def open_gateway(settings: GatewaySettings) -> AsyncIterator[Gateway]:
         results = _open_results(settings)
         stack.push_async_callback(results.close)
         watch = SuiteWatch(settings.metrics_pages)
-        yield Gateway(settings, BodyReader(settings), readiness, client, downloads, results, watch)
+        jobs = None
+        if settings.jobs_database != NO_JOBS:
+            link_seconds = settings.results_link_seconds
+            opened = open_jobs(settings, client, results, outbound, link_seconds=link_seconds)
+            jobs = await stack.enter_async_context(opened)
+        yield Gateway(
+            settings, BodyReader(settings), readiness, client, downloads, results, watch, jobs_or_none=jobs
+        )
 
 
 def _open_results(settings: GatewaySettings) -> ResultStore:

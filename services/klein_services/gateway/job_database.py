@@ -88,7 +88,7 @@ DELIVERIES = Table(
     Column("id", String(64), primary_key=True),
     Column("job_id", String(64), nullable=False),
     Column("event", String(16), nullable=False),
-    Column("position", Double, nullable=False),
+    Column("position", Integer, nullable=False),
     Column("url", Text, nullable=False),
     Column("secret", Text),
     Column("body", Text, nullable=False),

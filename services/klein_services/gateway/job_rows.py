@@ -16,6 +16,7 @@ from klein_services.gateway.job_database import DELIVERIES, JOBS, clock
 
 WebhookBody = Callable[[Job, WebhookEvent], str]
 """Body of the call of a job's webhook, in the form of the job's API."""
+_ORDER = (WebhookEvent.START, WebhookEvent.LOGS, WebhookEvent.OUTPUT, WebhookEvent.COMPLETED)
 COLUMNS = [JOBS.c[name] for name in Job.__dataclass_fields__]
 """Columns of a job, without those of its lease."""
 
@@ -64,7 +65,7 @@ async def post_events(
             "id": new_id(),
             "job_id": job.id,
             "event": event,
-            "position": clock(),
+            "position": _ORDER.index(event),
             "url": webhook.url,
             "secret": webhook.secret,
             "body": body(job, event),

@@ -78,6 +78,8 @@ class GatewayServer:
         """Publishes that no requests are wanted, waits until clients notice, and lets running requests finish."""
         delay_seconds = self.settings.drain_delay_seconds
         gateway.readiness.drain()
+        if gateway.jobs_or_none is not None:
+            gateway.jobs_or_none.drain()
         metrics.SERVING.labels(NAME).set(0)
         _log.info("draining", extra={"delay_seconds": delay_seconds})
         hurrying = asyncio.create_task(self.stop_now.wait())

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from klein_services.gateway.job_settings import JobSettings
 from klein_services.runtime.pem import PemFiles
 from klein_services.runtime.scrape import TargetsError, check_targets
 from klein_services.runtime.settings import (
-    ProcessSettings,
     metrics_port_setting,
     pem_files,
     pem_problems,
@@ -20,7 +20,7 @@ from klein_services.runtime.settings import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class GatewaySettings(ProcessSettings):
+class GatewaySettings(JobSettings):
     """Address, orchestrator, limits."""
 
     port: int = setting(8080, help="Port of the HTTP server; 0 takes a free one", minimum=0, maximum=65535)
