@@ -24,8 +24,11 @@ STOP_SECONDS = 30.0
 class Replica:
     """One process on a port that stays its own; it may be killed, stopped and started again."""
 
-    def __init__(self, stage: str, spec: ChildSpec, port: ReservedPort) -> None:
+    def __init__(
+        self, stage: str, spec: ChildSpec, port: ReservedPort, metrics_port: ReservedPort | None = None
+    ) -> None:
         self.stage = stage
+        self._metrics_port = metrics_port
         self._spec = spec
         self._port = port
         self.child = Child(spec)
@@ -33,6 +36,11 @@ class Replica:
     @property
     def address(self) -> str:
         return self._spec.address
+
+    @property
+    def metrics_address(self) -> str:
+        """Address of its metrics page; empty where it has none."""
+        return f"127.0.0.1:{self._metrics_port.port}" if self._metrics_port else ""
 
     def kill(self) -> None:
         """Ends the process at once, as the kernel does when memory runs out."""
@@ -69,6 +77,8 @@ class Replica:
             # A stopped process takes no other signal.
             self.kill()
         self._port.release()
+        if self._metrics_port:
+            self._metrics_port.release()
 
 
 @dataclass(frozen=True)
@@ -108,6 +118,7 @@ def running_fleet(
     *,
     model: Path = WEIGHTS,
     settings: Mapping[str, str] | None = None,
+    has_metrics: bool = False,
 ) -> Iterator[Fleet]:
     """Runs `counts` replicas of each stage, and an orchestrator that reaches them by their addresses.
 
@@ -116,6 +127,7 @@ def running_fleet(
         counts: replicas by stage; one where a stage is absent.
         model: folder of the model.
         settings: `KLEIN_` variables of all processes.
+        has_metrics: whether each process has a metrics page.
     """
     common = {
         **inherited_environment(),
@@ -133,7 +145,7 @@ def running_fleet(
         pools: dict[str, list[Replica]] = {}
         for stage in STAGES:
             pools[stage] = [
-                _started(held, stage, f"{stage}-{index}", common, folder)
+                _started(held, stage, f"{stage}-{index}", common, folder, has_metrics)
                 for index in range(counts.get(stage, 1))
             ]
         targets = {
@@ -141,19 +153,29 @@ def running_fleet(
             + ",".join(replica.address for replica in pool)
             for stage, pool in pools.items()
         }
-        orchestrator = _started(held, ORCHESTRATOR, ORCHESTRATOR, {**common, **targets}, folder)
+        environment = {**common, **targets}
+        orchestrator = _started(held, ORCHESTRATOR, ORCHESTRATOR, environment, folder, has_metrics)
         fleet = held.enter_context(Fleet(pools, orchestrator))
         fleet.wait_until_serving()
         yield fleet
 
 
-def _started(held: ExitStack, stage: str, name: str, environment: Mapping[str, str], folder: Path) -> Replica:
-    port = ReservedPort()
+def _started(
+    held: ExitStack,
+    stage: str,
+    name: str,
+    environment: Mapping[str, str],
+    folder: Path,
+    has_metrics: bool,
+) -> Replica:
+    port, metrics_port = ReservedPort(), ReservedPort() if has_metrics else None
     variables = {**environment, "KLEIN_PORT": str(port.port)}
+    if metrics_port is not None:
+        variables["KLEIN_METRICS_PORT"] = str(metrics_port.port)
     if stage == ORCHESTRATOR:
         variables = {key: value for key, value in variables.items() if key not in _STAGES_ONLY}
     spec = ChildSpec(stage, f"127.0.0.1:{port.port}", variables, folder / f"{name}.log")
-    replica = Replica(stage, spec, port)
+    replica = Replica(stage, spec, port, metrics_port)
     held.callback(replica.close)
     return replica
 
