@@ -25,10 +25,10 @@ from benchmarks.measure import Bar, command, describe_machine, finish
 from klein_api.v1 import denoiser_service_pb2, image_pb2
 from klein_api.v1 import image_service_pb2 as api
 from klein_api.v1.denoiser_service_pb2_grpc import DenoiserServiceStub
-from klein_services.cli.client import connect
+from klein_api.v1.image_service_pb2_grpc import ImageServiceStub
 from klein_services.cli.process import ORCHESTRATOR
 from klein_services.cli.suite import Suite, SuiteOptions
-from klein_services.runtime.channels import open_channel
+from klein_services.runtime.channels import IMAGE_MESSAGE_BYTES, open_channel
 from klein_services.runtime.scrape import scrape
 from klein_services.runtime.status import explain
 
@@ -69,7 +69,9 @@ def encodings(suite: Suite) -> float:
 
 async def obedient_client(target: str, ends_at: float, answers: Answers) -> None:
     """Asks for images one after the other; when refused, waits for as long as the server asks and repeats."""
-    async with connect(target) as stub:
+    # Not the suite's own client, which would wait and repeat by itself.
+    async with open_channel(target, message_bytes=IMAGE_MESSAGE_BYTES) as channel:
+        stub = ImageServiceStub(channel)
         while time.monotonic() < ends_at:
             spec = api.ImageSpec(
                 prompt=f"a red heart {next(_NUMBERS)}", width_px=SIDE_PX, height_px=SIDE_PX, seed=1

@@ -18,9 +18,10 @@ import grpc
 
 from benchmarks.serve_trace import Arrival
 from klein_api.v1 import image_service_pb2 as api
+from klein_api.v1.image_service_pb2_grpc import ImageServiceStub
 from klein_core.pico import WEIGHTS
-from klein_services.cli.client import connect
 from klein_services.cli.process import PROCESSES
+from klein_services.runtime.channels import IMAGE_MESSAGE_BYTES, open_channel
 from klein_services.runtime.scrape import Change, Scrape, scrape_all
 from tests.e2e.fleet import running_fleet
 
@@ -79,7 +80,9 @@ class SuiteTarget:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[SuiteTarget]:
         """Keeps a connection open while the block runs."""
-        async with connect(self.address) as self._stub:
+        # Not the suite's own client, which would wait and repeat by itself.
+        async with open_channel(self.address, message_bytes=IMAGE_MESSAGE_BYTES) as channel:
+            self._stub = ImageServiceStub(channel)
             yield self
 
     async def ask(self, arrival: Arrival, timeout_seconds: float) -> str:
