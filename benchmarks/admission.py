@@ -4,6 +4,8 @@
 
 `obey`: 4 clients and 40, in turns, ask a suite of pico that takes 8 requests; each refused client waits for the delay
 in `RetryInfo`. Once the orchestrator has the limit, once the denoiser. Every prompt is new, so each encoding counts.
+Steps take at least 0.05 s, in which the device waits instead of computing, so that goodput does not depend on what
+else this machine does.
 `silent`: 64 calls of the denoiser announce a request and send no tensor, which fills its queue; before, meanwhile
 and after, clients of the orchestrator ask for images.
 """
@@ -15,32 +17,35 @@ import asyncio
 import itertools
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpc
 
 from benchmarks.measure import Bar, command, describe_machine, finish
+from benchmarks.replica_processes import Replica, processes
 from klein_api.v1 import denoiser_service_pb2, image_pb2
 from klein_api.v1 import image_service_pb2 as api
 from klein_api.v1.denoiser_service_pb2_grpc import DenoiserServiceStub
 from klein_api.v1.image_service_pb2_grpc import ImageServiceStub
-from klein_services.cli.process import ORCHESTRATOR
-from klein_services.cli.suite import Suite, SuiteOptions
 from klein_services.runtime.channels import IMAGE_MESSAGE_BYTES, open_channel
 from klein_services.runtime.scrape import scrape
 from klein_services.runtime.status import explain
 
+PARTS = ("obey", "silent")
 PLACES = 8
 FEW, MANY = 4, 40
 SIDE_PX = 64
-READY_SECONDS = 300.0
 REQUEST_SECONDS = 120.0
 GOODPUT_LIMIT, REFUSALS_LIMIT = 0.9, 3.0
 SILENT_COUNT, SILENT_SHARE = 64, 16
 SILENT_LIMIT_SECONDS = 12.0
 """Ten seconds are the setting; the rest is for a busy machine."""
+STEP_SECONDS = 0.05
 _NUMBERS = itertools.count()
 
 
@@ -61,10 +66,39 @@ class Answers:
         return self.in_time / self.seconds
 
 
-def encodings(suite: Suite) -> float:
-    """Returns the prompts that the text-encoder has encoded."""
-    page = scrape(f"127.0.0.1:{suite.metrics_ports['text-encoder']}")
-    return page.value("klein_stage_duration_seconds_count", operation="encode-prompt") or 0.0
+@dataclass(frozen=True)
+class Stand:
+    """The four processes."""
+
+    text_encoder: Replica
+    denoiser: Replica
+    vae_decoder: Replica
+    orchestrator: Replica
+
+    def encodings(self) -> float:
+        """Returns the prompts that the text-encoder has encoded."""
+        page = scrape(f"{self.text_encoder.host}:{self.text_encoder.metrics_port}")
+        return page.value("klein_stage_duration_seconds_count", operation="encode-prompt") or 0.0
+
+
+@asynccontextmanager
+async def stand(door: str = "", limit: int = 64) -> AsyncIterator[Stand]:
+    """Runs a suite in which one process takes so many requests."""
+    with tempfile.TemporaryDirectory() as folder:
+        async with processes(Path(folder)) as running:
+            encoder, decoder = running.start("text-encoder"), running.start("vae-decoder")
+            limits: dict[str, dict[str, object]] = {door: {"queue_limit": limit}}
+            denoiser = running.start("denoiser", step_seconds=STEP_SECONDS, settings=limits.get("denoiser"))
+            targets = {
+                "text_encoder_target": encoder.address,
+                "denoiser_target": denoiser.address,
+                "vae_decoder_target": decoder.address,
+                **limits.get("orchestrator", {}),
+            }
+            orchestrator = running.start("orchestrator", settings=targets)
+            made = Stand(encoder, denoiser, decoder, orchestrator)
+            await asyncio.gather(*(each.serving() for each in (encoder, decoder, denoiser, orchestrator)))
+            yield made
 
 
 async def obedient_client(target: str, ends_at: float, answers: Answers) -> None:
@@ -90,25 +124,25 @@ async def obedient_client(target: str, ends_at: float, answers: Answers) -> None
                 await asyncio.sleep(min(delay, max(ends_at - time.monotonic(), 0.0)))
 
 
-async def obey(suite: Suite, client_count: int, seconds: float) -> Answers:
+async def obey(suite: Stand, client_count: int, seconds: float) -> Answers:
     """Lets so many clients ask for so long, and waits for the requests that are under way."""
     answers, ends_at = Answers(seconds=seconds), time.monotonic() + seconds
-    await asyncio.gather(*(obedient_client(suite.target, ends_at, answers) for _ in range(client_count)))
+    await asyncio.gather(
+        *(obedient_client(suite.orchestrator.address, ends_at, answers) for _ in range(client_count))
+    )
     return answers
 
 
-def measure_obedience(door: str, seconds: float, rounds: int) -> list[Bar]:
+async def obedience(door: str, seconds: float, rounds: int) -> list[Bar]:
     """Measures few clients and many in turns, with the limit at one process."""
-    limits: Mapping[str, Mapping[str, str]] = {door: {"KLEIN_QUEUE_LIMIT": str(PLACES)}}
-    with Suite(SuiteOptions(device="cpu", threads=1, process_settings=limits)) as suite:
-        suite.wait_until_ready(timeout_seconds=READY_SECONDS)
-        asyncio.run(obey(suite, FEW, 2.0))
+    async with stand(door, PLACES) as suite:
+        await obey(suite, FEW, 2.0)
         few, many, encoded = [], [], 0.0
         for _ in range(rounds):
-            few.append(asyncio.run(obey(suite, FEW, seconds)))
-            before = encodings(suite)
-            many.append(asyncio.run(obey(suite, MANY, seconds)))
-            encoded += encodings(suite) - before
+            few.append(await obey(suite, FEW, seconds))
+            before = await asyncio.to_thread(suite.encodings)
+            many.append(await obey(suite, MANY, seconds))
+            encoded += await asyncio.to_thread(suite.encodings) - before
     succeeded = sum(each.succeeded for each in many)
     refused = sum(each.refused for each in many)
     ratio = statistics.median(b.goodput / a.goodput for a, b in zip(few, many, strict=True))
@@ -146,14 +180,14 @@ async def announce(stub: DenoiserServiceStub, ends: list[tuple[float, str]]) -> 
     ends.append((time.monotonic() - begun, reason))
 
 
-async def silence(suite: Suite) -> list[Bar]:
+async def silence(suite: Stand) -> list[Bar]:
     """Fills the denoiser's queue with silent requests, and asks for images meanwhile."""
     ends: list[tuple[float, str]] = []
     alone = [await obey(suite, FEW, SILENT_LIMIT_SECONDS / 2)]
-    async with open_channel(f"127.0.0.1:{suite.ports['denoiser']}") as channel:
+    async with open_channel(suite.denoiser.address) as channel:
         stub = DenoiserServiceStub(channel)
         silent = [asyncio.create_task(announce(stub, ends)) for _ in range(SILENT_COUNT)]
-        page = f"127.0.0.1:{suite.metrics_ports['denoiser']}"
+        page = f"{suite.denoiser.host}:{suite.denoiser.metrics_port}"
         announced = 0.0
         while announced < SILENT_COUNT:
             await asyncio.sleep(0.05)
@@ -184,6 +218,18 @@ async def silence(suite: Suite) -> list[Bar]:
     ]
 
 
+async def measured(parts: Sequence[str], seconds: float, rounds: int) -> list[Bar]:
+    """Returns the numbers of the parts."""
+    bars: list[Bar] = []
+    if "obey" in parts:
+        for door in ("orchestrator", "denoiser"):
+            bars += await obedience(door, seconds, rounds)
+    if "silent" in parts:
+        async with stand() as suite:
+            bars += await silence(suite)
+    return bars
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -191,18 +237,10 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="exit with 1 when a limit is missed")
     parser.add_argument("--seconds", type=float, default=20.0, help="length of one measurement of `obey`")
     parser.add_argument("--rounds", type=int, default=2, help="measurements of few and many clients")
-    parser.add_argument("--part", choices=("obey", "silent"), action="append", help="both by default")
+    parser.add_argument("--part", choices=PARTS, action="append", help="both by default")
     arguments = parser.parse_args()
     print(f"{command()}\n{describe_machine('torch', 'grpcio')}")
-    bars: list[Bar] = []
-    parts = arguments.part or ("obey", "silent")
-    if "obey" in parts:
-        for door in (ORCHESTRATOR, "denoiser"):
-            bars += measure_obedience(door, arguments.seconds, arguments.rounds)
-    if "silent" in parts:
-        with Suite(SuiteOptions(device="cpu", threads=1)) as suite:
-            suite.wait_until_ready(timeout_seconds=READY_SECONDS)
-            bars += asyncio.run(silence(suite))
+    bars = asyncio.run(measured(arguments.part or PARTS, arguments.seconds, arguments.rounds))
     return finish(bars, arguments.check)
 
 

@@ -86,10 +86,10 @@ class Processes:
 
     Args:
         folder: where logs go.
-        dns: publishes the replicas of a stage under `STAGE.klein.test`.
+        dns: publishes the replicas of a stage under `STAGE.klein.test`; `None` where they are called by address.
     """
 
-    def __init__(self, folder: Path, dns: LocalDns) -> None:
+    def __init__(self, folder: Path, dns: LocalDns | None = None) -> None:
         self.folder = folder
         self.dns = dns
         self.all: list[Replica] = []
@@ -99,6 +99,7 @@ class Processes:
 
     def target(self, stage: str) -> str:
         """Returns the gRPC target of all published replicas of a stage."""
+        assert self.dns is not None
         return self.dns.target(f"{stage}.klein.test", self._port(stage))
 
     def start(
@@ -148,6 +149,7 @@ class Processes:
 
     def publish(self, stage: str, replicas: list[Replica]) -> None:
         """Makes the name of a stage resolve to these replicas."""
+        assert self.dns is not None
         self.published[stage] = list(replicas)
         self.dns.publish(
             {
@@ -169,7 +171,7 @@ class Processes:
 
 
 @asynccontextmanager
-async def processes(folder: Path, dns: LocalDns) -> AsyncIterator[Processes]:
+async def processes(folder: Path, dns: LocalDns | None = None) -> AsyncIterator[Processes]:
     """Yields what starts processes, and ends them all."""
     running = Processes(folder, dns)
     try:

@@ -274,6 +274,13 @@ _ORCHESTRATOR = (
         needs=TOKENS,
     ),
     graph(
+        "Requests in flight",
+        "short",
+        "Of each caller with a token.",
+        (f"sum by (caller) (klein_usage_requests_in_flight{{{IN}}})", "{{caller}}"),
+        needs=TOKENS,
+    ),
+    graph(
         "Content policy",
         "ops",
         "Decisions about requests and images.",

@@ -127,8 +127,6 @@ class SuiteOptions:
     """Setting of the public API's TLS, such as `tls_certificate`, → its file."""
     settings: Mapping[str, str] = field(default_factory=dict)
     """Further `KLEIN_` variables for every process."""
-    process_settings: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """Process → its own `KLEIN_` variables, which win over `settings`."""
 
 
 class Suite:
@@ -360,8 +358,7 @@ class Suite:
         }
         targets |= {variable_name(name): str(path) for name, path in self.options.tls.items()}
         specific = targets if is_public else self._stage_settings(process)
-        own = self.options.process_settings.get(process, {})
-        return common | specific | dict(self.options.settings) | dict(own)
+        return common | specific | dict(self.options.settings)
 
     def _stage_settings(self, stage: str) -> dict[str, str]:
         parts, model = self.options.parts, self.files.model

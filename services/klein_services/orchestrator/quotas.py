@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from klein_services.orchestrator.tokens import Tenant
 from klein_services.runtime.errors import QuotaExceeded
+from klein_services.runtime.metrics import USAGE_IN_FLIGHT
 
 IN_FLIGHT_RETRY_SECONDS = 1.0
 """Delay before a retry when a tenant's requests in flight are at their limit. The end of a request is not known."""
@@ -73,10 +74,12 @@ class Quotas:
                 IN_FLIGHT_RETRY_SECONDS,
             )
         account.in_flight += 1
+        USAGE_IN_FLIGHT.labels(tenant.name).set(account.in_flight)
         try:
             yield
         finally:
             account.in_flight -= 1
+            USAGE_IN_FLIGHT.labels(tenant.name).set(account.in_flight)
 
     def charge(self, tenant: Tenant, megapixels: float) -> Charge:
         """Takes megapixels from the tenant's bucket.
@@ -111,9 +114,12 @@ class Quotas:
 
     def forget_all_but(self, names: Collection[str]) -> None:
         """Drops the state of tenants that are no longer in the tokens file and have no requests in flight."""
-        self._accounts = {
-            name: account for name, account in self._accounts.items() if name in names or account.in_flight
-        }
+        idle = [name for name, account in self._accounts.items() if not account.in_flight]
+        for name in idle:
+            if name not in names:
+                del self._accounts[name]
+                with suppress(KeyError):  # a tenant may never have had a request
+                    USAGE_IN_FLIGHT.remove(name)
 
     def _account(self, tenant: Tenant) -> _Account:
         account = self._accounts.get(tenant.name)

@@ -228,6 +228,9 @@ USAGE_MEGAPIXELS = Counter(
     "Megapixels of references and initial images (input) and of images delivered (output), by token name.",
     ["caller", "direction"],
 )
+USAGE_IN_FLIGHT = Gauge(
+    "klein_usage_requests_in_flight", "Requests of a tenant that are in progress, by token name.", ["caller"]
+)
 USAGE_LINES = Counter(
     "klein_usage_log_lines", "Lines of the usage log; `outcome` is written or lost.", ["outcome"]
 )

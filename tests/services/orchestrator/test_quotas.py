@@ -6,6 +6,7 @@ import grpc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prometheus_client import REGISTRY
 
 from klein_api.v1 import image_service_pb2 as api
 from klein_core.errors import InvalidInput
@@ -35,6 +36,11 @@ class Clock:
 
 def quotas_of(suite):
     return suite.orchestrator.generator.quotas
+
+
+def shown_in_flight(name):
+    """The metric of a tenant's requests in flight; `None` when it has no series."""
+    return REGISTRY.get_sample_value("klein_usage_requests_in_flight", {"caller": name})
 
 
 def left(suite):
@@ -152,8 +158,10 @@ def test_tenants_that_are_gone_are_forgotten_once_idle():
         for tenant in (gone, stays):
             with pytest.raises(QuotaExceeded), quotas.place(tenant):
                 pass
+        assert (shown_in_flight("gone"), shown_in_flight("stays")) == (1, 1)
     quotas.forget_all_but({"stays"})
     assert quotas._accounts.keys() == {"stays"}
+    assert (shown_in_flight("gone"), shown_in_flight("stays")) == (None, 0)
 
 
 def test_a_reference_counts_at_most_what_the_vae_decoder_makes_of_it():
@@ -166,6 +174,7 @@ async def test_as_many_requests_as_allowed_are_in_flight_and_each_that_ends_give
         gate = suite.denoiser.step_gate = asyncio.Event()
         running = [asyncio.create_task(make(suite, seed=seed)) for seed in range(2)]
         await until(lambda: len(suite.denoiser.specs) == 2)
+        assert shown_in_flight("acme") == 2
         details = await refused(suite)
         assert details.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert (details.reason, details.metadata) == ("QUOTA_EXCEEDED", (("quota", "requests_in_flight"),))
