@@ -240,6 +240,16 @@ class Scheduler:
         """Returns the seconds until the request starts; `None` when sizes ahead of it were never measured."""
         return self.estimates.wait(request, self._around(request)[0])
 
+    def estimated_seconds(self, request: ScheduledRequest, now: float) -> float | None:
+        """Returns the seconds until a request ends that has not started; `None` if its size was never measured.
+
+        Requests that may never send their tensors count as absent.
+        """
+        before, behind = self._around(request)
+        return self.estimates.needed(
+            request, [other for other in before if not is_doubtful(other, now)], behind
+        )
+
     def load(self, probe: ScheduledRequest) -> Load:
         """Returns how busy the device is, and how long `probe` would wait if its caller sent it now."""
         probe = dataclasses.replace(probe, sequence=self._next_sequence, place=self._next_sequence)
@@ -309,10 +319,7 @@ class Scheduler:
     def _check_deadline(self, request: ScheduledRequest, now: float) -> None:
         if request.deadline is None:
             return
-        before, behind = self._around(request)
-        ahead = [other for other in before if not is_doubtful(other, now)]
-        needed = self.estimates.needed(request, ahead, behind)
-        remaining = request.deadline - now
+        needed, remaining = self.estimated_seconds(request, now), request.deadline - now
         if needed is not None and needed > remaining:
             raise DeadlineUnreachable(remaining, needed)
 
