@@ -38,7 +38,7 @@ def submitted(monkeypatch):
 
 
 async def served(channel, gate, submitted, calls):
-    """Makes calls while the first one's first step runs; returns their names in the order in which they end.
+    """Makes calls while the first one's first step runs; returns their names in the order in which they begin.
 
     Args:
         channel: of the denoiser.
@@ -46,25 +46,26 @@ async def served(channel, gate, submitted, calls):
         submitted: see the fixture.
         calls: name, metadata and parts of each, and the list that its queue positions are added to.
     """
-    ended = []
 
-    async def ask(name, metadata, parts, positions):
-        call = DenoiserServiceStub(channel).DenoiseLatents(iter(parts), metadata=metadata, timeout=60)
+    async def ask(metadata, parts, positions):
+        # Without a deadline, which would decide the order within a caller.
+        call = DenoiserServiceStub(channel).DenoiseLatents(iter(parts), metadata=metadata)
         async for response in call:
             if response.WhichOneof("event") == "queued":
                 positions.append(response.queued.position)
-        ended.append(name)
 
     gate.hold()
     tasks = []
-    for number, call in enumerate(calls):
+    for number, (_, *call) in enumerate(calls):
         tasks.append(asyncio.create_task(ask(*call)))
         await eventually(lambda expected=number + 1: len(submitted) == expected)
         if number == 0:
             await gate.blocked(0)
     gate.release()
-    await asyncio.gather(*tasks)
-    return ended
+    async with asyncio.timeout(60):
+        await asyncio.gather(*tasks)
+    begun = sorted(zip(submitted, calls, strict=True), key=lambda pair: pair[0].started_at)
+    return [name for _, (name, *_) in begun]
 
 
 async def test_a_caller_with_one_request_waits_for_one_of_anothers_twenty(tmp_path, monkeypatch, submitted):
@@ -73,8 +74,8 @@ async def test_a_caller_with_one_request_waits_for_one_of_anothers_twenty(tmp_pa
     single = ("single", SINGLE, request(spec(step_count=2)), positions)
     with gated_steps(monkeypatch) as gate:
         async with running_denoiser(folder) as channel:
-            ended = await served(channel, gate, submitted, [*crowd, single])
-    assert ended[:2] == ["crowd 0", "single"]
+            begun = await served(channel, gate, submitted, [*crowd, single])
+    assert begun[:2] == ["crowd 0", "single"]
     assert max(positions) == 1, "it never stood behind the others"
     assert [each.caller.name for each in submitted] == ["crowd"] * 20 + ["single"]
 
@@ -85,5 +86,5 @@ async def test_a_resumed_request_goes_before_those_of_its_caller_that_wait(tmp_p
     parts = request(spec(step_count=4, resume_step=2), Tensors(resume=(image(4, 4),)))
     with gated_steps(monkeypatch) as gate:
         async with running_denoiser(folder) as channel:
-            ended = await served(channel, gate, submitted, [*fresh, ("resumed", CROWD, parts, [])])
-    assert ended == ["0", "resumed", "1", "2", "3"]
+            begun = await served(channel, gate, submitted, [*fresh, ("resumed", CROWD, parts, [])])
+    assert begun == ["0", "resumed", "1", "2", "3"]
