@@ -5,54 +5,27 @@ Each `*_run` function takes a built module and returns the call that is timed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from benchmarks.random_modules import (
+    SIGMA,
+    Place,
+    Run,
+    StepInputs,
+    prompt_tokens,
+    random_module,
+    with_rotary,
+)
 from benchmarks.shapes import Shape
 from klein_core.checkpoint.key_maps import checkpoint_names
-from klein_core.denoiser.packing import Span
 from klein_core.denoiser.transformer import FlowTransformer
-from klein_core.text_encoder.encoder import build_cut_qwen3, tapped_embedding
+from klein_core.text_encoder.encoder import build_cut_qwen3
 from klein_core.vae_decoder.autoencoder import Autoencoder
-
-Run = Callable[[], Tensor]
-SIGMA = 0.9
-REAL_TOKENS = 40
-
-
-@dataclass(frozen=True)
-class Place:
-    """Device and precision of weights."""
-
-    device: str
-    dtype: torch.dtype
-
-
-def random_module(build: Callable[[], nn.Module], place: Place) -> nn.Module:
-    """Builds a module on its device with random weights that keep activations near unit variance."""
-    with torch.device("meta"):
-        module = build()
-    module = module.to_empty(device=place.device).eval().requires_grad_(False)
-    for name, value in module.state_dict().items():
-        if value.ndim >= 2:
-            value.normal_(std=value[0].numel() ** -0.5)
-        else:
-            value.fill_(1 if name.endswith(("weight", "running_var")) else 0)
-    for parameter in (*module.parameters(), *module.buffers()):
-        parameter.data = parameter.data.to(place.dtype) if parameter.is_floating_point() else parameter.data
-    return module
-
-
-def flow_transformer(shape: Shape, place: Place) -> FlowTransformer:
-    """Builds our transformer."""
-    module = random_module(lambda: FlowTransformer(shape.transformer), place)
-    assert isinstance(module, FlowTransformer)
-    return module
 
 
 def oracle_transformer(shape: Shape, place: Place) -> nn.Module:
@@ -74,27 +47,6 @@ def share_transformer(oracle: nn.Module, shape: Shape) -> FlowTransformer:
     return ours.requires_grad_(False)
 
 
-@dataclass(frozen=True)
-class StepInputs:
-    """One image with references of its own size, at one noise level."""
-
-    prompt: Tensor
-    images: list[Tensor]
-
-    @classmethod
-    def draw(cls, shape: Shape, place: Place, size: int, reference_count: int) -> StepInputs:
-        draw = {"device": place.device, "dtype": place.dtype}
-        config, side = shape.transformer, size // 16
-        images = [torch.randn(side, side, config.in_channels, **draw) for _ in range(1 + reference_count)]
-        return cls(torch.randn(512, config.joint_attention_dim, **draw), images)
-
-
-def step_run(module: FlowTransformer, inputs: StepInputs) -> Run:
-    """One packed step of one image by this project: velocities (tokens, channels)."""
-    span = Span(inputs.prompt, inputs.images[0], tuple(inputs.images[1:]), SIGMA)
-    return lambda: module([span])[0].flatten(0, 1)
-
-
 def oracle_step_run(module: nn.Module, inputs: StepInputs) -> Run:
     """One step of one image by diffusers; inputs that its pipeline prepares once are prepared before."""
     target = inputs.images[0]
@@ -112,19 +64,11 @@ def oracle_step_run(module: nn.Module, inputs: StepInputs) -> Run:
     return lambda: module(**arguments)[0][0, : target.shape[0] * target.shape[1]]
 
 
-def cut_text_encoder(shape: Shape, place: Place) -> nn.Module:
-    """Builds our text encoder."""
-    # It builds itself on `meta` but for its rotary, which has no values to move from there.
-    built = build_cut_qwen3(shape.text_encoder)
-    module = random_module(lambda: built, place)
-    return _with_rotary(module, module, place)
-
-
 def oracle_text_encoder(shape: Shape, place: Place) -> Qwen3ForCausalLM:
     """Builds the language model that diffusers' pipeline runs whole."""
     module = random_module(lambda: Qwen3ForCausalLM(Qwen3Config(**shape.text_encoder.qwen3)), place)
     assert isinstance(module, Qwen3ForCausalLM)
-    _with_rotary(module, module.model, place)
+    with_rotary(module, module.model, place)
     return module
 
 
@@ -135,30 +79,15 @@ def share_text_encoder(oracle: Qwen3ForCausalLM, shape: Shape, place: Place) -> 
     return ours.requires_grad_(False)
 
 
-def encode_run(module: nn.Module, shape: Shape, place: Place) -> Run:
-    """One prompt, padded as always, by this project: embedding (1, tokens, channels)."""
-    token_ids, mask = _prompt(shape, place)
-    taps = shape.text_encoder.tapped_layers
-    return lambda: tapped_embedding(module, token_ids, mask, taps)  # type: ignore[arg-type]
-
-
 def oracle_encode_run(module: nn.Module, shape: Shape, place: Place) -> Run:
     """One prompt as diffusers' pipeline encodes it: all layers and the language model's head."""
-    token_ids, mask = _prompt(shape, place)
+    token_ids, mask = prompt_tokens(shape, place)
 
     def run() -> Tensor:
         output = module(input_ids=token_ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
         return torch.cat([output.hidden_states[tap] for tap in shape.text_encoder.tapped_layers], dim=-1)
 
     return run
-
-
-def _prompt(shape: Shape, place: Place) -> tuple[Tensor, Tensor]:
-    config = shape.text_encoder
-    generator = torch.Generator().manual_seed(1)
-    token_ids = torch.randint(config.qwen3["vocab_size"], (1, config.sequence_length), generator=generator)
-    mask = (torch.arange(config.sequence_length) < REAL_TOKENS).long()[None]
-    return token_ids.to(place.device), mask.to(place.device)
 
 
 def decode_runs(shape: Shape, place: Place, size: int) -> dict[str, Run]:
@@ -184,12 +113,6 @@ def _oracle_decode(oracle: nn.Module, latents: Tensor, shape: Shape) -> Tensor:
         patches.reshape(batch, channels // 4, 2 * rows, 2 * columns), return_dict=False
     )[0]
     return image
-
-
-def _with_rotary(module: nn.Module, model: nn.Module, place: Place) -> nn.Module:
-    """Recomputes Qwen3's rotary frequencies, which are not part of its state."""
-    model.rotary_emb = type(model.rotary_emb)(model.config).to(place.device)  # type: ignore[operator,arg-type]
-    return module
 
 
 def _grid_ids(image: Tensor, time: int) -> Tensor:

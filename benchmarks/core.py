@@ -15,23 +15,25 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.contenders import (
-    Place,
-    Run,
-    StepInputs,
-    cut_text_encoder,
     decode_runs,
-    encode_run,
-    flow_transformer,
     oracle_encode_run,
     oracle_step_run,
     oracle_text_encoder,
     oracle_transformer,
     share_text_encoder,
     share_transformer,
-    step_run,
 )
 from benchmarks.floor import products_alone
 from benchmarks.measure import Bar, alternate, command, describe_machine, finish, paired_ratio
+from benchmarks.random_modules import (
+    Place,
+    Run,
+    StepInputs,
+    cut_text_encoder,
+    encode_run,
+    flow_transformer,
+    step_run,
+)
 from benchmarks.shapes import SHAPES, Shape
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

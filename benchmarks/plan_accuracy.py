@@ -25,9 +25,9 @@ import torch
 from torch import nn
 
 import klein_core.linear
-from benchmarks.contenders import Place, cut_text_encoder, encode_run, flow_transformer, random_module
 from benchmarks.measure import Bar, command, describe_machine, finish
 from benchmarks.peak_memory import Peak, measured_peak
+from benchmarks.random_modules import Place, cut_text_encoder, encode_run, flow_transformer, random_module
 from benchmarks.shapes import SHAPES, Shape, qwen3
 from klein_core.denoiser.packing import Span
 from klein_core.linear import Linear, needs_fp32_fallback

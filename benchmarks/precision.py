@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from benchmarks.contenders import Place, Run, StepInputs, flow_transformer, step_run
 from benchmarks.measure import Bar, alternate, command, describe_machine, finish, paired_ratio
+from benchmarks.random_modules import Place, Run, StepInputs, flow_transformer, step_run
 from benchmarks.shapes import SHAPES
 from klein_core.denoiser.transformer import FlowTransformer, is_block_linear
 from klein_core.pico import WEIGHTS

@@ -23,9 +23,9 @@ _WRITTEN_AT_ONCE = 1 << 24
 _COUNTER, _COUNTER_BYTES = "num_batches_tracked", 8
 
 
-def write_checkpoint(folder: Path, shape: Shape, seed: int = 0) -> None:
-    """Writes all parts in bf16; tokenizer, scheduler and index are the embedded model's."""
-    generator = torch.Generator().manual_seed(seed)
+def write_checkpoint(folder: Path, shape: Shape, seed: int = 0, device: torch.device | str = "cpu") -> None:
+    """Writes all parts in bf16, drawn on `device`; tokenizer, scheduler and index are the embedded model's."""
+    generator = torch.Generator(device).manual_seed(seed)
     for part in ("tokenizer", "scheduler"):
         shutil.copytree(WEIGHTS / part, folder / part)
     shutil.copy(WEIGHTS / "model_index.json", folder)
@@ -91,7 +91,8 @@ def _values(name: str, shape: torch.Size, generator: torch.Generator) -> Iterato
     spread = math.prod(shape[1:]) ** -0.5
     for start in range(0, shape.numel(), _WRITTEN_AT_ONCE):
         count = min(_WRITTEN_AT_ONCE, shape.numel() - start)
-        yield (torch.randn(count, generator=generator) * spread).to(torch.bfloat16)
+        values = torch.randn(count, generator=generator, device=generator.device) * spread
+        yield values.to("cpu", torch.bfloat16)
 
 
 def _diffusers_config(module: Any) -> dict[str, Any]:

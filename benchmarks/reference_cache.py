@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from benchmarks.contenders import Place, StepInputs, flow_transformer
 from benchmarks.measure import Bar, alternate, command, describe_machine, finish, paired_ratio
+from benchmarks.random_modules import Place, StepInputs, flow_transformer
 from benchmarks.shapes import SHAPES
 from klein_core.denoiser.packing import Span
 from klein_core.denoiser.reference_cache import ReferenceCache, bytes_per_token
