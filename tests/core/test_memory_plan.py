@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from benchmarks.random_modules import Place, cut_text_encoder, encode_run
 from benchmarks.peak_memory import traced_peak
+from benchmarks.random_modules import Place, cut_text_encoder, encode_run
 from benchmarks.shapes import Shape, qwen3
 from klein_core import linear
 from klein_core.denoiser.transformer import FlowTransformer
