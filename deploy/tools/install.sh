@@ -79,11 +79,14 @@ missing_libraries() { # path of a binary
     LD_LIBRARY_PATH=$library_path ldd "$1" 2>/dev/null | sed -n 's/^\s*\(\S*\) => not found.*/\1/p'
 }
 
-grep -vE '^(#|$)' "$here/packages.txt" | while read -r suite package binary oldest; do
+grep -vE '^(#|$)' "$here/packages.txt" | while read -r suite package binary oldest data; do
     [ "$suite" = machine ] && suite=$release
     unpack "$package" "$suite"
     version=$(dpkg-deb -f "$apt"/deb/*.deb Version)
     dpkg --compare-versions "$version" ge "$oldest" || fail "$package $version of $suite is older than $oldest"
+    for each in $data; do
+        unpack "$each" "$suite"
+    done
     program=$tools/unpacked/$binary
     # Libraries that this machine lacks come from its own release: those of the package, then theirs, and so on.
     needed=$package

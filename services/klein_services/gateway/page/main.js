@@ -65,6 +65,7 @@ async function start({ follows }) {
   const pictures = [];
   setBusy(true, follows);
   status("Sent.");
+  if (!follows && matchMedia("(max-width: 900px)").matches) byId("board", HTMLElement).scrollIntoView({ block: "nearest" });
   try {
     for await (const event of run(settings, inputs, abort.signal, (reason) => status(`${reason} Waiting for the suite.`))) {
       if (abort.signal.aborted) return;

@@ -47,8 +47,8 @@ export class SuiteView {
   show(state) {
     const totals = {
       "Requests in progress": count(state.in_progress),
-      "Images a second": rate(state.images_per_second),
-      "Megapixels a second": rate(state.megapixels_per_second),
+      "Images/s": rate(state.images_per_second),
+      "Megapixels/s": rate(state.megapixels_per_second),
       "Median time": durationText(state.median_seconds),
       "95 of 100 within": durationText(state.p95_seconds),
       "Cache hits": percent(state.cache_hit_ratio),
@@ -93,12 +93,12 @@ export class SuiteView {
     const samples = this.sample(process);
     const isDenoiser = process.stage === "denoiser";
     const values = {
-      Queue: count(process.queued),
+      ...(process.queued === null ? {} : { Queue: count(process.queued) }),
       Running: count(process.running),
-      Busy: percent(process.busy_ratio),
-      "Requests a second": rate(process.requests_per_second),
+      ...(process.busy_ratio === null ? {} : { Busy: percent(process.busy_ratio) }),
+      "Requests/s": rate(process.requests_per_second),
       ...(isDenoiser ? { Step: durationText(process.step_seconds) } : {}),
-      Wait: durationText(process.queue_wait_seconds),
+      ...(process.queue_wait_seconds === null ? {} : { Wait: durationText(process.queue_wait_seconds) }),
       ...(process.memory_bytes ? { Memory: bytesText(process.memory_bytes) } : {}),
     };
     return element(
@@ -138,7 +138,7 @@ export class SuiteView {
   sample(process) {
     const samples = this.samples.get(process.target) ?? { steps: [], queue: [] };
     this.samples.set(process.target, samples);
-    samples.steps.push(process.step_seconds ?? 0);
+    if (process.step_seconds !== null) samples.steps.push(process.step_seconds);
     samples.queue.push((process.queued ?? 0) + (process.running ?? 0));
     for (const each of [samples.steps, samples.queue]) if (each.length > MOST_SAMPLES) each.shift();
     return samples;
@@ -148,7 +148,7 @@ export class SuiteView {
 /** @param {number | null} value */
 const count = (value) => (value === null ? "–" : value.toLocaleString("en", { maximumFractionDigits: 0 }));
 /** @param {number | null} value */
-const rate = (value) => (value === null ? "–" : value.toFixed(2));
+const rate = (value) => (value === null ? "–" : value ? value.toFixed(value < 0.1 ? 3 : 2) : "0");
 /** @param {number | null} value */
 const percent = (value) => (value === null ? "–" : `${Math.round(value * 100)} %`);
 /** @param {number | null} value */

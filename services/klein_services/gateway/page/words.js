@@ -35,6 +35,7 @@ export function showWords(model) {
   const { groups, text } = wordsOf(model);
   byId("words", HTMLDetailsElement).hidden = !groups.length && !text;
   byId("words-title", HTMLElement).textContent = `Words that ${model.name} knows`;
+  byId("about", HTMLDetailsElement).hidden = !text;
   byId("description", HTMLElement).textContent = text;
   byId("word-groups", HTMLElement).replaceChildren(
     ...groups.map(({ title, words }) =>
