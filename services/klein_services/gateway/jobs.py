@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
@@ -176,15 +177,20 @@ class Jobs:
     async def wait(self, job: Job, seconds: float) -> Job:
         """Returns a job when it has ended, or after a time as it is then."""
         deadline = time.monotonic() + seconds
-        async with aclosing(self.watch(job)) as states:
+        async with aclosing(self.watch(job, deadline)) as states:
             async for current in states:
                 job = current
                 if time.monotonic() >= deadline:
                     break
         return job
 
-    async def watch(self, job: Job) -> AsyncGenerator[Job]:
-        """Yields a job as it is now and again after every look, until it has ended."""
+    async def watch(self, job: Job, deadline: float = math.inf) -> AsyncGenerator[Job]:
+        """Yields a job as it is now and again after every look, until it has ended.
+
+        Args:
+            job: the job.
+            deadline: moment of the last look, in the time of `time.monotonic`.
+        """
         ended = asyncio.Event()
         self._waiting.setdefault(job.id, set()).add(ended)
         try:
@@ -194,7 +200,8 @@ class Jobs:
                     return
                 ended.clear()
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(ended.wait(), LOOK_SECONDS)
+                    remaining = max(0.0, deadline - time.monotonic())
+                    await asyncio.wait_for(ended.wait(), min(LOOK_SECONDS, remaining))
                 job = await self.get(job.owner, job.id, job.api)
         finally:
             waiting = self._waiting[job.id]

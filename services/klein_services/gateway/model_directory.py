@@ -50,6 +50,14 @@ class ModelDirectory:
             f"There is no model {name[:64]!r}; there are {', '.join(known)}.",
         )
 
+    async def check_key(self, key: str) -> None:
+        """Checks that the orchestrator knows a key.
+
+        Raises:
+            ApiError: it does not, or does not answer.
+        """
+        await self._status(key)
+
     async def _status(self, key: str) -> Status:
         # Not the key itself: a dump of memory should show as few as possible.
         digest = hashlib.sha256(key.encode()).digest()

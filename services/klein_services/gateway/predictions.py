@@ -162,7 +162,7 @@ async def webhook_secret(request: Request) -> Response:
     """Returns the secret that signs the webhooks of the key that asks."""
     job_request = JobRequest(request, PREDICTIONS)
     # Asked for, because an unknown key has no webhooks.
-    await job_request.jobs.models.model(job_request.key, "")
+    await job_request.jobs.models.check_key(job_request.key)
     return JSONResponse({"key": job_request.jobs.secret.webhook_secret(job_request.owner)})
 
 
@@ -225,7 +225,9 @@ def _wait_seconds(request: Request, default: float) -> float:
         return 0
     for entry in entries:
         if match := _WAIT.fullmatch(entry):
-            return min(float(match[1] or MAXIMUM_WAIT_SECONDS), MAXIMUM_WAIT_SECONDS)
+            seconds = min(float(match[1] or MAXIMUM_WAIT_SECONDS), MAXIMUM_WAIT_SECONDS)
+            # Replicate's client stops to read half a second after the time that it asks for.
+            return seconds - min(1.0, seconds / 4)
     return default
 
 

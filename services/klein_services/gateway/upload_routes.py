@@ -26,7 +26,7 @@ async def create(request: Request) -> Response:
     job_request = JobRequest(request, PREDICTIONS)
     gateway = gateway_of(request)
     # An unknown key stores nothing.
-    await job_request.jobs.models.model(job_request.key, "")
+    await job_request.jobs.models.check_key(job_request.key)
     async with gateway.bodies.form(request) as form:
         fields = JsonFields({name: form[name] for name in form})
         content = fields.raw("content")

@@ -24,8 +24,10 @@ async def test_post_poll_and_fetch():
         assert answer.status_code == 200, answer.text
         made = answer.json()
         assert made["polling_url"] == f"{jobs.url}/v1/get_result?id={made['id']}"
+        assert (made["cost"], made["input_mp"], made["output_mp"]) == (None, 0.0, 0.008192)
         ready = await jobs.polled(made["polling_url"])
         assert ready["id"] == made["id"]
+        assert (ready["result"]["input_mp"], ready["result"]["output_mp"]) == (0.0, 0.008192)
         assert ready["status"] == "Ready"
         assert ready["result"]["seed"] == 7
         assert (ready["result"]["width"], ready["result"]["height"]) == (64, 128)
