@@ -85,7 +85,18 @@ async def create(request: Request) -> Response:
     if url is not None:
         webhook = Webhook(url=url, secret=secret or job_request.jobs.secret.webhook_secret(job_request.owner))
     job, _ = await job_request.submit(values, echo, files=files, webhook=webhook)
-    return JSONResponse({"id": job.id, "polling_url": f"{job_request.base_url}/v1/get_result?id={job.id}"})
+    side = model.limits.default_size_px
+    pixels = width * height if width and height else 0 if files else side * side
+    return JSONResponse(
+        {
+            "id": job.id,
+            "polling_url": f"{job_request.base_url}/v1/get_result?id={job.id}",
+            "cost": None,
+            # Sizes that follow images are known when a stage has opened them: they are part of the result.
+            "input_mp": None if files else 0.0,
+            "output_mp": pixels / 1e6 or None,
+        }
+    )
 
 
 async def get_result(request: Request) -> Response:
