@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match
@@ -74,6 +75,15 @@ def make_application(gateway: Gateway, groups: Sequence[RouteGroup]) -> ASGIApp:
     # `/v1/models/` is not `/v1/models`; a redirect would name the address of this process, not the public one.
     application.router.redirect_slashes = False
     application.state.gateway = gateway
+    if origins := gateway.settings.origins:
+        application.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "POST", "PUT", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After", "retry-after-ms", "x-request-id"],
+            max_age=600,
+        )
     return RequestLog(application)
 
 

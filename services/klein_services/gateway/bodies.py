@@ -156,7 +156,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
-        raise invalid_field(next(name for name in names if names.count(name) > 1), "it is there twice")
+        raise invalid_field(next(name for name in names if names.count(name) > 1), "is there twice")
     return found
 
 

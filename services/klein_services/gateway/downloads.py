@@ -68,9 +68,9 @@ class Downloads:
                 "GET", url, seconds=self.seconds, maximum_bytes=self.maximum_bytes
             )
         except OutboundError as error:
-            raise invalid_field(field, f"the URL cannot be downloaded: {error}") from None
+            raise invalid_field(field, f"cannot be downloaded: {error}") from None
         if answer.status != 200:
-            raise invalid_field(field, f"the URL cannot be downloaded: its server answers {answer.status}")
+            raise invalid_field(field, f"cannot be downloaded: its server answers {answer.status}")
         return answer.body
 
     def _decoded(self, text: str, field: str) -> bytes:

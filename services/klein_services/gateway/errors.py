@@ -9,7 +9,7 @@ from http import HTTPStatus
 
 @dataclass(frozen=True)
 class FieldViolation:
-    """A field of a request and the reason why its value is refused, with the limit."""
+    """A field of a request, and the reason for its refusal, which follows the field's name in a sentence."""
 
     field: str
     message: str
@@ -59,7 +59,7 @@ class ApiError(Exception):
 
 def invalid_fields(violations: Sequence[FieldViolation]) -> ApiError:
     """Returns the error of a request with wrong fields."""
-    message = " ".join(f"{each.field}: {each.message}" for each in violations)
+    message = " ".join(f"{each.field} {each.message}." for each in violations)
     return ApiError(HTTPStatus.BAD_REQUEST, "invalid_field", message, violations=violations)
 
 

@@ -17,11 +17,14 @@ from klein_services.gateway.job_settings import NO_JOBS
 from klein_services.gateway.jobs import Jobs, open_jobs
 from klein_services.gateway.known_callers import KnownCallers
 from klein_services.gateway.outbound import Outbound
+from klein_services.gateway.prices import PriceError, read_prices
+from klein_services.gateway.rate_limits import RateLimits
 from klein_services.gateway.readiness import Readiness
 from klein_services.gateway.recent_requests import RecentRequests
 from klein_services.gateway.result_store import LocalResultStore, ResultStore, s3_store
 from klein_services.gateway.settings import GatewaySettings
 from klein_services.gateway.suite_watch import SuiteWatch
+from klein_services.gateway.usage import Usage
 from klein_services.runtime.channels import open_channel
 from klein_services.runtime.settings import SettingsError
 
@@ -37,6 +40,8 @@ class Gateway:
     """Client of the orchestrator. It has no token of its own: each request passes on its caller's."""
     downloads: Downloads
     results: ResultStore
+    limits: RateLimits
+    usage: Usage
     suite_watch: SuiteWatch
     jobs_or_none: Jobs | None = None
     """`None` where the APIs with jobs are off."""
@@ -59,6 +64,10 @@ class Gateway:
         """Returns the absolute URL of a path of this gateway, as the request's client reaches it."""
         return self.base_url(request) + path
 
+    def result_url(self, key: str, base_url: str) -> str:
+        """Returns a link to an image of the result store."""
+        return self.results.url(key, base_url, self.settings.results_link_seconds)
+
     def base_url(self, request: Request) -> str:
         """Returns the URL under which the request's client reaches the gateway, without a slash at its end."""
         return self.settings.public_url.rstrip("/") or f"{request.url.scheme}://{request.url.netloc}"
@@ -70,7 +79,7 @@ async def open_gateway(settings: GatewaySettings) -> AsyncIterator[Gateway]:
 
     Raises:
         PemError: the files of TLS cannot be used.
-        SettingsError: the folder of results cannot be used.
+        SettingsError: the folder of results or the price table cannot be used.
     """
     async with AsyncExitStack() as stack:
         files = settings.target_tls_files
@@ -99,14 +108,26 @@ async def open_gateway(settings: GatewaySettings) -> AsyncIterator[Gateway]:
         downloads = Downloads(outbound, settings.download_seconds, settings.reference_limit_mib << 20)
         results = _open_results(settings)
         stack.push_async_callback(results.close)
-        watch = SuiteWatch(settings.metrics_pages)
+        try:
+            prices = read_prices(settings.price_table)
+        except PriceError as error:
+            raise SettingsError(f"KLEIN_PRICE_TABLE: {error}") from None
         jobs = None
         if settings.jobs_database != NO_JOBS:
             link_seconds = settings.results_link_seconds
             opened = open_jobs(settings, client, results, outbound, link_seconds=link_seconds)
             jobs = await stack.enter_async_context(opened)
         yield Gateway(
-            settings, BodyReader(settings), readiness, client, downloads, results, watch, jobs_or_none=jobs
+            settings=settings,
+            bodies=BodyReader(settings),
+            readiness=readiness,
+            client=client,
+            downloads=downloads,
+            results=results,
+            limits=RateLimits(settings.requests_per_minute, settings.requests_burst),
+            usage=Usage(prices),
+            suite_watch=SuiteWatch(settings.metrics_pages),
+            jobs_or_none=jobs,
         )
 
 

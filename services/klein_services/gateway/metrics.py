@@ -22,3 +22,9 @@ BODY_BYTES = Gauge("klein_gateway_body_bytes", "Bytes of the bodies of requests 
 READY = Gauge(
     "klein_gateway_ready", "1 while the orchestrator serves and the gateway does not drain, else 0."
 )
+
+IMAGES = Counter("klein_gateway_images", "Images that were delivered.", ["api"])
+MEGAPIXELS = Counter(
+    "klein_gateway_megapixels", "Megapixels of delivered images and of their inputs.", ["api", "direction"]
+)
+COST = Counter("klein_gateway_cost", "Cost of delivered images, in the currency of the price table.", ["api"])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from klein_services.gateway.job_settings import JobSettings
+from klein_services.gateway.prices import PriceError, read_prices
 from klein_services.runtime.pem import PemFiles
 from klein_services.runtime.scrape import TargetsError, check_targets
 from klein_services.runtime.settings import (
@@ -17,6 +19,8 @@ from klein_services.runtime.settings import (
     pem_problems,
     setting,
 )
+
+_ORIGIN = re.compile(r"https?://[^/\s]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +81,26 @@ class GatewaySettings(JobSettings):
         600.0, help="Seconds that a request to the orchestrator may take", minimum=1, maximum=86400
     )
 
+    requests_per_minute: float = setting(
+        0.0,
+        help="Requests for images a minute that each key may make, else each address; 0 is no limit",
+        minimum=0,
+        maximum=10**6,
+    )
+    requests_burst: int = setting(
+        10, help="Requests that a key may make at once before the rate counts", minimum=1, maximum=10**6
+    )
+    price_table: str = setting("", help="TOML file of prices per megapixel; empty: answers have no cost")
+    model_aliases: str = setting(
+        "",
+        help="Names that requests may give for a model, such as gpt-image-1=klein-4b, separated by commas; without a "
+        "model after = it is the default model",
+    )
+    cors_origins: str = setting(
+        "",
+        help="Origins, separated by commas, whose pages may call the gateway, https://app.example; * allows all; "
+        "empty: none",
+    )
     download_seconds: float = setting(
         20.0, help="Seconds that the download of a reference may take", minimum=0.1, maximum=600
     )
@@ -113,6 +137,17 @@ class GatewaySettings(JobSettings):
     results_region: str = setting("", help="Region of the bucket; empty: that of boto3's configuration")
 
     @property
+    def aliases(self) -> dict[str, str]:
+        """Model by alias; empty for the default model."""
+        pairs = (each.partition("=") for each in self.model_aliases.split(",") if each.strip())
+        return {alias.strip(): model.strip() for alias, _, model in pairs}
+
+    @property
+    def origins(self) -> list[str]:
+        """Origins in `cors_origins`."""
+        return [origin.strip().rstrip("/") for origin in self.cors_origins.split(",") if origin.strip()]
+
+    @property
     def private_hosts(self) -> frozenset[str]:
         """Names in `download_private_hosts`."""
         return frozenset(name.strip() for name in self.download_private_hosts.split(",") if name.strip())
@@ -143,6 +178,15 @@ class GatewaySettings(JobSettings):
             yield "KLEIN_TARGET_TLS_NAME is set without KLEIN_TARGET_TLS_CA, without which there is no TLS"
         if self.public_url and not self.public_url.startswith(("http://", "https://")):
             yield f"KLEIN_PUBLIC_URL is {self.public_url!r}; it must begin with http:// or https://"
+        if any("=" not in each for each in self.model_aliases.split(",") if each.strip()):
+            yield f"KLEIN_MODEL_ALIASES is {self.model_aliases!r}; it must be NAME=MODEL, separated by commas"
+        for origin in self.origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                yield f"KLEIN_CORS_ORIGINS has {origin!r}, which is no origin such as https://app.example"
+        try:
+            read_prices(self.price_table)
+        except PriceError as error:
+            yield f"KLEIN_PRICE_TABLE: {error}"
         if self.results_bucket and find_spec("boto3") is None:
             yield "KLEIN_RESULTS_BUCKET needs boto3; install it with: pip install 'klein-suite[s3]'"
         if self.results_endpoint and not self.results_bucket:

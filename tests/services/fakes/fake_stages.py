@@ -28,6 +28,7 @@ from tests.services.fakes.fake_tensors import (
     reference_latents,
     reference_size_px,
     token_mask,
+    without_png_header,
 )
 
 MODEL = "fake"
@@ -194,7 +195,7 @@ class FakeVaeDecoder(FakeStage, vae_decoder_service_pb2_grpc.VaeDecoderServiceSe
             self.references.append(data)
             if self.encode_error is not None:
                 raise self.encode_error
-            if not data.startswith(b"image:"):
+            if not without_png_header(data).startswith(b"image:"):
                 raise InvalidInput.of(spec.field_name, "is not an image")
             width_px, height_px = reference_size_px(data)
             summary = vae_pb2.ReferenceSummary(width_px=width_px, height_px=height_px)
@@ -210,9 +211,9 @@ class FakeVaeDecoder(FakeStage, vae_decoder_service_pb2_grpc.VaeDecoderServiceSe
             self.initial_images.append((image, mask))
             if self.encode_error is not None:
                 raise self.encode_error
-            if not image.startswith(b"image:"):
+            if not without_png_header(image).startswith(b"image:"):
                 raise InvalidInput.of("initial_image", "is not an image")
-            if mask is not None and not mask.startswith(b"mask:"):
+            if mask is not None and not without_png_header(mask).startswith(b"mask:"):
                 raise InvalidInput.of("mask", "is not an image")
             width_px, height_px = reference_size_px(image)
             rows, columns = height_px // 16, width_px // 16

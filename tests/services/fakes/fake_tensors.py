@@ -54,6 +54,11 @@ def reference_file(width_px: int, height_px: int, content: str = "") -> bytes:
     return f"image:{width_px}x{height_px}:{content}".encode()
 
 
+def without_png_header(data: bytes) -> bytes:
+    """What a fake stage reads of a file: `image:WxH…` or `mask:…`, behind a PNG file's begin where there is one."""
+    return data[24:] if data.startswith(b"\x89PNG") else data
+
+
 def reference_size_px(data: bytes) -> tuple[int, int]:
     width_px, height_px = data.split(b":")[1].split(b"x")
     return int(width_px), int(height_px)
