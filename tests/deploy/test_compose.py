@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from klein_services.cli.process import PROCESSES, STAGES
+from klein_services.cli.process import GATEWAY, ORCHESTRATOR, PROCESSES, STAGES
 from klein_services.cli.stage_process import settings_class
 from klein_services.runtime.settings import variable_name
 from tests.deploy.tools import ROOT, tool
@@ -84,6 +84,7 @@ def test_compose_refuses_a_planted_mistake(tmp_path: Path, wrong: str, reason: s
 def test_a_server_accepts_its_variables(process: str, files: tuple[str, ...], tmp_path: Path) -> None:
     environment = dict(configuration(files)["services"][process]["environment"])
     fields = dataclasses.fields(settings_class(process))
+    environment.pop("XDG_STATE_HOME", None)
     assert environment.keys() <= {variable_name(field.name) for field in fields}
     # Volumes are in the containers only.
     for name in ("KLEIN_MODEL_PATH", "KLEIN_ADAPTERS_FOLDER"):
@@ -104,10 +105,14 @@ def test_ports_are_those_of_the_settings() -> None:
     for stage in STAGES:
         target = services["orchestrator"]["environment"][f"KLEIN_{stage.replace('-', '_').upper()}_TARGET"]
         assert target == f"dns:///{stage}:{settings_class(stage)().port}"
-    (published,) = services["orchestrator"]["ports"]
-    assert published["target"] == settings_class("orchestrator")().port
-    assert published["host_ip"] == "127.0.0.1"
-    assert [name for name, each in services.items() if each.get("ports")] == ["orchestrator"]
+    for process in (ORCHESTRATOR, GATEWAY):
+        (published,) = services[process]["ports"]
+        assert published["target"] == settings_class(process)().port
+        assert published["host_ip"] == "127.0.0.1"
+    public = {name for name, each in services.items() if each.get("ports")}
+    assert public == {ORCHESTRATOR, GATEWAY}
+    orchestrator_port = settings_class(ORCHESTRATOR)().port
+    assert services[GATEWAY]["environment"]["KLEIN_TARGET"] == f"dns:///orchestrator:{orchestrator_port}"
 
 
 def test_images_are_build_targets_of_this_version() -> None:
