@@ -161,7 +161,12 @@ def test_stages_have_the_gpu_unless_the_file_for_cpus_is_added() -> None:
 def test_models_are_written_by_pull_alone() -> None:
     for name, each in configuration(COMBINATIONS[-1])["services"].items():
         writable = [v["target"] for v in each.get("volumes", ()) if not v.get("read_only")]
-        expected = {"pull": ["/models"], "prometheus": ["/prometheus"], "alertmanager": ["/alertmanager"]}
+        expected = {
+            "pull": ["/models"],
+            "gateway": ["/results"],
+            "prometheus": ["/prometheus"],
+            "alertmanager": ["/alertmanager"],
+        }
         assert writable == expected.get(name, []), name
 
 
