@@ -20,7 +20,6 @@ from klein_services.gateway import (
     operations,
     page_api,
     predictions,
-    results,
     upload_routes,
 )
 from klein_services.gateway.gateway import Gateway, open_gateway
@@ -30,7 +29,6 @@ from klein_services.gateway.settings import GatewaySettings
 
 GROUPS: tuple[RouteGroup, ...] = (
     operations.GROUP,
-    results.GROUP,
     bfl.GROUP,
     predictions.GROUP,
     upload_routes.GROUP,

@@ -17,14 +17,13 @@ from klein_services.gateway.job_settings import NO_JOBS
 from klein_services.gateway.jobs import Jobs, open_jobs
 from klein_services.gateway.known_callers import KnownCallers
 from klein_services.gateway.outbound import Outbound
-from klein_services.gateway.prices import PriceError, read_prices
 from klein_services.gateway.rate_limits import RateLimits
 from klein_services.gateway.readiness import Readiness
 from klein_services.gateway.recent_requests import RecentRequests
 from klein_services.gateway.result_store import LocalResultStore, ResultStore, s3_store
 from klein_services.gateway.settings import GatewaySettings
 from klein_services.gateway.suite_watch import SuiteWatch
-from klein_services.gateway.usage import Usage
+from klein_services.gateway.usage import PriceError, Usage, read_prices
 from klein_services.runtime.channels import open_channel
 from klein_services.runtime.settings import SettingsError
 

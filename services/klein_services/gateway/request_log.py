@@ -1,11 +1,13 @@
-"""Request log: the id, trace, log line and metrics of each HTTP request."""
+"""Request log: the id, trace, log line and metrics of each HTTP request; id and trace go on to the orchestrator."""
 
 from __future__ import annotations
 
 import logging
+import re
 import time
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from klein_services.gateway import metrics
@@ -16,6 +18,8 @@ NO_API = "none"
 """Label of requests that failed before a route was chosen."""
 _QUIET = ("/healthz", "/readyz")
 """Paths of probes, whose log lines would drown everything else."""
+_TRACE_HEADERS = ("traceparent", "tracestate")
+_VALUE = re.compile(r"[\x20-\x7e]{1,1024}")
 _log = logging.getLogger("klein.access")
 
 
@@ -66,3 +70,12 @@ class RequestLog:
                 fields = {"api": api, "route": route, "method": scope["method"], "status": status}
                 _log.info("request", extra=fields | {"seconds": round(seconds, 4)})
             logs.request_id.reset(token)
+
+
+def call_metadata(request: Request) -> tuple[tuple[str, str], ...]:
+    """Returns the metadata for calls that are part of a request; without own spans the client's trace is passed on."""
+    passed: tuple[tuple[str, str], ...] = ()
+    if not tracing.enabled():
+        values = ((name, request.headers.get(name, "")) for name in _TRACE_HEADERS)
+        passed = tuple((name, value) for name, value in values if _VALUE.fullmatch(value))
+    return (*logs.request_metadata(), *passed)

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from klein_services.gateway.job_settings import JobSettings
-from klein_services.gateway.prices import PriceError, read_prices
+from klein_services.gateway.usage import PriceError, read_prices
 from klein_services.runtime.pem import PemFiles
 from klein_services.runtime.scrape import TargetsError, check_targets
 from klein_services.runtime.settings import (

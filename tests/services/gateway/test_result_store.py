@@ -11,7 +11,7 @@ import httpx2
 import pytest
 from moto.server import ThreadedMotoServer
 
-from klein_services.gateway import results
+from klein_services.gateway import operations
 from klein_services.gateway.gateway import Gateway
 from klein_services.gateway.result_store import LocalResultStore, new_key, s3_store
 from klein_services.gateway.server import GatewayServer, running_gateway
@@ -38,7 +38,7 @@ async def test_a_link_works_for_its_file_and_its_time_only(tmp_path: Path):
         metrics_port=0,
         drain_delay_seconds=0,
     )
-    server = GatewayServer(settings, [results.GROUP])
+    server = GatewayServer(settings, [operations.GROUP])
     async with server.running() as gateway:
         base = f"http://127.0.0.1:{server.port}"
         key = new_key()
