@@ -23,11 +23,12 @@ from klein_services.gateway import (
     upload_routes,
 )
 from klein_services.gateway.gateway import Gateway, open_gateway
+from klein_services.gateway.openapi import openapi_group
 from klein_services.gateway.request_log import RequestLog
 from klein_services.gateway.route_group import API_KEY, RouteGroup, method_or_path_error
 from klein_services.gateway.settings import GatewaySettings
 
-GROUPS: tuple[RouteGroup, ...] = (
+_APIS: tuple[RouteGroup, ...] = (
     operations.GROUP,
     bfl.GROUP,
     predictions.GROUP,
@@ -37,6 +38,8 @@ GROUPS: tuple[RouteGroup, ...] = (
     page_api.GROUP,
 )
 """Every API. Routes are tried in this order; a group with a path of everything belongs at the end."""
+GROUPS = (openapi_group(_APIS), *_APIS)
+"""The APIs, and the document that describes them."""
 FALLBACK = openai.GROUP
 """Group whose form of errors unknown paths get."""
 
