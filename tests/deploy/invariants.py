@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 
 from klein_services.denoiser.settings import DenoiserSettings
+from klein_services.gateway.settings import GatewaySettings
 from klein_services.orchestrator.settings import OrchestratorSettings
 from klein_services.runtime.settings import ServerSettings
 from klein_services.text_encoder.settings import TextEncoderSettings
@@ -55,7 +56,34 @@ def setting(pod: Pod, all_objects: list[Object], name: str) -> float:
 
 
 def servers(all_objects: list[Object]) -> list[Pod]:
-    return pods(all_objects, "Deployment")
+    """Returns the Deployments of gRPC servers."""
+    return [pod for pod in pods(all_objects, "Deployment") if process_of(pod) != "gateway"]
+
+
+@rule
+def http_gateway(all_objects: list[Object]) -> Iterator[str]:
+    """The process that speaks HTTP, where an overlay has it."""
+    defaults = GatewaySettings()
+    wanted = {"http": defaults.port, "metrics": defaults.metrics_port}
+    for pod in (pod for pod in pods(all_objects, "Deployment") if process_of(pod) == "gateway"):
+        if pod.ports != wanted:
+            yield f"{pod.path} has the ports {pod.ports}; its settings say {wanted}"
+        paths = {kind: pod.main[kind]["httpGet"]["path"] for kind in ("livenessProbe", "readinessProbe")}
+        if paths != {"livenessProbe": "/healthz", "readinessProbe": "/readyz"}:
+            yield f"{pod.path} is probed at {paths}"
+        variables = environment(pod.main, all_objects)
+        known = {f"KLEIN_{field.name.upper()}" for field in fields(GatewaySettings)} | {"XDG_STATE_HOME"}
+        if unknown := variables.keys() - known:
+            yield f"{pod.path} sets {sorted(unknown)}, which are no settings"
+        if variables["KLEIN_TARGET"] != f"dns:///orchestrator:{OrchestratorSettings().port}":
+            yield f"{pod.path} calls {variables['KLEIN_TARGET']}"
+        drain = float(variables["KLEIN_DRAIN_DELAY_SECONDS"]) + float(variables["KLEIN_GRACE_SECONDS"])
+        pre_stop = pod.main["lifecycle"]["preStop"]["sleep"]["seconds"]
+        if pod.spec["terminationGracePeriodSeconds"] < pre_stop + drain + CLOSE_SECONDS:
+            yield f"{pod.path} is killed before its drain has ended"
+        for kind in ("Service", "PodDisruptionBudget", "ServiceAccount"):
+            if not _of_name(all_objects, kind, "gateway"):
+                yield f"{pod.path} has no {kind}"
 
 
 def _of_name(all_objects: list[Object], kind: str, name: str) -> list[Object]:
@@ -291,7 +319,7 @@ def images(all_objects: list[Object]) -> Iterator[str]:
             if not tag or tag == "latest":
                 yield f"{pod.path} runs {container['image']}, which has no version"
         if pod.owner["kind"] == "Deployment":
-            wanted = "klein-orchestrator" if process_of(pod) == "orchestrator" else "klein-stage"
+            wanted = "klein-stage" if process_of(pod) in STAGES else "klein-orchestrator"
             if wanted not in pod.main["image"]:
                 yield f"{pod.path} runs {pod.main['image']}, not {wanted}"
 

@@ -24,6 +24,22 @@ def test_an_overlay_has_every_process(overlay: str) -> None:
     assert {process_of(pod) for pod in servers(objects(overlay))} == set(SETTINGS)
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "sentence"),
+    [
+        ("ports/0/containerPort", 8081, "has the ports"),
+        ("readinessProbe/httpGet/path", "/healthz", "is probed at"),
+        ("env/2/value", "dns:///orchestrator:50051", "calls dns:///orchestrator:50051"),
+        ("env/3/name", "KLEIN_STATE", "are no settings"),
+        ("env/1/value", "3000", "is killed before its drain"),
+    ],
+)
+def test_a_fault_of_the_gateway_is_found(path: str, value: object, sentence: str) -> None:
+    found = objects("overlays/tested/http-gateway")
+    set_in("Deployment", "gateway", f"{CONTAINER}/{path}", value)(found)
+    assert any(sentence in problem for problem in problems(found))
+
+
 def remove(kind: str, name: str) -> Fault:
     return lambda found: found.remove(named(found, kind, name))
 
