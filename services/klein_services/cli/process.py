@@ -18,7 +18,8 @@ from rich.text import Text
 
 from klein_services.cli.errors import CliError
 
-STAGES = ("text-encoder", "denoiser", "vae-decoder")
+DENOISER = "denoiser"
+STAGES = ("text-encoder", DENOISER, "vae-decoder")
 ORCHESTRATOR = "orchestrator"
 GATEWAY = "gateway"
 SUITE = (*STAGES, ORCHESTRATOR)

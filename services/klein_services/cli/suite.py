@@ -32,6 +32,7 @@ from klein_services.cli.ports import (
 from klein_services.cli.prerequisites import require_temporary_folder, require_torch
 from klein_services.cli.probes import Probes, StartupPhase
 from klein_services.cli.process import (
+    DENOISER,
     GATEWAY,
     ORCHESTRATOR,
     PROCESSES,
@@ -195,6 +196,12 @@ class Suite:
         return f"http://{self._public_address(GATEWAY)}" if GATEWAY in self.processes else ""
 
     @property
+    def shares_gpu(self) -> bool:
+        """Whether stages share a CUDA device: then the denoiser, which measures memory and speed, starts last."""
+        device = self.options.device
+        return device.startswith("cuda") or (device == "auto" and Path("/dev/nvidia0").exists())
+
+    @property
     def probe_addresses(self) -> dict[str, str]:
         """Plaintext address of each process that answers its health."""
         addresses = {process: self._address(process) for process in self.processes}
@@ -208,7 +215,8 @@ class Suite:
     def __enter__(self) -> Suite:
         try:
             for process in self.processes:
-                self.children[process] = Child(self._child_spec(process))
+                if process != DENOISER or not self.shares_gpu:
+                    self.children[process] = Child(self._child_spec(process))
         except BaseException:
             self.stop()
             raise
@@ -246,12 +254,11 @@ class Suite:
                     for name, phase in probes.check(waiting).items()
                     if phase is not StartupPhase.STARTING
                 }
+                ready = {process for process, phase in phases.items() if phase is StartupPhase.READY}
+                if DENOISER not in self.children and ready >= {*STAGES} - {DENOISER}:
+                    self.children[DENOISER] = Child(self._child_spec(DENOISER))
                 on_change(phases)
-                late = [
-                    f"{name} ({phase.value})"
-                    for name, phase in phases.items()
-                    if phase is not StartupPhase.READY
-                ]
+                late = [f"{name} ({phase.value})" for name, phase in phases.items() if name not in ready]
                 if not late:
                     return True
                 if time.monotonic() > end:
