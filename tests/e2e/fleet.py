@@ -16,6 +16,7 @@ from klein_core.pico import WEIGHTS
 from klein_services.cli.ports import ReservedPort
 from klein_services.cli.probes import Probes, StartupPhase
 from klein_services.cli.process import ORCHESTRATOR, STAGES, Child, ChildSpec, inherited_environment
+from tests.e2e.links import Link, Network, running_network
 from tests.e2e.running_suite import READY_SECONDS
 
 STOP_SECONDS = 30.0
@@ -32,6 +33,8 @@ class Replica:
         self._spec = spec
         self._port = port
         self.child = Child(spec)
+        self.link: Link | None = None
+        """Between the orchestrator and this replica, if the fleet has links."""
 
     @property
     def address(self) -> str:
@@ -60,9 +63,10 @@ class Replica:
         self.child.terminate()
         return self.child.wait(STOP_SECONDS) and self.child.exit_code == 0
 
-    def start(self) -> None:
-        """Starts a process in place of one that has ended."""
-        self.child = Child(replace(self._spec, appends_log=True))
+    def start(self, **settings: str) -> None:
+        """Starts a process in place of one that has ended, with further `KLEIN_` variables."""
+        environment = {**self._spec.environment, **settings}
+        self.child = Child(replace(self._spec, environment=environment, appends_log=True))
 
     def wait_until_serving(self, seconds: float = READY_SECONDS) -> None:
         end = time.monotonic() + seconds
@@ -87,6 +91,8 @@ class Fleet:
 
     replicas: Mapping[str, list[Replica]]
     orchestrator: Replica
+    network: Network
+    """Of the links between them."""
 
     @property
     def target(self) -> str:
@@ -118,7 +124,11 @@ def running_fleet(
     *,
     model: Path = WEIGHTS,
     settings: Mapping[str, str] | None = None,
+<<<<<<< HEAD
     has_metrics: bool = False,
+=======
+    has_links: bool = False,
+>>>>>>> dc72ecc (Faults of the network between processes: links that tests disturb; checksums of messages, new connections after damage, other replicas for full ones; load of all kinds of requests)
 ) -> Iterator[Fleet]:
     """Runs `counts` replicas of each stage, and an orchestrator that reaches them by their addresses.
 
@@ -127,7 +137,11 @@ def running_fleet(
         counts: replicas by stage; one where a stage is absent.
         model: folder of the model.
         settings: `KLEIN_` variables of all processes.
+<<<<<<< HEAD
         has_metrics: whether each process has a metrics page.
+=======
+        has_links: whether the orchestrator reaches the replicas over links, which may be disturbed.
+>>>>>>> dc72ecc (Faults of the network between processes: links that tests disturb; checksums of messages, new connections after damage, other replicas for full ones; load of all kinds of requests)
     """
     common = {
         **inherited_environment(),
@@ -148,14 +162,23 @@ def running_fleet(
                 _started(held, stage, f"{stage}-{index}", common, folder, has_metrics)
                 for index in range(counts.get(stage, 1))
             ]
+        network = held.enter_context(running_network())
+        if has_links:
+            for replica in (each for pool in pools.values() for each in pool):
+                replica.link = network.link(replica.address)
         targets = {
             f"KLEIN_{stage.replace('-', '_').upper()}_TARGET": "ipv4:"
-            + ",".join(replica.address for replica in pool)
+            + ",".join((replica.link or replica).address for replica in pool)
             for stage, pool in pools.items()
         }
+<<<<<<< HEAD
         environment = {**common, **targets}
         orchestrator = _started(held, ORCHESTRATOR, ORCHESTRATOR, environment, folder, has_metrics)
         fleet = held.enter_context(Fleet(pools, orchestrator))
+=======
+        orchestrator = _started(held, ORCHESTRATOR, ORCHESTRATOR, {**common, **targets}, folder)
+        fleet = held.enter_context(Fleet(pools, orchestrator, network))
+>>>>>>> dc72ecc (Faults of the network between processes: links that tests disturb; checksums of messages, new connections after damage, other replicas for full ones; load of all kinds of requests)
         fleet.wait_until_serving()
         yield fleet
 

@@ -1,133 +1,65 @@
-"""Faults of real replicas under load: nothing is lost while one replica of each stage lives or comes back."""
+"""Faults of real replicas and their network under load: nothing is lost while one replica of each stage can be used."""
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
 
-import grpc
 import pytest
 
-from klein_api.v1 import image_pb2
-from klein_api.v1 import image_service_pb2 as api
-from klein_client import AsyncClient
 from tests.e2e.fleet import Fleet, Replica, running_fleet
-from tests.e2e.running_suite import picture
+from tests.e2e.links import CLEAR, Condition, Link
+from tests.e2e.load import CLIENTS, Answer, Load, save_adapter, undisturbed
 from tests.services.fakes.runtime_toy import until
 
-CLIENTS = 3
-CASES = 6
-REQUEST_SECONDS = 120
 LONGEST_WAIT_SECONDS = 60.0
 """Less than a stopped replica stays stopped, far more than a request takes next to other work."""
-STEPS = 8
-
-
-def spec(case: int) -> api.ImageSpec:
-    """Returns one of a few requests of all kinds, long enough to be hit by a fault."""
-    references = [picture(96, 80, 7 + case)] if case % 3 == 1 else []
-    return api.ImageSpec(
-        prompt=f"a red circle on a blue background {case}",
-        references=references,
-        width_px=64 + 16 * (case % 2),
-        height_px=64,
-        seed=case,
-        image_count=1 + case % 2,
-        step_count=STEPS,
-        format=image_pb2.IMAGE_FORMAT_RAW_RGB,
-    )
-
-
-@dataclass
-class Load:
-    """Streams of clients that begin a request when the last one ends."""
-
-    target: str
-    expected: dict[int, list[bytes]]
-    stopped: asyncio.Event = field(default_factory=asyncio.Event)
-    answered: int = 0
-    longest_seconds: float = 0.0
-    failures: list[str] = field(default_factory=list)
-
-    async def run(self) -> None:
-        async with asyncio.TaskGroup() as group:
-            for client in range(CLIENTS):
-                group.create_task(self._client(client))
-
-    async def _client(self, number: int) -> None:
-        async with AsyncClient(self.target) as client:
-            stub, count = client.stub(), number
-            while not self.stopped.is_set():
-                count += 1
-                begin = time.monotonic()
-                try:
-                    images = await streamed(stub, spec(count % CASES))
-                except grpc.aio.AioRpcError as error:
-                    self.failures.append(f"{error.code().name}: {error.details()}")
-                    continue
-                self.answered += 1
-                self.longest_seconds = max(self.longest_seconds, time.monotonic() - begin)
-                if images != self.expected[count % CASES]:
-                    self.failures.append(f"case {count % CASES} has other bytes than undisturbed")
-
-    async def answer_more(self, count: int = 2 * CLIENTS) -> None:
-        """Waits until so many more requests were answered."""
-        goal = self.answered + count
-        await until(lambda: self.answered >= goal, REQUEST_SECONDS)
-
-
-async def streamed(stub, image_spec: api.ImageSpec) -> list[bytes]:
-    """Returns a request's images, and checks that each step and image came once and in order."""
-    steps, images = [], {}
-    call = stub.StreamGenerateImage(
-        api.StreamGenerateImageRequest(spec=image_spec, preview_interval_steps=4), timeout=REQUEST_SECONDS
-    )
-    async for event in call:
-        if event.HasField("step"):
-            steps.append(event.step.step)
-        elif event.HasField("image"):
-            assert event.image.index not in images, "an image came twice"
-            images[event.image.index] = event.image.data
-    assert steps == sorted(set(steps)), f"steps came as {steps}"
-    assert steps[-1] == STEPS
-    return [images[index] for index in range(image_spec.image_count)]
+SLOW = Condition(delay_seconds=0.05, bytes_per_second=8_000)
+"""Slow for tensors of many kilobytes, fast enough for pings now and then."""
 
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory) -> Iterator[Fleet]:
+    folder = tmp_path_factory.mktemp("fleet")
+    settings = {
+        # Nothing comes from a cache, so that every request needs every stage.
+        "KLEIN_CACHE_BYTES": "0",
+        "KLEIN_ADAPTERS_FOLDER": str(save_adapter(folder / "adapters")),
+    }
     counts = {"text-encoder": 2, "denoiser": 2, "vae-decoder": 2}
-    # Nothing comes from a cache, so that every request needs every stage.
-    with running_fleet(
-        tmp_path_factory.mktemp("fleet"), counts, settings={"KLEIN_CACHE_BYTES": "0"}
-    ) as running:
+    with running_fleet(folder, counts, settings=settings, has_links=True) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def expected(fleet: Fleet) -> dict[int, list[bytes]]:
-    """Images of all cases, undisturbed."""
+def expected(fleet: Fleet) -> list[Answer]:
+    return asyncio.run(undisturbed(fleet.target))
 
-    async def all_cases() -> dict[int, list[bytes]]:
-        async with AsyncClient(fleet.target) as client:
-            return {case: await streamed(client.stub(), spec(case)) for case in range(CASES)}
 
-    return asyncio.run(all_cases())
+def first_of_each(fleet: Fleet) -> list[Replica]:
+    return [pool[0] for pool in fleet.replicas.values()]
+
+
+def links_of(replicas: list[Replica]) -> list[Link]:
+    return [replica.link for replica in replicas if replica.link is not None]
 
 
 def under_load(
-    fleet: Fleet, expected: dict[int, list[bytes]], faults: Callable[[Load], Awaitable[None]]
+    fleet: Fleet,
+    expected: list[Answer],
+    faults: Callable[[Load], Awaitable[None]],
+    *,
+    may_refuse: bool = False,
 ) -> Load:
     """Causes faults while clients ask; every request must be answered, with the bytes of the undisturbed one."""
 
     async def run() -> Load:
         load = Load(fleet.target, expected)
         running = asyncio.create_task(load.run())
-        await load.answer_more()
+        await load.answer_more(CLIENTS)
         try:
             await faults(load)
-            await load.answer_more()
+            await load.answer_more(CLIENTS)
         finally:
             load.stopped.set()
             await running
@@ -135,19 +67,20 @@ def under_load(
 
     load = asyncio.run(run())
     assert load.failures == []
+    assert may_refuse or not load.refused
     assert "Traceback" not in fleet.logs()
     return load
 
 
 def test_replicas_that_hang_delay_nobody_for_long(fleet, expected) -> None:
     """One of two replicas of every stage is stopped, its connections stay open."""
-    hung = [pool[0] for pool in fleet.replicas.values()]
+    hung = first_of_each(fleet)
 
     async def faults(load: Load) -> None:
         for replica in hung:
             replica.stop()
         # Every client has been answered, so none waits for a stopped replica any more.
-        await load.answer_more(4 * CLIENTS)
+        await load.answer_more(3 * CLIENTS)
 
     try:
         load = under_load(fleet, expected, faults)
@@ -157,21 +90,14 @@ def test_replicas_that_hang_delay_nobody_for_long(fleet, expected) -> None:
     assert load.longest_seconds < LONGEST_WAIT_SECONDS
 
 
-async def restart(replicas: list[Replica]) -> None:
+async def restart(replicas: list[Replica], **settings: str) -> None:
     """Kills replicas at the same moment, and waits until they serve again."""
     for replica in replicas:
         await asyncio.to_thread(replica.kill)
     for replica in replicas:
-        replica.start()
+        replica.start(**settings)
     for replica in replicas:
         await asyncio.to_thread(replica.wait_until_serving)
-
-
-def test_killed_replicas_cost_no_request(fleet, expected) -> None:
-    async def faults(load: Load) -> None:
-        await restart([pool[0] for pool in fleet.replicas.values()])
-
-    under_load(fleet, expected, faults)
 
 
 def test_all_denoisers_gone_for_a_moment_cost_no_request(fleet, expected) -> None:
@@ -181,9 +107,63 @@ def test_all_denoisers_gone_for_a_moment_cost_no_request(fleet, expected) -> Non
     under_load(fleet, expected, faults)
 
 
+def test_connections_that_end_in_the_middle_of_a_tensor_cost_no_request(fleet, expected) -> None:
+    links = links_of(first_of_each(fleet))
+
+    async def faults(load: Load) -> None:
+        for link in links:
+            link.condition = Condition(cuts=True)
+            await until(lambda link=link: link.cut, LONGEST_WAIT_SECONDS)
+            link.condition = CLEAR
+        for link in links:
+            fleet.network.refuse(link)
+        await load.answer_more()
+        for link in links:
+            fleet.network.accept(link)
+
+    under_load(fleet, expected, faults)
+
+
+@pytest.mark.parametrize("condition", [SLOW, Condition(stalls=True)], ids=["slow", "stalled"])
+def test_slow_and_stalled_connections_cost_no_request(fleet, expected, condition) -> None:
+    links = links_of(first_of_each(fleet))
+
+    async def faults(load: Load) -> None:
+        for link in links:
+            link.condition = condition
+        await load.answer_more()
+        for link in links:
+            link.condition = CLEAR
+
+    under_load(fleet, expected, faults)
+
+
+def test_flipped_bits_change_no_image(fleet, expected) -> None:
+    links = links_of(first_of_each(fleet))
+
+    async def faults(load: Load) -> None:
+        for link in links:
+            link.condition = Condition(flip_share=0.3)
+            await until(lambda link=link: link.flipped >= 5, LONGEST_WAIT_SECONDS)
+            link.condition = CLEAR
+
+    under_load(fleet, expected, faults)
+
+
+def test_killed_and_full_replicas_cost_no_request_that_was_begun(fleet, expected) -> None:
+    """One of two replicas of every stage is killed, and has room for one request only when it comes back."""
+
+    async def faults(load: Load) -> None:
+        await restart(first_of_each(fleet), KLEIN_QUEUE_LIMIT="1")
+        await load.answer_more(3 * CLIENTS)
+
+    under_load(fleet, expected, faults, may_refuse=True)
+
+
 def test_drained_replicas_end_well_and_cost_no_request(fleet, expected) -> None:
     async def faults(load: Load) -> None:
-        drained = [pool[1] for pool in fleet.replicas.values()]
+        # Those of the test before, of whose bounds the next test must see nothing.
+        drained = first_of_each(fleet)
         for replica in drained:
             assert await asyncio.to_thread(replica.drain)
         await load.answer_more()

@@ -181,7 +181,7 @@ class Attempt:
         if spec.resume_step:
             for index, image in enumerate(self._images):
                 for frame in self._progress.saved.checkpoint(image):
-                    await call.write(as_resume_latents(index, frame))
+                    await call.write_frame(as_resume_latents(index, frame))
         # Last, because the encoder closes the call's input when all of its tensors are sent.
         self._denoiser.set_result(call)
 

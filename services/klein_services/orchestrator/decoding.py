@@ -105,7 +105,7 @@ async def decode_latents(
             transfer = TransferMetrics(DENOISER, address.stage)
             async for frame in frames:
                 transfer.add(frame)
-                await call.write(frame)
+                await call.write_frame(frame)
             await call.done_writing()
             work.begin()
             transfer.finish()

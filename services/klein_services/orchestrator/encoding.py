@@ -263,7 +263,7 @@ class InputEncoder:
     async def _send(self, message: bytes) -> None:
         """Sends a serialized `DenoiseLatentsRequest`, once the denoiser's call is open and it has room."""
         # Without the shield, cancelling one of the waiting tasks would cancel the future for all of them.
-        await (await asyncio.shield(self._denoiser)).write(message)
+        await (await asyncio.shield(self._denoiser)).write_frame(message)
 
     def _response(
         self,

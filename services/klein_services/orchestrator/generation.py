@@ -14,7 +14,7 @@ from klein_services.orchestrator.events import EventQueue
 from klein_services.orchestrator.progress import GenerationOptions, Progress
 from klein_services.orchestrator.request import ImageRequest
 from klein_services.orchestrator.routing import DENOISER
-from klein_services.orchestrator.stage_client import StageClient
+from klein_services.orchestrator.stage_client import StageClient, StageDisagreement, StageFull
 from klein_services.orchestrator.stage_directory import StageDirectory
 from klein_services.orchestrator.tensor_cache import TensorCache
 from klein_services.runtime.errors import StagesLost
@@ -28,6 +28,12 @@ _DENOISERS_LOST = 3
 """The same for denoisers that vanish during a request's steps without progress."""
 _FRUITLESS_ATTEMPTS = 8
 """Most attempts in a row without progress."""
+_DAMAGED_ATTEMPTS = 12
+"""The same after damage to messages, which may hit one attempt after the other."""
+_ASKS = 3
+"""Attempts of a request of which nothing was computed, at stages of several replicas of which one has no room."""
+_FULL_PAUSE_SECONDS = (0.1, 1.0)
+"""Bounds of the wait for a stage without room that a request needs which was computed in part."""
 _PAUSE_SECONDS = 0.1
 _log = logging.getLogger("klein.orchestrator")
 
@@ -45,8 +51,28 @@ class Losses:
         self._attempts = 0
         self._devices = 0
         self._denoisers = 0
+        self._asks = 0
 
-    def may_retry(self, loss: StagesLost, *, made_progress: bool, was_computing: bool) -> bool:
+    def may_ask_again(self, refusal: StageFull, *, was_computed: bool, made_progress: bool) -> bool:
+        """Counts a refusal and returns whether another attempt may find room, which is looked for elsewhere at once.
+
+        A request of which a part was computed is too dear to be refused, so that it waits for room.
+
+        Args:
+            refusal: the failure of the attempt.
+            was_computed: whether the request has a checkpoint or an image.
+            made_progress: whether the attempt completed one.
+        """
+        if made_progress:
+            self._progress_at = time.monotonic()
+        self._asks += 1
+        if was_computed:
+            return time.monotonic() - self._progress_at < self._wait_seconds
+        return self._asks < _ASKS and refusal.address.may_have_replicas
+
+    def may_retry(
+        self, loss: StagesLost | StageDisagreement, *, made_progress: bool, was_computing: bool
+    ) -> bool:
         """Counts a loss and returns whether another attempt may succeed.
 
         Args:
@@ -59,12 +85,15 @@ class Losses:
             self._progress_at = now
             self._attempts = self._denoisers = 0
         self._attempts += 1
-        self._devices += loss.has_lost_device
-        self._denoisers += was_computing and loss.stage == DENOISER
+        if isinstance(loss, StagesLost):
+            self._devices += loss.has_lost_device
+            self._denoisers += was_computing and loss.stage == DENOISER
         if self._devices >= _DEVICES_LOST or self._denoisers >= _DENOISERS_LOST:
             return False
-        has_time = now - self._progress_at < self._wait_seconds
-        return self._attempts < (_FRUITLESS_ATTEMPTS if has_time else 2)
+        if now - self._progress_at >= self._wait_seconds:
+            return self._attempts < 2
+        is_damage = isinstance(loss, StageDisagreement)
+        return self._attempts < (_DAMAGED_ATTEMPTS if is_damage else _FRUITLESS_ATTEMPTS)
 
     @property
     def pause_seconds(self) -> float:
@@ -114,7 +143,8 @@ class Generation:
             StagesLost: a stage cannot be used, after all attempts.
             InvalidInput: a reference, the initial image or the mask cannot be used, or the size that it gives.
             PeerFailure: a stage failed in another way.
-            StageDisagreement: a stage broke the protocol.
+            StageFull: a stage has no room.
+            StageDisagreement: a stage broke the protocol, after all attempts.
             ContentDenied, ContentPolicyFailed, SigningFailed: an image may not be sent.
         """
         while True:
@@ -132,7 +162,18 @@ class Generation:
             try:
                 await attempt.run()
                 break
-            except StagesLost as loss:
+            except StageFull as refusal:
+                was_computed = self.progress.marks > 0
+                made_progress = self.progress.marks > marks
+                if not self._losses.may_ask_again(
+                    refusal, was_computed=was_computed, made_progress=made_progress
+                ):
+                    raise
+                if was_computed:
+                    shortest, longest = _FULL_PAUSE_SECONDS
+                    await asyncio.sleep(min(max(refusal.retry_after_seconds, shortest), longest))
+                continue
+            except (StagesLost, StageDisagreement) as loss:
                 self._directory.forget(self._request.route)
                 if not self._losses.may_retry(
                     loss,
@@ -141,7 +182,12 @@ class Generation:
                 ):
                     raise
                 _log.warning("a stage was lost; the request goes on: %s", loss)
-                REQUEST_RECOVERIES.labels(loss.stage or "unknown").inc()
+                if isinstance(loss, StageDisagreement):
+                    # Which of the connections damages bytes is not known: tensors are checked where they end.
+                    for address in self._request.route.stages:
+                        self._stages.channels.reconnect(address)
+                stage = loss.stage if isinstance(loss, StagesLost) else ""
+                REQUEST_RECOVERIES.labels(stage or "unknown").inc()
             await asyncio.sleep(self._losses.pause_seconds)
             await self._describe_stages_again()
         await self._events.put(StreamGenerateImageResponse(summary=self._summary()))

@@ -36,6 +36,11 @@ class StageAddress:
     model: str
     """The name that the stage gives its model."""
 
+    @property
+    def may_have_replicas(self) -> bool:
+        """Whether the target may stand for several processes: it is a name, or a list of addresses."""
+        return self.target.startswith("dns:") or "," in self.target
+
 
 @dataclass(frozen=True)
 class Route:

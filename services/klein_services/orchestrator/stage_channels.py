@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections import Counter
 from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,6 +37,10 @@ _OPTIONS = (
 )
 _CONNECT_SECONDS = 5.0
 """Longest time that a channel to new addresses may take to connect before it is used all the same."""
+_DAMAGED_SECONDS = 10.0
+"""Time that calls get to end on a connection whose bytes were damaged; most of them are well."""
+_RECONNECT_SECONDS = 2.0
+"""Least time between two reconnections of a target."""
 _Key = tuple[str, str]
 _log = logging.getLogger("klein.orchestrator")
 
@@ -70,6 +76,8 @@ class Channels:
         """Calls in progress of each channel."""
         self._replaced: set[grpc.aio.Channel] = set()
         """Channels that are closed behind their last call."""
+        self._reconnected: dict[str, tuple[int, float]] = {}
+        """Number and time of the last reconnection of each target that had one."""
         self._users: Counter[str] = Counter()
         self._retained: frozenset[str] | None = None
         self._watches: dict[str, asyncio.Task[None]] = {}
@@ -107,6 +115,27 @@ class Channels:
 
         call.add_done_callback(ended)
 
+    def reconnect(self, address: StageAddress, *, is_damaged: bool = True) -> None:
+        """Makes new calls of a stage use new connections.
+
+        Args:
+            address: the stage.
+            is_damaged: whether bytes on the present connections were damaged. Such a connection may go on with wrong
+                headers, those that HTTP/2 keeps for later calls, and calls in progress may wait forever for bytes that
+                went astray; so those are given some seconds.
+        """
+        target, now = address.target, time.monotonic()
+        count, at = self._reconnected.get(target, (0, -math.inf))
+        if now < at + _RECONNECT_SECONDS:
+            return
+        self._reconnected[target] = (count + 1, now)
+        for key in [key for key in self._channels if key[0] == target]:
+            channel = self._channels.pop(key)
+            if is_damaged:
+                self._spawn(channel.close(_DAMAGED_SECONDS))
+            else:
+                self._replace(channel)
+
     @contextmanager
     def used(self, *addresses: StageAddress) -> Iterator[None]:
         """Keeps the channels to these stages open while the block runs, also when `retain` leaves them out."""
@@ -121,6 +150,7 @@ class Channels:
     def retain(self, addresses: Iterable[StageAddress]) -> None:
         """Closes all other channels, each as soon as it is not used."""
         self._retained = frozenset(address.target for address in addresses)
+        self._reconnected = {key: last for key, last in self._reconnected.items() if key in self._retained}
         self._close_unused()
 
     async def close(self) -> None:
@@ -146,12 +176,16 @@ class Channels:
 
     def _open(self, key: _Key) -> grpc.aio.Channel:
         target, service = key
+        options = self._options
+        if target in self._reconnected:
+            # Channels whose options differ share no connection.
+            options = (*options, ("klein.reconnections", self._reconnected[target][0]))
         return open_channel(
             target,
             health_service=service,
             credentials=self._credentials,
             server_name=self._server_name,
-            options=self._options,
+            options=options,
         )
 
     def _replace(self, channel: grpc.aio.Channel) -> None:

@@ -17,6 +17,12 @@ from klein_services.orchestrator.backlog import Backlog
 from klein_services.orchestrator.routing import StageAddress
 from klein_services.orchestrator.stage_channels import Channels
 from klein_services.runtime import tracing
+from klein_services.runtime.checksums import (
+    DamagedMessage,
+    frame_with_checksum,
+    with_checksum,
+    without_checksum,
+)
 from klein_services.runtime.errors import StagesLost
 from klein_services.runtime.grpc_quirks import PeerStatus, is_cancelled_by_peer
 from klein_services.runtime.status import DEVICE_FAULT, UNKNOWN_ADAPTER, PeerFailure, explain
@@ -47,6 +53,7 @@ PUBLIC_FIELDS: Mapping[str, str] = {
 """Public names of the fields that the orchestrator passes on, by their names in stage requests."""
 
 _RECEIVE_TIMEOUT = "RECEIVE_TIMEOUT"
+_QUEUE_FULL = "QUEUE_FULL"
 _REFUSED_PEER = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED)
 _LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 _BidiCall: TypeAlias = "grpc.aio.StreamStreamCall[bytes, bytes]"
@@ -77,7 +84,7 @@ class StageClient:
         multicallable = channel.unary_stream(method)
         span = tracing.client_span(method, address.target)
         call = multicallable(
-            request, timeout=self.deadline.remaining_seconds(), metadata=self._metadata(span)
+            with_checksum(request), timeout=self.deadline.remaining_seconds(), metadata=self._metadata(span)
         )
         self.channels.called(channel, call)
         return ServerStream(address, call, fields, span)
@@ -134,7 +141,10 @@ class ServerStream:
         """Yields the stage's serialized messages as they arrive, until it ends the call with OK."""
         try:
             async for message in self._responses:
-                yield message
+                yield without_checksum(message)
+        except DamagedMessage as error:
+            place = f"{self.address.stage} at {self.address.target}"
+            raise StageDisagreement(f"{place} sent a damaged message: {error}") from None
         except grpc.aio.AioRpcError:
             raise await self._failure() from None
         except asyncio.CancelledError:
@@ -164,6 +174,13 @@ class BidiStream(ServerStream):
 
     async def write(self, message: bytes) -> None:
         """Sends a serialized message once the stage has room for it; concurrent writers take turns."""
+        await self._send(with_checksum(message))
+
+    async def write_frame(self, message: bytes) -> None:
+        """Sends a message that carries a frame of a tensor, as `write` does."""
+        await self._send(frame_with_checksum(message))
+
+    async def _send(self, message: bytes) -> None:
         async with self._writing:
             try:
                 await self._call.write(message)
@@ -184,7 +201,24 @@ class BidiStream(ServerStream):
 
 
 class StageDisagreement(Exception):
-    """A stage sent or refused something against the protocol between stages: a fault of the suite, not the client's."""
+    """A stage sent or refused something against the protocol between stages: a fault of the suite or the network."""
+
+
+class StageFull(PeerFailure):
+    """A stage has no room for a call now; another replica of it may have.
+
+    Args:
+        error: how the call ended.
+        address: the stage.
+        retry_after_seconds: when this replica expects to have room.
+    """
+
+    def __init__(
+        self, error: grpc.aio.AioRpcError, address: StageAddress, retry_after_seconds: float
+    ) -> None:
+        super().__init__(error, address.stage)
+        self.address = address
+        self.retry_after_seconds = retry_after_seconds
 
 
 def failure_of(
@@ -210,6 +244,11 @@ def failure_of(
     if code in _REFUSED_PEER:
         # About the orchestrator's certificate, not about the client's token.
         return StagesLost(f"{place} refuses this orchestrator: {message}", address.stage)
+    if details.reason == _QUEUE_FULL:
+        return StageFull(error, address, details.retry_after_seconds or 0.0)
+    if not details.reason and not details.violations and code is not grpc.StatusCode.DEADLINE_EXCEEDED:
+        # A stage's own failures have details. This one was made by gRPC, of bytes that it could not read.
+        return StageDisagreement(f"the call of {place} broke: {code.name}, {message}")
     if code is not grpc.StatusCode.INVALID_ARGUMENT:
         return PeerFailure(error, address.stage)
     public = [

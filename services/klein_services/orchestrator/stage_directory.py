@@ -9,15 +9,25 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from klein_api.v1.stage_service_pb2 import DescribeStageRequest, DescribeStageResponse
-from klein_api.v1.stage_service_pb2_grpc import StageServiceStub
 from klein_services.orchestrator.backlog import Backlog
 from klein_services.orchestrator.routing import Route, StageAddress
 from klein_services.orchestrator.stage_channels import Channels
+from klein_services.runtime.checksums import with_checksum, without_checksum
 from klein_services.runtime.errors import DeadlinePassed, StagesLost
 
+_DESCRIBE_STAGE = "/klein_api.v1.StageService/DescribeStage"
 _DESCRIBE_TIMEOUT_SECONDS = 5.0
+_NO_ANSWER = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.UNAUTHENTICATED,
+)
+"""Codes of a stage that is away or refuses the orchestrator; others stand for damaged bytes or another server."""
 _ATTEMPTS = 3
 """Questions to a stage that answers but does not serve, however short the wait."""
 _PAUSE_SECONDS = 0.2
@@ -204,6 +214,10 @@ class StageDirectory:
             answer = await self._describe(address, self._channels.serving(address), timeout_seconds / 2)
             if answer.problem:
                 answer = await self._describe(address, self._channels.any(address), timeout_seconds / 2)
+                if not answer.problem:
+                    # The other channel has another state of its replicas' health than they themselves, such as after
+                    # damage to the one message that would have changed it.
+                    self._channels.reconnect(address, is_damaged=False)
         return answer
 
     async def _describe(
@@ -211,10 +225,16 @@ class StageDirectory:
     ) -> _Answer:
         place = f"{address.stage} at {address.target}"
         try:
-            call = StageServiceStub(channel).DescribeStage(DescribeStageRequest(), timeout=timeout_seconds)
+            ask: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(_DESCRIBE_STAGE)
+            call = ask(with_checksum(DescribeStageRequest().SerializeToString()), timeout=timeout_seconds)
             self._channels.called(channel, call)
-            description = await call
+            description = DescribeStageResponse.FromString(without_checksum(await call))
+        except DecodeError as error:
+            self._channels.reconnect(address)
+            return _Answer(None, f"{place} sent a damaged message: {error}")
         except grpc.aio.AioRpcError as error:
+            if error.code() not in _NO_ANSWER:
+                self._channels.reconnect(address)
             return _Answer(None, f"{place} does not answer: {error.details() or error.code().name}")
         if description.stage != address.stage:
             problem = f"is a {description.stage or 'nameless stage'}, not a {address.stage}"

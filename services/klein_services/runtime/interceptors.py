@@ -18,6 +18,11 @@ from google.protobuf.message import DecodeError, Message
 from klein_core.errors import DeviceFault
 from klein_services.runtime import logs, metrics, tracing
 from klein_services.runtime.caller import Caller, caller, caller_at, forwarded_caller
+from klein_services.runtime.checksums import (
+    SMALL_BYTES,
+    with_checksum,
+    without_checksum,
+)
 from klein_services.runtime.errors import (
     DeviceOutOfMemory,
     PermissionDenied,
@@ -46,6 +51,8 @@ _REJECTIONS = (
     grpc.StatusCode.PERMISSION_DENIED,
 )
 """Codes of refusals: the server is busy or not ready, or the request is wrong or not allowed."""
+_OWN_SERVICES = "/klein_api."
+"""Begin of the paths of the suite's own methods; gRPC's standard services follow their own protocols."""
 _access = logging.getLogger("klein.access")
 _undecodable = logs.RareWarning(
     _access, "requests were refused because their bytes are no message of the API"
@@ -128,11 +135,19 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     """Enters `contexts` in their order around every call of all four shapes.
 
     The message of a call that `guard` refuses is not even received: it may have hundreds of megabytes.
+
+    Args:
+        contexts: what is entered, outermost first.
+        guard: decides which calls may be made; `None` lets all pass.
+        has_checksums: whether messages of the suite's own services have checksums, as those of stages do.
     """
 
-    def __init__(self, contexts: Sequence[CallContext], guard: Guard | None = None) -> None:
+    def __init__(
+        self, contexts: Sequence[CallContext], guard: Guard | None = None, *, has_checksums: bool = False
+    ) -> None:
         self._contexts = tuple(contexts)
         self._guard = guard
+        self._has_checksums = has_checksums
         self._wrapped: dict[tuple[str, bool], tuple[_Handler, _Handler]] = {}
         """Path and whether its message is read → the registered handler and the one that surrounds it; made at a
         method's first call."""
@@ -165,9 +180,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         method = Method.of(path, *shape)
         serialize, deserialize = handler.response_serializer, handler.request_deserializer
         message_class = getattr(deserialize, "__self__", None)
+        has_checksums = self._has_checksums and path.startswith(_OWN_SERVICES)
         if isinstance(message_class, type) and issubclass(message_class, Message):
             # A generated service's method, whose frames need not be copied by protobuf.
-            deserialize = _decoder(frame_deserializer(message_class), message_class.DESCRIPTOR.full_name)
+            deserialize = _decoder(
+                frame_deserializer(message_class), message_class.DESCRIPTOR.full_name, has_checksums
+            )
 
         def check(request: Any) -> None:
             if isinstance(request, _Undecodable):
@@ -189,13 +207,17 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 check(request)
                 await _write_all(behavior(request, context), context)
 
-        # Handlers may answer with messages that they have serialized themselves.
+        def encode(response: Any) -> bytes:
+            # Handlers may answer with messages that they have serialized themselves: those of large tensors, which
+            # have a digest, and small ones.
+            is_bytes = isinstance(response, bytes)
+            raw: bytes = response if is_bytes or serialize is None else serialize(response)
+            return raw if not has_checksums or (is_bytes and len(raw) > SMALL_BYTES) else with_checksum(raw)
+
         surrounded: _Handler = make(
             respond_with_stream if handler.response_streaming else respond,
             request_deserializer=deserialize,
-            response_serializer=lambda response: (
-                response if isinstance(response, bytes) or serialize is None else serialize(response)
-            ),
+            response_serializer=encode,
         )
         return surrounded
 
@@ -221,10 +243,12 @@ class _Undecodable:
         self.refuse()
 
 
-def _decoder(deserialize: Callable[[bytes], Any], message_name: str) -> Callable[[bytes], Any]:
+def _decoder(
+    deserialize: Callable[[bytes], Any], message_name: str, has_checksums: bool
+) -> Callable[[bytes], Any]:
     def decode(raw: bytes) -> Any:
         try:
-            return deserialize(raw)
+            return deserialize(without_checksum(raw) if has_checksums else raw)
         except DecodeError:
             return _Undecodable(message_name)
 

@@ -80,7 +80,7 @@ class Listener:
             guard=service.guard,
         )
         self._server = grpc.aio.server(
-            interceptors=[CallInterceptor(contexts, service.guard)],
+            interceptors=[CallInterceptor(contexts, service.guard, has_checksums=not service.is_public)],
             options=_options(settings, service.request_bytes, service.response_bytes),
         )
         service.register(self._server)

@@ -245,7 +245,7 @@ def _details_of(error: grpc.aio.AioRpcError) -> list[Message]:
     try:
         status = rpc_status.from_call(error)
     except (DecodeError, ValueError):
-        _log.warning("a server sent status details that cannot be read", exc_info=True)
+        _log.warning("a server sent status details that cannot be read")
         return []
     messages: list[Message] = []
     for packed in status.details if status else ():

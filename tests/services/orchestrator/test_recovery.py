@@ -11,12 +11,14 @@ import pytest
 
 from klein_api.v1.image_service_pb2 import GenerateImageRequest, ImageSpec
 from klein_api.v1.image_service_pb2_grpc import ImageServiceStub
-from klein_core.errors import DeviceFault
-from klein_services.orchestrator import stage_directory
+from klein_core.errors import DeviceFault, InvalidInput
+from klein_services.orchestrator import stage_channels, stage_directory
+from klein_services.orchestrator.routing import StageAddress
 from klein_services.orchestrator.servicer import Orchestrator
 from klein_services.orchestrator.settings import OrchestratorSettings
+from klein_services.orchestrator.stage_channels import Channels
 from klein_services.runtime.channels import open_channel
-from klein_services.runtime.errors import StageUnavailable
+from klein_services.runtime.errors import QueueFull, StageUnavailable
 from klein_services.runtime.server import Server, running_server
 from klein_services.runtime.settings import ServerSettings
 from klein_services.runtime.status import explain
@@ -196,3 +198,92 @@ class TestWaitingForAStage:
             port = int(target.rpartition(":")[2])
             await stack.enter_async_context(running_server(FakeVaeDecoder(), replace(LOADING, port=port)))
             assert (await request).images[0].data == suite.expected_image("", 2)
+
+
+class TestStagesWithoutRoom:
+    """Another replica is asked at once; a request of which a part is computed waits for room."""
+
+    async def test_a_request_that_was_denoised_waits_for_the_decoder(self):
+        async with FakeSuite(settings={"stage_wait_seconds": 30.0}).running() as suite:
+            suite.vae_decoder.error = QueueFull(1, 0.1)
+            request = asyncio.create_task(generate(suite, prompt="fox", seed=1))
+            await until(lambda: suite.vae_decoder.calls >= 3)
+            suite.vae_decoder.error = None
+            assert (await request).images[0].data == suite.expected_image("fox", 1)
+            assert suite.denoiser.calls == 1
+
+    async def test_it_waits_for_a_bounded_time(self):
+        async with FakeSuite(settings={"stage_wait_seconds": 0.5}).running() as suite:
+            suite.vae_decoder.error = QueueFull(1, 0.1)
+            assert (await refusal(suite, prompt="fox")).reason == "QUEUE_FULL"
+            assert suite.vae_decoder.calls > 1
+
+    async def test_the_only_replica_is_asked_once(self, suite):
+        suite.denoiser.error = QueueFull(1, 2.5)
+        assert (await refusal(suite, prompt="fox")).retry_after_seconds == 2.5
+        assert suite.denoiser.calls == 1
+
+    async def test_other_replicas_are_asked(self):
+        async with AsyncExitStack() as stack:
+            full, free = FakeDenoiser(), FakeDenoiser()
+            full.error = QueueFull(1, 2.5)
+            targets = [
+                await stack.enter_async_context(running_server(each, LOADING)) for each in (full, free)
+            ]
+            settings: dict[str, object] = {"denoiser_target": "ipv4:" + ",".join(targets)}
+            suite = await stack.enter_async_context(FakeSuite(settings=settings).running())
+            for seed in range(6):
+                assert (await generate(suite, seed=seed)).images[0].data == suite.expected_image("", seed)
+            assert full.calls
+            free.error = full.error
+            assert (await refusal(suite)).reason == "QUEUE_FULL"
+
+
+async def test_a_request_whose_tensor_was_damaged_goes_on(suite):
+    suite.denoiser.input_error = InvalidInput.of("prompt_embedding", "does not match its xxh3 digest")
+    before = suite.orchestrator.generator.channels.serving(address_of(suite))
+    request = asyncio.create_task(generate(suite, prompt="fox", seed=1))
+    await until(lambda: suite.denoiser.calls == 1)
+    suite.denoiser.input_error = None
+    assert (await request).images[0].data == suite.expected_image("fox", 1)
+    assert suite.orchestrator.generator.channels.serving(address_of(suite)) is not before
+
+
+def address_of(suite: FakeSuite) -> StageAddress:
+    return StageAddress("denoiser", suite.targets["denoiser"], MODEL)
+
+
+async def test_a_damaged_connection_gets_no_more_calls_and_its_calls_get_an_end(monkeypatch):
+    monkeypatch.setattr(stage_channels, "_DAMAGED_SECONDS", 0.1)
+    peers: list[str] = []
+
+    async def respond(request, context):
+        peers.append(context.peer())
+        if request == b"stay":
+            await asyncio.Event().wait()
+        return b""
+
+    server = grpc.aio.server()
+    handler = grpc.unary_unary_rpc_method_handler(respond)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("peer.Peer", {"Ask": handler}),))
+    address = StageAddress("denoiser", f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}", MODEL)
+    await server.start()
+    channels = Channels()
+
+    async def ask(request: bytes = b"") -> None:
+        await channels.any(address).unary_unary("/peer.Peer/Ask")(request)
+
+    try:
+        await ask()
+        stuck = asyncio.create_task(ask(b"stay"))
+        await until(lambda: len(peers) == 2)
+        channels.reconnect(address)
+        channels.reconnect(address)  # many requests notice the same damage
+        await ask()
+        await ask()
+        assert peers[0] == peers[1] != peers[2] == peers[3]
+        with pytest.raises((grpc.aio.AioRpcError, asyncio.CancelledError)):
+            await stuck
+    finally:
+        await channels.close()
+        await server.stop(0)
