@@ -2,9 +2,9 @@
 
     python -m benchmarks.soak [--check] [--seconds 900] [--cancels 3000] [--clients 3]
 
-Runs the four processes of `klein up` with pico. Clients first ask for images of all flows, cancel some requests,
-give some a deadline that cannot be met and make some mistakes; every answer is compared with that of an undisturbed
-suite. Then streams are cancelled at random moments, as many at once as the orchestrator takes. Prints memory,
+Runs the four processes of `klein up` with pico. Clients first ask for images of all flows, with references, masks,
+adapters and several images, cancel some requests, give some a deadline that cannot be met and make some mistakes;
+every answer is compared with that of an undisturbed suite. Then streams are cancelled at random moments, as many at once as the orchestrator takes. Prints memory,
 descriptors and threads of each process over time, and compares the requests that began with those that ended, by
 outcome. With `--check` the exit code is 1 unless all bars hold.
 """
@@ -20,21 +20,18 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 
 import grpc
-import numpy as np
 import psutil
-from PIL import Image
 
 from benchmarks.measure import Bar, command, describe_machine, finish
-from klein_api.v1 import image_pb2
 from klein_api.v1 import image_service_pb2 as api
 from klein_client import AsyncClient
 from klein_services.cli.suite import Suite, SuiteOptions
 from klein_services.runtime.metrics import OUTCOMES
 from klein_services.runtime.scrape import Scrape, scrape
+from tests.e2e.load import save_adapter, specs
 
 SLOTS = 8
 CACHE_BYTES = 4 << 20
@@ -46,26 +43,6 @@ SAMPLES = 30
 GROWTH_MIB = 48.0
 """Memory that a process may gain between the first third of the run and its end: caches and arenas still fill then."""
 METHODS = ("GenerateImage", "StreamGenerateImage")
-
-
-def picture(seed: int) -> bytes:
-    """Returns a PNG file of noise."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (80, 96, 3), dtype=np.uint8)
-    file = BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
-
-
-def image_specs() -> list[api.ImageSpec]:
-    """Returns a request of each flow."""
-    common = {"seed": 3, "step_count": 4, "format": image_pb2.IMAGE_FORMAT_RAW_RGB}
-    size = {"width_px": 64, "height_px": 64}
-    return [
-        api.ImageSpec(prompt="a red circle on a blue background", **common, **size, image_count=2),
-        api.ImageSpec(prompt="make it green", references=[picture(1)], **common, **size),
-        api.ImageSpec(prompt="both of them", references=[picture(2), picture(3)], **common, **size),
-        api.ImageSpec(prompt="a yellow star", initial_image=picture(4), strength=0.7, **common),
-    ]
 
 
 def unseen(spec: api.ImageSpec, number: int) -> api.ImageSpec:
@@ -109,7 +86,7 @@ class Soak:
 
     async def answer(self, stub: object, index: int) -> list[bytes]:
         """Returns the images of one of the requests."""
-        request = api.GenerateImageRequest(spec=image_specs()[index])
+        request = api.GenerateImageRequest(spec=specs()[index])
         response = await stub.GenerateImage(request, timeout=REQUEST_SECONDS)  # type: ignore[attr-defined]
         return [image.data for image in response.images]
 
@@ -118,7 +95,7 @@ class Soak:
         end = time.monotonic() + seconds
         async with AsyncClient(self.suite.target) as client:
             stub = client.stub()
-            self.expected = [await self.answer(stub, index) for index in range(len(image_specs()))]
+            self.expected = [await self.answer(stub, index) for index in range(len(specs()))]
             async with asyncio.TaskGroup() as group:
                 for _ in range(client_count):
                     group.create_task(self._client(stub, end))
@@ -133,7 +110,7 @@ class Soak:
             if kind == "cancel":
                 await self._cancel(stub, index)
                 continue
-            spec = image_specs()[index]
+            spec = specs()[index]
             if kind == "mistake":
                 spec.step_count = -1
             seconds = 0.05 if kind == "hurry" else REQUEST_SECONDS
@@ -148,7 +125,7 @@ class Soak:
 
     async def _cancel(self, stub: object, index: int) -> None:
         """Begins a stream and cancels it at a random moment."""
-        spec = unseen(image_specs()[index], self.randomness.randrange(10**9))
+        spec = unseen(specs()[index], self.randomness.randrange(10**9))
         request = api.StreamGenerateImageRequest(spec=spec, preview_interval_steps=1)
         call = stub.StreamGenerateImage(request, timeout=REQUEST_SECONDS)  # type: ignore[attr-defined]
         await asyncio.sleep(self.randomness.uniform(0, LATEST_CANCEL_SECONDS))
@@ -218,9 +195,10 @@ def main() -> int:
     print(f"{command()}\n{describe_machine('torch', 'grpcio')}")
     with tempfile.TemporaryDirectory() as folder:
         logs = Path(folder)
+        adapters = save_adapter(logs / "adapters")
         # A small cache is full after a few requests, so that it does not look like a leak.
         settings = {"KLEIN_QUEUE_LIMIT": str(SLOTS), "KLEIN_CACHE_BYTES": str(CACHE_BYTES)}
-        options = SuiteOptions(threads=1, device="cpu", log_folder=logs, settings=settings)
+        options = SuiteOptions(threads=1, device="cpu", log_folder=logs, settings=settings, adapters=adapters)
         with Suite(options) as suite:
             suite.wait_until_ready(timeout_seconds=READY_SECONDS)
             soak = Soak(suite)

@@ -17,6 +17,7 @@ from klein_services.cli.ports import ReservedPort
 from klein_services.cli.probes import Probes, StartupPhase
 from klein_services.cli.process import ORCHESTRATOR, STAGES, Child, ChildSpec, inherited_environment
 from tests.e2e.links import Link, Network, running_network
+from tests.e2e.preloaded_child import PreloadedChild
 from tests.e2e.running_suite import READY_SECONDS
 
 STOP_SECONDS = 30.0
@@ -32,7 +33,7 @@ class Replica:
         self._metrics_port = metrics_port
         self._spec = spec
         self._port = port
-        self.child = Child(spec)
+        self.child: Child = PreloadedChild(spec)
         self.link: Link | None = None
         """Between the orchestrator and this replica, if the fleet has links."""
 
@@ -66,7 +67,7 @@ class Replica:
     def start(self, **settings: str) -> None:
         """Starts a process in place of one that has ended, with further `KLEIN_` variables."""
         environment = {**self._spec.environment, **settings}
-        self.child = Child(replace(self._spec, environment=environment, appends_log=True))
+        self.child = PreloadedChild(replace(self._spec, environment=environment, appends_log=True))
 
     def wait_until_serving(self, seconds: float = READY_SECONDS) -> None:
         end = time.monotonic() + seconds

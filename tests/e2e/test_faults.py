@@ -24,6 +24,8 @@ def fleet(tmp_path_factory) -> Iterator[Fleet]:
     settings = {
         # Nothing comes from a cache, so that every request needs every stage.
         "KLEIN_CACHE_BYTES": "0",
+        # A busy machine takes its time to start a replica.
+        "KLEIN_STAGE_WAIT_SECONDS": "120",
         "KLEIN_ADAPTERS_FOLDER": str(save_adapter(folder / "adapters")),
     }
     counts = {"text-encoder": 2, "denoiser": 2, "vae-decoder": 2}
