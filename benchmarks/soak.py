@@ -4,9 +4,9 @@
 
 Runs the four processes of `klein up` with pico. Clients first ask for images of all flows, with references, masks,
 adapters and several images, cancel some requests, give some a deadline that cannot be met and make some mistakes;
-every answer is compared with that of an undisturbed suite. Then streams are cancelled at random moments, as many at once as the orchestrator takes. Prints memory,
-descriptors and threads of each process over time, and compares the requests that began with those that ended, by
-outcome. With `--check` the exit code is 1 unless all bars hold.
+every answer is compared with that of an undisturbed suite. Then streams are cancelled at random moments, as many at
+once as the orchestrator takes. Prints memory, descriptors and threads of each process over time, and compares the
+requests that began with those that ended, by outcome. With `--check` the exit code is 1 unless all bars hold.
 """
 
 from __future__ import annotations

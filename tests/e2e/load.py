@@ -27,6 +27,8 @@ from tests.tiny.adapters import FORMATS
 CLIENTS = 3
 REQUEST_SECONDS = 120
 STEPS = 8
+LOST_PAUSE_SECONDS = 0.2
+"""Time after a lost request, so that a broken suite is not flooded."""
 ADAPTER = "plain"
 _SIZE = {"width_px": 64, "height_px": 64}
 _RAW = {"format": image_pb2.IMAGE_FORMAT_RAW_RGB}
@@ -172,6 +174,7 @@ class Load:
                     answer = await self._answer(stub, every[kind])
                 except grpc.aio.AioRpcError as error:
                     self.lost[f"{error.code().name}: {error.details()}"] += 1
+                    await asyncio.sleep(LOST_PAUSE_SECONDS)
                     continue
                 except Disorder as disorder:
                     self.wrong[f"kind {kind}: {disorder}"] += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import AsyncGenerator, Iterable
 
 from klein_api.v1.denoiser_service_pb2 import (
     DenoiseLatentsRequest,
@@ -47,6 +47,8 @@ from klein_services.runtime.protowire import (
 
 _QUEUED, _STARTED, _STEP, _PREVIEW, _CHECKPOINT, _LATENTS, _SUMMARY = range(1, 8)
 """Arms of `DenoiseLatentsResponse.event` by field number."""
+_ADMISSION_SECONDS = 10.0
+"""Time for a denoiser to admit or refuse a request, which takes milliseconds unless a message went astray."""
 
 
 class Attempt:
@@ -164,9 +166,11 @@ class Attempt:
                 spec = self._spec()
                 self._steps_run_at_start = self._steps_run
                 await call.write(DenoiseLatentsRequest(spec=spec).SerializeToString())
-                async for message in call.messages():
-                    if not self._denoiser.done():
-                        await self._use(call, spec)
+                messages = call.messages()
+                admission = await self._admission(messages)
+                await self._use(call, spec)
+                await self._accept(admission, group)
+                async for message in messages:
                     await self._accept(message, group)
         progress.is_computing = False
         finished = sum(self._latents[image].finished for image in self._images if image in self._latents)
@@ -174,6 +178,17 @@ class Attempt:
             raise StageDisagreement(
                 f"{address.stage} at {address.target} made {finished} of {len(self._images)} images"
             )
+
+    async def _admission(self, messages: AsyncGenerator[bytes, None]) -> bytes:
+        """Returns the denoiser's first message, which it sends as soon as it has the spec."""
+        address, problem = self._request.route.denoiser, "ended a call without an answer"
+        try:
+            async with asyncio.timeout(_ADMISSION_SECONDS):
+                async for message in messages:
+                    return message
+        except TimeoutError:
+            problem = f"did not answer within {_ADMISSION_SECONDS:g} s"
+        raise StageDisagreement(f"{address.stage} at {address.target} {problem}")
 
     async def _use(self, call: BidiStream, spec: DenoiseSpec) -> None:
         """Begins to encode for a denoiser, whose first message shows that it has admitted the request."""

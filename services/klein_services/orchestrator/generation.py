@@ -34,6 +34,8 @@ _ASKS = 3
 """Attempts of a request of which nothing was computed, at stages of several replicas of which one has no room."""
 _FULL_PAUSE_SECONDS = (0.1, 1.0)
 """Bounds of the wait for a stage without room that a request needs which was computed in part."""
+_ATTEMPT_SECONDS = 5.0
+"""Most time of one attempt that counts as time without progress."""
 _PAUSE_SECONDS = 0.1
 _log = logging.getLogger("klein.orchestrator")
 
@@ -47,7 +49,8 @@ class Losses:
 
     def __init__(self, wait_seconds: float) -> None:
         self._wait_seconds = wait_seconds
-        self._progress_at = time.monotonic()
+        self._noted_at = time.monotonic()
+        self._fruitless_seconds = 0.0
         self._attempts = 0
         self._devices = 0
         self._denoisers = 0
@@ -63,11 +66,10 @@ class Losses:
             was_computed: whether the request has a checkpoint or an image.
             made_progress: whether the attempt completed one.
         """
-        if made_progress:
-            self._progress_at = time.monotonic()
+        self._note_time(made_progress=made_progress)
         self._asks += 1
         if was_computed:
-            return time.monotonic() - self._progress_at < self._wait_seconds
+            return self._fruitless_seconds < self._wait_seconds
         return self._asks < _ASKS and refusal.address.may_have_replicas
 
     def may_retry(
@@ -80,9 +82,8 @@ class Losses:
             made_progress: whether the attempt completed a checkpoint or an image.
             was_computing: whether the denoiser was running the request's steps.
         """
-        now = time.monotonic()
+        self._note_time(made_progress=made_progress)
         if made_progress:
-            self._progress_at = now
             self._attempts = self._denoisers = 0
         self._attempts += 1
         if isinstance(loss, StagesLost):
@@ -90,10 +91,17 @@ class Losses:
             self._denoisers += was_computing and loss.stage == DENOISER
         if self._devices >= _DEVICES_LOST or self._denoisers >= _DENOISERS_LOST:
             return False
-        if now - self._progress_at >= self._wait_seconds:
+        if self._fruitless_seconds >= self._wait_seconds:
             return self._attempts < 2
         is_damage = isinstance(loss, StageDisagreement)
         return self._attempts < (_DAMAGED_ATTEMPTS if is_damage else _FRUITLESS_ATTEMPTS)
+
+    def _note_time(self, *, made_progress: bool) -> None:
+        """Adds the time of an attempt, but not all of a long one: it computed, or waited in vain for lost bytes."""
+        now = time.monotonic()
+        spent = min(now - self._noted_at, _ATTEMPT_SECONDS)
+        self._fruitless_seconds = 0.0 if made_progress else self._fruitless_seconds + spent
+        self._noted_at = now
 
     @property
     def pause_seconds(self) -> float:

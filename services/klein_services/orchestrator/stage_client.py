@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final, Self, TypeAlias
@@ -137,7 +137,7 @@ class ServerStream:
             code = await self._responses.code() if is_over else grpc.StatusCode.CANCELLED
             tracing.end_client_span(self._span, self._failed_with or code)
 
-    async def messages(self) -> AsyncIterator[bytes]:
+    async def messages(self) -> AsyncGenerator[bytes, None]:
         """Yields the stage's serialized messages as they arrive, until it ends the call with OK."""
         try:
             async for message in self._responses:

@@ -242,17 +242,17 @@ def explain(error: grpc.aio.AioRpcError) -> StatusDetails:
 
 
 def _details_of(error: grpc.aio.AioRpcError) -> list[Message]:
+    messages: list[Message] = []
     try:
         status = rpc_status.from_call(error)
+        for packed in status.details if status else ():
+            for kind in _DETAIL_TYPES:
+                message = kind()
+                if packed.Unpack(message):
+                    messages.append(message)
     except (DecodeError, ValueError):
         _log.warning("a server sent status details that cannot be read")
         return []
-    messages: list[Message] = []
-    for packed in status.details if status else ():
-        for kind in _DETAIL_TYPES:
-            message = kind()
-            if packed.Unpack(message):
-                messages.append(message)
     return messages
 
 

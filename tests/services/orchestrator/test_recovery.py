@@ -12,7 +12,7 @@ import pytest
 from klein_api.v1.image_service_pb2 import GenerateImageRequest, ImageSpec
 from klein_api.v1.image_service_pb2_grpc import ImageServiceStub
 from klein_core.errors import DeviceFault, InvalidInput
-from klein_services.orchestrator import stage_channels, stage_directory
+from klein_services.orchestrator import attempt, stage_channels, stage_directory
 from klein_services.orchestrator.routing import StageAddress
 from klein_services.orchestrator.servicer import Orchestrator
 from klein_services.orchestrator.settings import OrchestratorSettings
@@ -239,14 +239,26 @@ class TestStagesWithoutRoom:
             assert (await refusal(suite)).reason == "QUEUE_FULL"
 
 
-async def test_a_request_whose_tensor_was_damaged_goes_on(suite):
-    suite.denoiser.input_error = InvalidInput.of("prompt_embedding", "does not match its xxh3 digest")
-    before = suite.orchestrator.generator.channels.serving(address_of(suite))
-    request = asyncio.create_task(generate(suite, prompt="fox", seed=1))
-    await until(lambda: suite.denoiser.calls == 1)
-    suite.denoiser.input_error = None
-    assert (await request).images[0].data == suite.expected_image("fox", 1)
-    assert suite.orchestrator.generator.channels.serving(address_of(suite)) is not before
+async def test_a_request_whose_tensor_was_damaged_goes_on():
+    async with FakeSuite(settings={"stage_wait_seconds": 30.0}).running() as suite:
+        suite.denoiser.input_error = InvalidInput.of("prompt_embedding", "does not match its xxh3 digest")
+        before = suite.orchestrator.generator.channels.serving(address_of(suite))
+        request = asyncio.create_task(generate(suite, prompt="fox", seed=1))
+        await until(lambda: suite.denoiser.calls >= 2)
+        suite.denoiser.input_error = None
+        assert (await request).images[0].data == suite.expected_image("fox", 1)
+        assert suite.orchestrator.generator.channels.serving(address_of(suite)) is not before
+
+
+async def test_a_denoiser_that_answers_nothing_is_left(monkeypatch):
+    monkeypatch.setattr(attempt, "_ADMISSION_SECONDS", 0.2)
+    async with FakeSuite(settings={"stage_wait_seconds": 30.0}).running() as suite:
+        suite.denoiser.admission_gate = asyncio.Event()
+        request = asyncio.create_task(generate(suite, prompt="fox", seed=1))
+        await until(lambda: suite.denoiser.calls >= 2)
+        monkeypatch.setattr(attempt, "_ADMISSION_SECONDS", 30.0)
+        suite.denoiser.admission_gate.set()
+        assert (await request).images[0].data == suite.expected_image("fox", 1)
 
 
 def address_of(suite: FakeSuite) -> StageAddress:
