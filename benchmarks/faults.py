@@ -8,7 +8,7 @@ take turns independently:
 
 - the process is killed, stopped and let go on, drained, or started again with room for a single request (full);
 - its link drops all connections, refuses them, delays, is slow, stalls, cuts a connection in the middle of a tensor, or
-  flips bits.
+  flips bits in what is larger than 2 KiB, which is mostly the content of tensors and files.
 
 Every answer is compared with that of the undisturbed suite. Prints the faults by stage and kind, and the requests by
 outcome. With `--check` the exit code is 1 unless all bars hold.
@@ -39,7 +39,7 @@ CONDITIONS = {
     "slow": Condition(bytes_per_second=8_000),
     "stall": Condition(stalls=True),
     "cut": Condition(cuts=True),
-    "corrupt": Condition(flip_share=0.3),
+    "corrupt": Condition(flip_share=0.3, flip_bytes=2048),
 }
 LINK_KINDS = ("drop", "refuse", *CONDITIONS)
 # Link faults are quick, so that every process fault has a few of them around it.
@@ -76,7 +76,7 @@ class Run:
     caused: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Faults by stage and kind."""
     troubles: list[str] = field(default_factory=list)
-    """Replicas that did not drain or did not come back."""
+    """Processes that ended, did not drain or did not come back."""
     flipped: int = 0
     begun: float = field(default_factory=time.monotonic)
 
@@ -86,7 +86,8 @@ class Run:
         running = asyncio.create_task(self.load.run())
         try:
             await asyncio.gather(*(self._disturb_stage(stage, left) for stage in STAGES))
-            await self.load.answer_more()
+            if self.fleet.orchestrator.child.exit_code is None:
+                await self.load.answer_more()
         finally:
             self.load.stopped.set()
             await running
@@ -95,6 +96,9 @@ class Run:
         randomness = random.Random(f"{self.seed} {stage}")
         for number in left:
             if time.monotonic() > self.begun + self.seconds:
+                return
+            if (code := self.fleet.orchestrator.child.exit_code) is not None:
+                self.troubles.append(f"the orchestrator ended with {code}")
                 return
             kind = KINDS[number % len(KINDS)]
             failed = sum(self.load.lost.values()) + sum(self.load.wrong.values())
@@ -221,7 +225,7 @@ def report(run: Run, logs: str) -> list[Bar]:
     return [
         Bar("requests lost", sum(load.lost.values()), 0),
         Bar("answers with other bytes than undisturbed", sum(load.wrong.values()), 0),
-        Bar("replicas that did not drain or come back", len(run.troubles), 0),
+        Bar("processes that ended, did not drain or did not come back", len(run.troubles), 0),
         Bar("tracebacks in logs", logs.count("Traceback"), 0),
     ]
 

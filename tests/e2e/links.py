@@ -35,6 +35,8 @@ class Condition:
     """Whether connections end in the middle of their next large piece."""
     flip_share: float = 0.0
     """Share of pieces of which one bit is flipped."""
+    flip_bytes: int = 1
+    """Least bytes of such a piece: pieces of many kilobytes are mostly content of tensors and files."""
 
 
 CLEAR = Condition()
@@ -119,7 +121,8 @@ class Link:
                 await writer.drain()
                 self.cut += 1
                 raise ConnectionAbortedError
-            if condition.flip_share and self._randomness.random() < condition.flip_share:
+            is_flipped = self._randomness.random() < condition.flip_share
+            if is_flipped and len(data) >= condition.flip_bytes:
                 changed = bytearray(data)
                 changed[self._randomness.randrange(len(data))] ^= 1 << self._randomness.randrange(8)
                 data = bytes(changed)

@@ -145,7 +145,7 @@ def test_flipped_bits_change_no_image(fleet, expected) -> None:
 
     async def faults(load: Load) -> None:
         for link in links:
-            link.condition = Condition(flip_share=0.3)
+            link.condition = Condition(flip_share=0.5, flip_bytes=2048)
             await until(lambda link=link: link.flipped >= 5, LONGEST_WAIT_SECONDS)
             link.condition = CLEAR
 

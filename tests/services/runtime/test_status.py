@@ -112,6 +112,15 @@ async def test_details_that_cannot_be_read_are_no_details():
     assert (details.code, details.message, details.reason) == (Code.ABORTED, "odd", "")
 
 
+async def test_a_detail_that_cannot_be_read_leaves_none():
+    status = status_pb2.Status(code=Code.ABORTED.value[0], message="odd")
+    status.details.add().Pack(error_details_pb2.ErrorInfo(reason="ODD"))
+    status.details[0].value = b"\xff\xff\xff"
+    trailing = grpc.aio.Metadata(("grpc-status-details-bin", status.SerializeToString()))
+    error = grpc.aio.AioRpcError(Code.ABORTED, grpc.aio.Metadata(), trailing, "odd", None)
+    assert explain(error).reason == ""
+
+
 async def test_details_of_another_code_are_no_details():
     status = status_pb2.Status(code=Code.INTERNAL.value[0], message="odd")
     status.details.add().Pack(error_details_pb2.ErrorInfo(reason="ODD"))
