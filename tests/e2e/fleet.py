@@ -125,11 +125,8 @@ def running_fleet(
     *,
     model: Path = WEIGHTS,
     settings: Mapping[str, str] | None = None,
-<<<<<<< HEAD
     has_metrics: bool = False,
-=======
     has_links: bool = False,
->>>>>>> dc72ecc (Faults of the network between processes: links that tests disturb; checksums of messages, new connections after damage, other replicas for full ones; load of all kinds of requests)
 ) -> Iterator[Fleet]:
     """Runs `counts` replicas of each stage, and an orchestrator that reaches them by their addresses.
 
@@ -138,11 +135,8 @@ def running_fleet(
         counts: replicas by stage; one where a stage is absent.
         model: folder of the model.
         settings: `KLEIN_` variables of all processes.
-<<<<<<< HEAD
         has_metrics: whether each process has a metrics page.
-=======
         has_links: whether the orchestrator reaches the replicas over links, which may be disturbed.
->>>>>>> dc72ecc (Faults of the network between processes: links that tests disturb; checksums of messages, new connections after damage, other replicas for full ones; load of all kinds of requests)
     """
     common = {
         **inherited_environment(),
@@ -172,14 +166,9 @@ def running_fleet(
             + ",".join((replica.link or replica).address for replica in pool)
             for stage, pool in pools.items()
         }
-<<<<<<< HEAD
         environment = {**common, **targets}
         orchestrator = _started(held, ORCHESTRATOR, ORCHESTRATOR, environment, folder, has_metrics)
-        fleet = held.enter_context(Fleet(pools, orchestrator))
-=======
-        orchestrator = _started(held, ORCHESTRATOR, ORCHESTRATOR, {**common, **targets}, folder)
         fleet = held.enter_context(Fleet(pools, orchestrator, network))
->>>>>>> dc72ecc (Faults of the network between processes: links that tests disturb; checksums of messages, new connections after damage, other replicas for full ones; load of all kinds of requests)
         fleet.wait_until_serving()
         yield fleet
 
