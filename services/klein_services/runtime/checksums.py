@@ -7,6 +7,9 @@ without this module skip it as an unknown field. Frames of large tensors have no
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from google.protobuf.message import DecodeError
 from xxhash import xxh3_64_digest
 
@@ -44,3 +47,18 @@ def without_checksum(message: bytes) -> bytes:
 def frame_with_checksum(message: bytes) -> bytes:
     """Returns a serialized message that carries a tensor's frame, with its checksum unless it is large."""
     return with_checksum(message) if len(message) <= SMALL_BYTES else message
+
+
+def checking(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """Returns a deserializer of messages that may have a checksum."""
+    return lambda message: deserialize(without_checksum(message))
+
+
+def adding_checksums(serialize: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
+    """Returns a serializer that adds checksums; `serialize` returns frames of tensors as they are."""
+
+    def serialize_with_checksum(message: Any) -> bytes:
+        serialized = serialize(message)
+        return frame_with_checksum(serialized) if serialized is message else with_checksum(serialized)
+
+    return serialize_with_checksum

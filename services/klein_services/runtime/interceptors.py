@@ -18,11 +18,7 @@ from google.protobuf.message import DecodeError, Message
 from klein_core.errors import DeviceFault
 from klein_services.runtime import logs, metrics, tracing
 from klein_services.runtime.caller import Caller, caller, caller_at, forwarded_caller
-from klein_services.runtime.checksums import (
-    SMALL_BYTES,
-    with_checksum,
-    without_checksum,
-)
+from klein_services.runtime.checksums import adding_checksums, checking
 from klein_services.runtime.errors import (
     DeviceOutOfMemory,
     PermissionDenied,
@@ -183,8 +179,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         has_checksums = self._has_checksums and path.startswith(_OWN_SERVICES)
         if isinstance(message_class, type) and issubclass(message_class, Message):
             # A generated service's method, whose frames need not be copied by protobuf.
+            parse = frame_deserializer(message_class)
             deserialize = _decoder(
-                frame_deserializer(message_class), message_class.DESCRIPTOR.full_name, has_checksums
+                checking(parse) if has_checksums else parse, message_class.DESCRIPTOR.full_name
             )
 
         def check(request: Any) -> None:
@@ -207,17 +204,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 check(request)
                 await _write_all(behavior(request, context), context)
 
+        # Handlers may answer with messages that they have serialized themselves.
         def encode(response: Any) -> bytes:
-            # Handlers may answer with messages that they have serialized themselves: those of large tensors, which
-            # have a digest, and small ones.
-            is_bytes = isinstance(response, bytes)
-            raw: bytes = response if is_bytes or serialize is None else serialize(response)
-            return raw if not has_checksums or (is_bytes and len(raw) > SMALL_BYTES) else with_checksum(raw)
+            return response if isinstance(response, bytes) or serialize is None else serialize(response)
 
         surrounded: _Handler = make(
             respond_with_stream if handler.response_streaming else respond,
             request_deserializer=deserialize,
-            response_serializer=encode,
+            response_serializer=adding_checksums(encode) if has_checksums else encode,
         )
         return surrounded
 
@@ -243,12 +237,10 @@ class _Undecodable:
         self.refuse()
 
 
-def _decoder(
-    deserialize: Callable[[bytes], Any], message_name: str, has_checksums: bool
-) -> Callable[[bytes], Any]:
+def _decoder(deserialize: Callable[[bytes], Any], message_name: str) -> Callable[[bytes], Any]:
     def decode(raw: bytes) -> Any:
         try:
-            return deserialize(without_checksum(raw) if has_checksums else raw)
+            return deserialize(raw)
         except DecodeError:
             return _Undecodable(message_name)
 
