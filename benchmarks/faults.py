@@ -1,6 +1,7 @@
 """Random faults of real replicas and their network under load: what clients notice of them.
 
     python -m benchmarks.faults [--check] [--count 1000] [--minutes 90] [--seed 0]
+    python -m benchmarks.faults --scenario hang [--check]
 
 Runs two replicas of each stage of pico behind one orchestrator, while clients stream requests of all kinds: several
 images, references, masked edits, adapters, previews. In each stage, one replica at a time is disturbed; the stages
@@ -9,6 +10,9 @@ take turns independently:
 - the process is killed, stopped and let go on, drained, or started again with room for a single request (full);
 - its link drops all connections, refuses them, delays, is slow, stalls, cuts a connection in the middle of a tensor, or
   flips bits in what is larger than 2 KiB, which is mostly the content of tensors and files.
+
+The scenario `hang` stops one of two replicas of each stage for 70 s instead, one stage after the other, next to an
+undisturbed time of the same length.
 
 Every answer is compared with that of the undisturbed suite. Prints the faults by stage and kind, and the requests by
 outcome. With `--check` the exit code is 1 unless all bars hold.
@@ -61,6 +65,7 @@ PAUSE_SECONDS = (0.1, 0.5)
 STOPPED_SECONDS = (1.0, 9.0)
 DISTURBED_SECONDS = (0.5, 4.0)
 CUT_SECONDS = 10.0
+HANG_SECONDS = 70.0
 REPORT_EVERY = 50
 
 
@@ -180,6 +185,38 @@ async def measured(fleet: Fleet, count: int, seconds: float, seed: int) -> Run:
     return run
 
 
+async def hang(fleet: Fleet) -> list[Bar]:
+    """Stops a replica of each stage for a time; prints and returns what clients noticed."""
+    expected = await undisturbed(fleet.target)
+    lost, longest, gap = 0, 0.0, 0.0
+    print(f"{'stopped':14}{'answered':>10}{'lost':>6}{'longest s':>11}{'gap s':>8}")
+    for stage in ("none", *STAGES):
+        load = Load(fleet.target, expected)
+        running = asyncio.create_task(load.run())
+        await load.answer_more()
+        replica = fleet.replicas[stage][0] if stage in STAGES else None
+        if replica is not None:
+            replica.stop()
+        await asyncio.sleep(HANG_SECONDS)
+        if replica is not None:
+            replica.go_on()
+        load.stopped.set()
+        await running
+        failures = sum(load.lost.values()) + sum(load.wrong.values())
+        print(
+            f"{stage:14}{load.answered:10}{failures:6}{load.longest_seconds:11.1f}{load.longest_gap_seconds:8.1f}",
+            flush=True,
+        )
+        lost += failures
+        if replica is not None:
+            longest, gap = max(longest, load.longest_seconds), max(gap, load.longest_gap_seconds)
+    return [
+        Bar("requests lost or with other bytes", lost, 0),
+        Bar("longest wait of a client in s", longest, 12),
+        Bar("longest time without an answer in s", gap, 5),
+    ]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -187,6 +224,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="exit with 1 when a bar is missed")
     parser.add_argument("--count", type=int, default=1000, help="faults in all")
     parser.add_argument("--minutes", type=float, default=90.0, help="no fault begins after that time")
+    parser.add_argument("--scenario", choices=("random", "hang"), default="random", help="what happens")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of faults")
     arguments = parser.parse_args()
     print(f"{command()}\n{describe_machine('torch', 'grpcio')}", flush=True)
@@ -198,6 +236,8 @@ def main() -> int:
         with running_fleet(
             Path(folder), dict.fromkeys(STAGES, 2), settings=settings, has_links=True
         ) as fleet:
+            if arguments.scenario == "hang":
+                return finish(asyncio.run(hang(fleet)), arguments.check)
             run = asyncio.run(measured(fleet, arguments.count, arguments.minutes * 60, arguments.seed))
             logs = fleet.logs()
     return finish(report(run, logs), arguments.check)

@@ -52,6 +52,7 @@ class Losses:
         self._noted_at = time.monotonic()
         self._fruitless_seconds = 0.0
         self._attempts = 0
+        self._damages = 0
         self._devices = 0
         self._denoisers = 0
         self._asks = 0
@@ -84,17 +85,18 @@ class Losses:
         """
         self._note_time(made_progress=made_progress)
         if made_progress:
-            self._attempts = self._denoisers = 0
-        self._attempts += 1
+            self._attempts = self._damages = self._denoisers = 0
         if isinstance(loss, StagesLost):
+            self._attempts += 1
             self._devices += loss.has_lost_device
             self._denoisers += was_computing and loss.stage == DENOISER
+        else:
+            self._damages += 1
         if self._devices >= _DEVICES_LOST or self._denoisers >= _DENOISERS_LOST:
             return False
         if self._fruitless_seconds >= self._wait_seconds:
-            return self._attempts < 2
-        is_damage = isinstance(loss, StageDisagreement)
-        return self._attempts < (_DAMAGED_ATTEMPTS if is_damage else _FRUITLESS_ATTEMPTS)
+            return self._attempts + self._damages < 2
+        return self._attempts < _FRUITLESS_ATTEMPTS and self._damages < _DAMAGED_ATTEMPTS
 
     def _note_time(self, *, made_progress: bool) -> None:
         """Adds the time of an attempt, but not all of a long one: it computed, or waited in vain for lost bytes."""
@@ -106,7 +108,7 @@ class Losses:
     @property
     def pause_seconds(self) -> float:
         """Time before the next attempt."""
-        return _PAUSE_SECONDS * (self._attempts - 1)
+        return _PAUSE_SECONDS * (self._attempts + self._damages - 1)
 
 
 class Generation:
