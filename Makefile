@@ -69,7 +69,7 @@ bench: setup  ## Run five of the benchmarks in docs/benchmarks.md; CONTRIBUTING.
 	@for script in core transport overhead pico health; do $(BIN)/python -m benchmarks.$$script || exit 1; done
 
 FAULTS ?= 1000
-faults: setup  ## Cause FAULTS random faults in real replicas under load, 1000 by default; takes hours.
+faults: setup  ## Cause FAULTS random faults in real replicas under load, 1000 by default; takes up to 90 minutes.
 	@$(BIN)/python -m benchmarks.faults --check --count $(FAULTS)
 
 clean:  ## Remove .venv and build outputs.
