@@ -14,6 +14,7 @@ from klein_services.denoiser.scheduled_request import Batch, CacheSpec, Schedule
 from klein_services.denoiser.service_order import ServiceOrder
 from klein_services.denoiser.silent_requests import SilentRequests, is_doubtful
 from klein_services.runtime.admission import RetryTimes
+from klein_services.runtime.displacement import to_displace
 from klein_services.runtime.errors import DeadlineUnreachable, QueueFull
 
 UNKNOWN_RETRY_SECONDS = 1.0
@@ -114,7 +115,8 @@ class Scheduler:
         """Reserves a place in the queue; the request is scheduled only after `activate`.
 
         Returns:
-            Silent requests that had to leave for it; see `SilentRequests`.
+            Requests that had to leave for it: silent ones, see `SilentRequests`, or one of a caller with many places,
+            see `to_displace`.
 
         Raises:
             QueueFull: the queue is full, or the tensors of admitted requests take all the memory allowed.
@@ -130,10 +132,13 @@ class Scheduler:
             request.place = min(waiting, default=request.sequence) - 0.5
         staying, dropped = list(self._requests.values()), list[ScheduledRequest]()
         while (refusal := self._refusal(request, staying)) is not None:
-            if (silent := self._silent.to_drop_for(request, staying, now)) is None:
+            # Requests that were resumed have waited once.
+            movable = (other for other in staying if not (other.is_started or other.is_resumed))
+            leaving = self._silent.to_drop_for(request, staying, now) or to_displace(request, movable)
+            if leaving is None:
                 raise self._queue_full(*refusal, now)
-            staying.remove(silent)
-            dropped.append(silent)
+            staying.remove(leaving)
+            dropped.append(leaving)
         self._check_deadline(request, now)
         self.remove(dropped)
         self._next_sequence += 1

@@ -141,7 +141,7 @@ class ImageGenerator:
         model = model if model in table.routes else _UNKNOWN_MODEL
         usage = RequestUsage(model, flow_of(spec), len(spec.references))
         with self._counted(spec, usage, deadline, options.arrived_at) as span, ExitStack() as stack:
-            stack.enter_context(self.slots.slot())
+            stack.enter_context(self.slots.slot(current.name if isinstance(current, Tenant) else ""))
             if isinstance(current, Tenant):
                 stack.enter_context(self.quotas.place(current))
             route = table.route(spec.model)

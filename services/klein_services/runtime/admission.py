@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,8 @@ RETRY_SECONDS = (0.1, 60.0)
 """Bounds of a retry hint."""
 JITTER = 0.3
 """Largest share by which a retry hint is shorter or longer than the time that it stands for."""
+RESERVED_SHARE = 0.25
+"""Share of a server's slots that only tenants with less than that share may take, so that one never holds all."""
 _UNMEASURED_SECONDS = 1.0
 """Time that a request is assumed to hold its slot before any has left one."""
 _WEIGHT = 0.2
@@ -77,6 +80,8 @@ class ConcurrencyLimit:
         self.limit = limit
         self.in_use = 0
         """Slots that are taken."""
+        self._reserve = int(limit * RESERVED_SHARE)
+        self._held_by: Counter[str] = Counter()
         self._stage = stage
         self._clock = clock
         self._retry_times = retry_times or RetryTimes()
@@ -86,23 +91,32 @@ class ConcurrencyLimit:
             metrics.SLOTS.labels(stage).set(limit)
 
     @contextmanager
-    def slot(self) -> Iterator[None]:
+    def slot(self, tenant: str = "") -> Iterator[None]:
         """Holds a slot while the block runs.
 
+        Args:
+            tenant: name of a tenant, for which `RESERVED_SHARE` counts.
+
         Raises:
-            QueueFull: all slots are taken.
+            QueueFull: all slots are taken, or those that this tenant may take.
         """
         taken_at = self._clock()
-        if self.in_use >= self.limit:
-            raise QueueFull(self.limit, self._retry_seconds(taken_at))
+        has_share = bool(tenant) and self._held_by[tenant] >= self._reserve
+        limit = self.limit - self._reserve if has_share else self.limit
+        if self.in_use >= limit:
+            raise QueueFull(limit, self._retry_seconds(taken_at))
         if not self.in_use:
             self._retry_times.forget()
         self.in_use += 1
+        self._held_by[tenant] += 1
         self._count()
         try:
             yield
         finally:
             self.in_use -= 1
+            self._held_by[tenant] -= 1
+            if not self._held_by[tenant]:
+                del self._held_by[tenant]
             self._count()
             held = self._clock() - taken_at
             mean = held if self._held_seconds is None else self._held_seconds

@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 
 from klein_services.runtime.admission import RetryTimes
 from klein_services.runtime.caller import Caller
+from klein_services.runtime.displacement import to_displace
 from klein_services.runtime.errors import DeadlineUnreachable, QueueFull
 from klein_services.runtime.fair_shares import FairShares
 from klein_services.runtime.operation_times import OperationTimes
@@ -139,15 +140,21 @@ class WorkQueue(Generic[_Work]):
         """Seconds of one thread that waiting and running works take."""
         return sum(map(self._expected_seconds, self._outstanding()))
 
-    def add(self, work: _Work, now: float) -> None:
+    def add(self, work: _Work, now: float) -> _Work | None:
         """Adds work.
+
+        Returns:
+            Work of a caller with many places that had to leave for it; see `to_displace`.
 
         Raises:
             QueueFull: too many works, or pixels of large ones, wait.
             DeadlineUnreachable: by measured times, the work would end after its deadline.
         """
+        displaced = None
         if len(self) + len(self.running) >= self.call_limit + self._thread_count:
-            raise QueueFull(self.call_limit, self._retry_seconds(now, self._retry_times, self._outstanding()))
+            displaced = to_displace(work, self)
+            if displaced is None:
+                raise self.full(now)
         if not (self.running or len(self)):
             self._retry_times.forget()
         pixel_count = self.large_pixel_count
@@ -166,6 +173,13 @@ class WorkQueue(Generic[_Work]):
         except DeadlineUnreachable:
             work_class.remove(work)
             raise
+        if displaced is not None:
+            self.remove(displaced)
+        return displaced
+
+    def full(self, now: float) -> QueueFull:
+        """Returns the refusal of work that finds no place."""
+        return QueueFull(self.call_limit, self._retry_seconds(now, self._retry_times, self._outstanding()))
 
     def remove(self, work: _Work) -> None:
         """Removes work that waits; no effect on other work."""

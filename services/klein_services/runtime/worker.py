@@ -186,7 +186,9 @@ class Worker:
         with self._changed:
             if self._closed:
                 raise StageUnavailable("the stage stops")
-            self._queue.add(job, now)
+            displaced = self._queue.add(job, now)
+            if displaced is not None:
+                _set_exception(displaced.future, self._queue.full(now))
             self._changed.notify()
         self._count()
         try:
