@@ -15,7 +15,7 @@ class Queued(Protocol):
 
     @property
     def caller(self) -> Caller:
-        """Whose work it is."""
+        """Its caller."""
 
     @property
     def urgency(self) -> Urgency:
