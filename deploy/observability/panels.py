@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from deploy.observability.gateway_panels import GATEWAY_BOARD
 from deploy.observability.panel import IN, RATE, REQUESTS, Board, Panel, graph, mean, number, quantiles, rate
 
 SERVICES = {
@@ -407,4 +408,5 @@ BOARDS = (
         for stage in SERVICES
     ),
     CAPACITY,
+    GATEWAY_BOARD,
 )
