@@ -155,12 +155,13 @@ _TYPES: Mapping[grpc.StatusCode, type[KleinError]] = {
 }
 
 
-def call_error(error: grpc.RpcError, target: str) -> KleinError:
+def call_error(error: grpc.RpcError, target: str, server: str = "klein orchestrator") -> KleinError:
     """Returns a failed call's status as an error of the client.
 
     Args:
         error: the failed call; of grpc or of grpc.aio.
         target: the server that was called, for the message.
+        server: what it should be, for the message.
     """
     code, message = error.code(), error.details() or ""
     violations: list[Violation] = []
@@ -177,9 +178,9 @@ def call_error(error: grpc.RpcError, target: str) -> KleinError:
         kind = InvalidRequest
         message = f"the files of the request are larger than the server takes ({message})"
     elif kind is WrongServer:
-        message = f"the server at {target} is not a klein orchestrator: {message}"
+        message = f"the server at {target} is not a {server}: {message}"
     elif kind is Unavailable and not reason:
-        message = f"no klein orchestrator answers at {target}: {message}"
+        message = f"no {server} answers at {target}: {message}"
     elif kind is DeadlineExceeded and not reason:
         message = f"the call to {target} took longer than its timeout"
     return kind(

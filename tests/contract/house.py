@@ -27,7 +27,7 @@ ENFORCED = frozenset(
 )
 """Numbers that fail `make lint`; the others are printed. Add a name when the product is within its limit."""
 
-MAX_FILES = 280
+MAX_FILES = 300
 MAX_LINES = 400
 MIN_MEDIAN_LINES = 90
 MAX_SINGLE_USE_SHARE = 0.10

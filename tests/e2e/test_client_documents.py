@@ -15,6 +15,7 @@ from tests.e2e.running_suite import READY_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 ADDRESS = "127.0.0.1:50050"
+STAGE_ADDRESSES = {"127.0.0.1:50051": "text-encoder", "127.0.0.1:50053": "vae-decoder"}
 BLOCK = re.compile(r"^```python( no-run)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SNIPPETS = [
     pytest.param(code, id=f"{name}-{number}")
@@ -53,7 +54,9 @@ def test_a_snippet_runs(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert ADDRESS in code
+    assert any(address in code for address in (ADDRESS, *STAGE_ADDRESSES))
+    for address, stage in STAGE_ADDRESSES.items():
+        code = code.replace(address, f"127.0.0.1:{suite.ports[stage]}")
     monkeypatch.chdir(folder)
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     exec(compile(code.replace(ADDRESS, suite.target), "snippet", "exec"), {"__name__": "__main__"})
