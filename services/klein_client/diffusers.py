@@ -1,4 +1,4 @@
-"""Remote text encoder and autoencoder for diffusers' `Flux2KleinPipeline`. Needs torch and Pillow."""
+"""Remote text encoder and autoencoder for diffusers' `Flux2KleinPipeline`. Needs diffusers and Pillow."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from PIL import Image
 
 from klein_client.endpoint import Tls
@@ -54,7 +55,7 @@ def remote_prompt_embeds(
     return torch.stack(embeddings).to(device=device, dtype=dtype)
 
 
-class RemoteVae(torch.nn.Module):
+class RemoteVae(ModelMixin):
     """Autoencoder of diffusers' pipelines that computes at a vae-decoder.
 
     The pipeline denormalizes latents with the statistics in `bn` before it decodes, and the stage does the same with
@@ -81,7 +82,7 @@ class RemoteVae(torch.nn.Module):
         tls: Tls | bool = False,
         timeout_seconds: float = 600.0,
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.stage = VaeDecoder(target, model=model, tls=tls, timeout_seconds=timeout_seconds)
         self.config = SimpleNamespace(
             # Its length alone counts: each level but one halves the image's sides.

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import grpc
 
 from klein_api.externalscaler.external_scaler_service_pb2_grpc import add_ExternalScalerServicer_to_server
+from klein_api.inference.grpc_inference_service_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
 from klein_api.v1.image_service_pb2 import (
     GenerateImageRequest,
     GenerationSummary,
@@ -23,7 +24,7 @@ from klein_api.v1.image_service_pb2 import (
     StreamGenerateImageRequest,
 )
 from klein_api.v1.image_service_pb2_grpc import ImageServiceServicer, add_ImageServiceServicer_to_server
-from klein_services.orchestrator import external_scaler
+from klein_services.orchestrator import external_scaler, open_inference
 from klein_services.orchestrator.authentication import Authentication
 from klein_services.orchestrator.backlog import Backlog
 from klein_services.orchestrator.events import ImageEvent, collected
@@ -31,6 +32,7 @@ from klein_services.orchestrator.external_scaler import ExternalScaler
 from klein_services.orchestrator.generator import ImageGenerator
 from klein_services.orchestrator.idempotency import IDEMPOTENCY_KEY, IdempotentRequests
 from klein_services.orchestrator.image_release import ImageRelease
+from klein_services.orchestrator.open_inference import OpenInference
 from klein_services.orchestrator.request import AdmissionLimits
 from klein_services.orchestrator.routing import Route, RoutingTable, StageAddress
 from klein_services.orchestrator.settings import OrchestratorSettings
@@ -57,12 +59,14 @@ class Orchestrator(Service):
     """Serves ImageService and KEDA's ExternalScaler over the stages of a routing table; computes nothing."""
 
     name = "orchestrator"
-    service_names = (SERVICE_NAME, external_scaler.SERVICE_NAME)
+    service_names: tuple[str, ...] = (SERVICE_NAME, external_scaler.SERVICE_NAME)
     is_public = True
     response_bytes = IMAGE_MESSAGE_BYTES
 
     def __init__(self, settings: OrchestratorSettings, table: RoutingTable) -> None:
         self.request_bytes = settings.limits().request_bytes
+        if settings.oip:
+            self.service_names = (*type(self).service_names, open_inference.SERVICE_NAME)
         self.reload = self.reload_table if settings.routing_table else None
         self._settings = settings
         if problems := list(settings.stage_tls_problems()):
@@ -116,6 +120,8 @@ class Orchestrator(Service):
         )
         add_ImageServiceServicer_to_server(ImageApi(self.generator, idempotent), server)
         add_ExternalScalerServicer_to_server(self._scaler, server)
+        if self._settings.oip:
+            add_GRPCInferenceServiceServicer_to_server(OpenInference(self.generator, idempotent), server)
 
     async def load(self) -> None:
         """Follows the files of tokens and TLS; stages are asked for their descriptions when they are first needed."""

@@ -97,6 +97,10 @@ class OrchestratorSettings(ServerSettings):
         help="Bytes of all results that are kept for idempotency keys; 0 ignores such keys",
         minimum=0,
     )
+    oip: bool = setting(
+        False,
+        help="Whether clients of KServe and Triton are served, too: the Open Inference Protocol v2 over gRPC",
+    )
     describe_ttl_seconds: float = setting(
         15.0, help="Seconds for which a stage's description is kept", minimum=0, maximum=3600
     )
