@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -10,8 +11,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from klein_client import Model
+from klein_core.params import Limits, fitted_size
 from klein_services.gateway.errors import ApiError
 from klein_services.gateway.gateway import gateway_of
+from klein_services.gateway.image_size import SMALLEST_SIDE, image_size, reference_size
 from klein_services.gateway.input_images import shown
 from klein_services.gateway.job import Webhook
 from klein_services.gateway.job_forms import BFL
@@ -43,6 +47,7 @@ MAXIMUM_ID_CHARACTERS = 64
 async def create(request: Request) -> Response:
     """Makes a job."""
     job_request = JobRequest(request, BFL)
+    job_request.admit()
     async with gateway_of(request).bodies.json(request) as body:
         model = await job_request.jobs.models.model(job_request.key, request.path_params["model"])
         fields = JsonFields(body)
@@ -85,18 +90,44 @@ async def create(request: Request) -> Response:
     if url is not None:
         webhook = Webhook(url=url, secret=secret or job_request.jobs.secret.webhook_secret(job_request.owner))
     job, _ = await job_request.submit(values, echo, files=files, webhook=webhook)
-    side = model.limits.default_size_px
-    pixels = width * height if width and height else 0 if files else side * side
+    inputs, outputs = _megapixels(model, files, width, height)
+    cost = None
+    if inputs is not None and outputs is not None:
+        cost = gateway_of(request).usage.prices.cost(model.name, inputs, outputs)
     return JSONResponse(
         {
             "id": job.id,
             "polling_url": f"{job_request.base_url}/v1/get_result?id={job.id}",
-            "cost": None,
-            # Sizes that follow images are known when a stage has opened them: they are part of the result.
-            "input_mp": None if files else 0.0,
-            "output_mp": pixels / 1e6 or None,
+            "cost": cost,
+            "input_mp": inputs,
+            "output_mp": outputs,
         }
     )
+
+
+def _megapixels(
+    model: Model, files: Sequence[bytes], width: int | None, height: int | None
+) -> tuple[float | None, float | None]:
+    """Returns the megapixels of a request's images and of its result as the stages will find them.
+
+    They are `None` where an image's header has no usable size, which fails the job, or the model does not serve.
+    """
+    sizes = []
+    for data in files:
+        size = image_size(data)
+        if size is None or min(reduced := reference_size(*size)) < SMALLEST_SIDE:
+            return None, None
+        sizes.append(reduced)
+    inputs = sum(across * down for across, down in sizes) / 1e6
+    if not width or not height:
+        if not model.is_serving:
+            return inputs, None
+        side = model.limits.default_size_px
+        first = (
+            fitted_size(*sizes[0], Limits(pixel_count=model.limits.pixel_count)) if sizes else (side, side)
+        )
+        width, height = width or first[0], height or first[1]
+    return inputs, width * height / 1e6
 
 
 async def get_result(request: Request) -> Response:

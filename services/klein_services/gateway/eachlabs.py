@@ -25,6 +25,7 @@ MAXIMUM_NAME_CHARACTERS = 128
 async def create(request: Request) -> Response:
     """Makes a job."""
     job_request = JobRequest(request, EACHLABS)
+    job_request.admit()
     async with gateway_of(request).bodies.json(request) as body:
         fields = JsonFields(body)
         job_request.check_key(fields)

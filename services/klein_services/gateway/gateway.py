@@ -108,13 +108,13 @@ async def open_gateway(settings: GatewaySettings) -> AsyncIterator[Gateway]:
         results = _open_results(settings)
         stack.push_async_callback(results.close)
         try:
-            prices = read_prices(settings.price_table)
+            usage = Usage(read_prices(settings.price_table))
         except PriceError as error:
             raise SettingsError(f"KLEIN_PRICE_TABLE: {error}") from None
         jobs = None
         if settings.jobs_database != NO_JOBS:
             link_seconds = settings.results_link_seconds
-            opened = open_jobs(settings, client, results, outbound, link_seconds=link_seconds)
+            opened = open_jobs(settings, client, results, outbound, link_seconds=link_seconds, usage=usage)
             jobs = await stack.enter_async_context(opened)
         yield Gateway(
             settings=settings,
@@ -124,7 +124,7 @@ async def open_gateway(settings: GatewaySettings) -> AsyncIterator[Gateway]:
             downloads=downloads,
             results=results,
             limits=RateLimits(settings.requests_per_minute, settings.requests_burst),
-            usage=Usage(prices),
+            usage=usage,
             suite_watch=SuiteWatch(settings.metrics_pages),
             jobs_or_none=jobs,
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 from klein_services.gateway.job import Job, JobState, WebhookEvent
 from klein_services.gateway.result_store import ResultStore
+from klein_services.gateway.usage import PriceTable
 
 BFL = "bfl"
 PREDICTIONS = "predictions"
@@ -30,11 +31,13 @@ class JobForms:
     Args:
         results: has the images.
         link_seconds: time for which a link to an image works.
+        prices: of the images.
     """
 
-    def __init__(self, results: ResultStore, link_seconds: float) -> None:
+    def __init__(self, results: ResultStore, link_seconds: float, prices: PriceTable) -> None:
         self._results = results
         self._link_seconds = link_seconds
+        self._prices = prices
 
     def bfl_result(self, job: Job) -> dict[str, Any]:
         """Returns BFL's result of a job, whose status is Pending until the job has ended."""
@@ -42,7 +45,8 @@ class JobForms:
         if job.state is JobState.RUNNING:
             body["progress"] = round(job.step / job.step_count, 3) if job.step_count else 0.0
         if job.result is not None and (urls := self._image_urls(job)):
-            image = job.result["images"][0]
+            image, used = job.result["images"][0], job.result
+            inputs, outputs = used["input_megapixels"], used["output_megapixels"]
             body["result"] = {
                 "sample": urls[0],
                 "prompt": job.request["prompt"],
@@ -52,8 +56,9 @@ class JobForms:
                 "start_time": job.started_at,
                 "end_time": job.completed_at,
                 "duration": _duration(job.started_at, job.completed_at),
-                "input_mp": round(job.result["input_megapixels"], 6),
-                "output_mp": round(job.result["output_megapixels"], 6),
+                "cost": self._prices.cost(used["model"], inputs, outputs),
+                "input_mp": round(inputs, 6),
+                "output_mp": round(outputs, 6),
             }
         if job.error is not None:
             body["details"] = {"error": job.error.message, "code": job.error.code}

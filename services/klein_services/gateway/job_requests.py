@@ -44,6 +44,14 @@ class JobRequest:
         """Jobs of the gateway."""
         return self._gateway.jobs
 
+    def admit(self) -> None:
+        """Counts the request for the rate limit of its key.
+
+        Raises:
+            ApiError: the key has made too many.
+        """
+        self._gateway.limits.admit(self.owner)
+
     def images(self, model: Model) -> InputImages:
         """Returns the reader of the request's images."""
         return InputImages(

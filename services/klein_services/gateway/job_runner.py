@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from klein_services.gateway.job import JobError, LeasedJob, StoreUnavailable
+from klein_services.gateway.job import Job, JobError, LeasedJob, StoreUnavailable
 from klein_services.gateway.job_metrics import (
     JOB_RECOVERIES,
     JOB_SECONDS,
@@ -88,6 +88,7 @@ class JobRunner:
         concurrency: most jobs at a time.
         lease_seconds: duration of a lease, as in the queue.
         on_end: called in the event loop with the id of a job that has ended or was given back.
+        on_success: called in the event loop with a job and its result, once that is written.
     """
 
     def __init__(
@@ -98,12 +99,14 @@ class JobRunner:
         concurrency: int,
         lease_seconds: float,
         on_end: Callable[[str], None] = lambda job_id: None,
+        on_success: Callable[[Job, Mapping[str, Any]], None] = lambda job, result: None,
     ) -> None:
         self._queue = queue
         self._work = work
         self._concurrency = concurrency
         self._lease_seconds = lease_seconds
         self._on_end = on_end
+        self._on_success = on_success
         self._running: dict[str, _Running] = {}
         """By lease: after a failure of the database a job may be taken while its last run here still ends."""
         self._wake = asyncio.Event()
@@ -194,6 +197,7 @@ class JobRunner:
             result = await self._work(leased, report)
             if await self._written(leased, lambda: self._queue.succeed(leased, result)):
                 self._count(leased, "succeeded", begin)
+                self._on_success(job, result)
         except JobFailed as failure:
             await self._fail(leased, failure.error, begin)
         except JobPostponed as postponed:

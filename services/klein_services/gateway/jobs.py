@@ -8,9 +8,10 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
 from http import HTTPStatus
+from typing import Any
 
 from klein_client import AsyncClient
 from klein_services.gateway.errors import ApiError
@@ -43,6 +44,7 @@ from klein_services.gateway.model_directory import ModelDirectory
 from klein_services.gateway.outbound import Outbound
 from klein_services.gateway.result_store import ResultStore
 from klein_services.gateway.uploads import Uploads, UploadsFull
+from klein_services.gateway.usage import JobWork, Usage
 from klein_services.gateway.webhook_outbox import WebhookOutbox
 from klein_services.gateway.webhook_sender import Post, WebhookSender, webhook_post
 from klein_services.runtime.settings import SettingsError
@@ -71,6 +73,7 @@ class Jobs:
         forms: JobForms,
         post: Post,
         models: ModelDirectory,
+        usage: Usage,
     ) -> None:
         limits = JobLimits(
             open_jobs=settings.jobs_limit,
@@ -82,6 +85,7 @@ class Jobs:
         self.models = models
         self.secret = secret
         self._images = images
+        self._usage = usage
         self._database = database
         self._uploads = Uploads(
             database,
@@ -101,6 +105,7 @@ class Jobs:
             concurrency=settings.jobs_running,
             lease_seconds=settings.job_lease_seconds,
             on_end=self._on_end,
+            on_success=self._count,
         )
         self._outbox = WebhookOutbox(database, attempts=settings.webhook_attempts)
         self._sender = WebhookSender(self._outbox, post)
@@ -209,6 +214,10 @@ class Jobs:
             if not waiting:
                 del self._waiting[job.id]
 
+    def _count(self, job: Job, result: Mapping[str, Any]) -> None:
+        work = JobWork(result["model"], result["input_megapixels"], result["output_megapixels"])
+        self._usage.add(job.api, job.owner, work, len(result["images"]))
+
     def _on_end(self, job_id: str) -> None:
         for event in self._waiting.get(job_id, ()):
             event.set()
@@ -248,6 +257,7 @@ async def open_jobs(
     outbound: Outbound,
     *,
     link_seconds: float,
+    usage: Usage,
 ) -> AsyncIterator[Jobs]:
     """Runs jobs for the duration of the block.
 
@@ -257,6 +267,7 @@ async def open_jobs(
         results: keeps the images.
         outbound: calls webhooks.
         link_seconds: time for which a link to an image works.
+        usage: counts the jobs that succeed.
 
     Raises:
         SettingsError: the database or the file of the secret cannot be used.
@@ -273,9 +284,10 @@ async def open_jobs(
         database=JobDatabase(settings.database_url),
         secret=secret,
         images=JobImages(client, results, secret),
-        forms=JobForms(results, link_seconds),
+        forms=JobForms(results, link_seconds, usage.prices),
         post=webhook_post(outbound, settings.webhook_timeout_seconds),
         models=ModelDirectory(client, settings.aliases),
+        usage=usage,
     )
     async with AsyncExitStack() as stack:
         stack.push_async_callback(jobs.close)

@@ -8,14 +8,14 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from http import HTTPStatus
 
-from klein_client import AsyncClient, KleinError, Model, PermissionDenied, Status, Unauthenticated
+from klein_client import AsyncClient, KleinError, Model, Status
+from klein_services.gateway.call_errors import call_error
 from klein_services.gateway.errors import ApiError
 
 FRESH_SECONDS = 5.0
 """Time for which the models of a key are not asked for again."""
 MAXIMUM_KEYS = 1000
 """Keys whose models are kept; the least recently used make room."""
-BUSY_SECONDS = 2.0
 
 
 class ModelDirectory:
@@ -67,19 +67,8 @@ class ModelDirectory:
             return known[1]
         try:
             status = await self._client.status(token=key)
-        except Unauthenticated:
-            raise ApiError(
-                HTTPStatus.UNAUTHORIZED, "invalid_api_key", "The API key is missing or unknown."
-            ) from None
-        except PermissionDenied as error:
-            raise ApiError(HTTPStatus.FORBIDDEN, "permission_denied", str(error)) from None
         except KleinError as error:
-            raise ApiError(
-                HTTPStatus.SERVICE_UNAVAILABLE,
-                "orchestrator_unavailable",
-                "The orchestrator does not answer.",
-                retry_after_seconds=BUSY_SECONDS,
-            ) from error
+            raise call_error(error) from error
         self._known[digest] = (time.monotonic(), status)
         self._known.move_to_end(digest)
         while len(self._known) > MAXIMUM_KEYS:

@@ -15,6 +15,7 @@ from starlette.routing import Route
 
 from klein_client import AsyncEventStream, Event, Generation, Image, KleinError, Preview, Summary
 from klein_services.gateway.api_key import api_key, caller_of
+from klein_services.gateway.call_errors import call_error
 from klein_services.gateway.errors import ApiError
 from klein_services.gateway.event_stream import EventStream, ServerSentEvent
 from klein_services.gateway.gateway import Gateway, gateway_of
@@ -27,7 +28,6 @@ from klein_services.gateway.openai_request import (
     read_json_edit,
     read_request,
 )
-from klein_services.gateway.orchestrator_errors import api_error
 from klein_services.gateway.request_log import call_metadata
 from klein_services.gateway.result_store import new_key
 from klein_services.gateway.route_group import RouteGroup, while_connected
@@ -140,7 +140,7 @@ async def _answer(request: Request, gateway: Gateway, asked: OpenAiRequest, kind
         async with events:
             generation = await while_connected(request, events.result())
     except KleinError as error:
-        raise api_error(error, fields) from error
+        raise call_error(error, fields) from error
     cost = gateway.usage.add(NAME, caller_of(request), generation.summary, len(generation.images))
     return JSONResponse(await _body(request, gateway, asked, generation, cost))
 
@@ -212,7 +212,7 @@ async def _streamed(
                 entry = await image_fields(image.image, gateway, base_url, wants_url=asked.wants_url)
                 yield image.fields["type"], image.fields | entry
         except (KleinError, ApiError) as error:
-            yield "error", error_body(api_error(error, FIELDS) if isinstance(error, KleinError) else error)
+            yield "error", error_body(call_error(error, FIELDS) if isinstance(error, KleinError) else error)
 
     return EventStream(shown_events())
 
@@ -228,7 +228,7 @@ async def _models(request: Request) -> list[dict[str, Any]]:
     try:
         status = await gateway.client.status(token=api_key(request))
     except KleinError as error:
-        raise api_error(error, FIELDS) from error
+        raise call_error(error, FIELDS) from error
     ordered = sorted(status.models, key=lambda each: not each.is_default)
     return [
         {

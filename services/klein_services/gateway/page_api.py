@@ -31,6 +31,7 @@ from klein_services.gateway.gateway import gateway_of
 from klein_services.gateway.route_group import RouteGroup, method_or_path_error, while_connected
 from klein_services.runtime.logs import request_id
 
+NAME = "page"
 FILES = Path(__file__).resolve().parent / "page"
 POLICY = "; ".join(
     (
@@ -125,7 +126,8 @@ async def generate(request: Request) -> Response:
     `initial_image` and `mask`.
     """
     _require_own_origin(request)
-    gateway = gateway_of(request)
+    gateway, caller = gateway_of(request), caller_of(request)
+    gateway.limits.admit(caller)
     token = api_key(request)
     async with AsyncExitStack() as stack:
         form = await stack.enter_async_context(gateway.bodies.form(request))
@@ -139,19 +141,21 @@ async def generate(request: Request) -> Response:
         options["metadata"] = [("x-request-id", request_id.get())]
         if key := request.headers.get("idempotency-key"):
             options["idempotency_key"] = key
-        recording = gateway.recent_requests.begin(caller_of(request), options.get("model") or "")
+        recording = gateway.recent_requests.begin(caller, options.get("model") or "")
         # The bytes of the body count against the memory of all bodies as long as the request runs.
         held = stack.pop_all()
     stream = gateway.client.stream(prompt, preview_interval=1, **options)
 
     async def events() -> AsyncGenerator[ServerSentEvent, None]:
-        outcome = "cancelled"
+        outcome, image_count = "cancelled", 0
         async with held:
             try:
                 async with stream:
                     async for event in stream:
                         recording.add(event)
+                        image_count += isinstance(event, Image)
                         if isinstance(event, Summary):
+                            gateway.usage.add(NAME, caller, event, image_count)
                             # The page leaves with it.
                             outcome = "succeeded"
                         yield _sent(event)
@@ -324,7 +328,7 @@ _TOTALS = (
     "cache_hit_ratio",
 )
 GROUP = RouteGroup(
-    "page",
+    NAME,
     [
         Route("/", index, methods=["GET"]),
         Route("/page/api/models", models, methods=["GET"]),

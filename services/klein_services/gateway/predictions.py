@@ -42,6 +42,7 @@ async def create_cog(request: Request) -> Response:
 
 async def _create(request: Request, *, path: str) -> Response:
     job_request = JobRequest(request, PREDICTIONS)
+    job_request.admit()
     cog_id: str | None = request.path_params.get("id")
     if cog_id is not None and not _COG_ID.fullmatch(cog_id):
         raise ApiError(

@@ -8,9 +8,8 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from klein_client import Summary
 from klein_services.gateway import metrics
 
 EVERY_MODEL = "default"
@@ -105,6 +104,31 @@ def _price(place: str, values: Any) -> Price:
     return Price(**{name: float(value) for name, value in values.items()})
 
 
+class Work(Protocol):
+    """Megapixels of a request that succeeded; the summary of a call is one."""
+
+    @property
+    def model(self) -> str:
+        """Returns the model that made the images."""
+
+    @property
+    def input_megapixels(self) -> float:
+        """Returns the megapixels of references and initial image."""
+
+    @property
+    def output_megapixels(self) -> float:
+        """Returns the megapixels of the images."""
+
+
+@dataclass(frozen=True)
+class JobWork:
+    """Work of a job that has ended."""
+
+    model: str
+    input_megapixels: float
+    output_megapixels: float
+
+
 @dataclass
 class Totals:
     """Totals of one caller."""
@@ -127,22 +151,22 @@ class Usage:
         self.prices = prices
         self._totals: OrderedDict[str, Totals] = OrderedDict()
 
-    def add(self, api: str, caller: str, summary: Summary, image_count: int) -> float | None:
+    def add(self, api: str, caller: str, work: Work, image_count: int) -> float | None:
         """Counts a request that succeeded.
 
         Args:
             api: name of the route group.
             caller: as `caller_of` returns it.
-            summary: of the request.
+            work: of the request.
             image_count: images that were delivered.
 
         Returns:
             Its cost; `None` without a price.
         """
-        cost = self.prices.cost(summary.model, summary.input_megapixels, summary.output_megapixels)
+        cost = self.prices.cost(work.model, work.input_megapixels, work.output_megapixels)
         metrics.IMAGES.labels(api).inc(image_count)
-        metrics.MEGAPIXELS.labels(api, "input").inc(summary.input_megapixels)
-        metrics.MEGAPIXELS.labels(api, "output").inc(summary.output_megapixels)
+        metrics.MEGAPIXELS.labels(api, "input").inc(work.input_megapixels)
+        metrics.MEGAPIXELS.labels(api, "output").inc(work.output_megapixels)
         metrics.COST.labels(api).inc(cost or 0.0)
         totals = self._totals.pop(caller, None) or Totals()
         self._totals[caller] = totals
@@ -150,8 +174,8 @@ class Usage:
             self._totals.popitem(last=False)
         totals.requests += 1
         totals.images += image_count
-        totals.input_megapixels += summary.input_megapixels
-        totals.output_megapixels += summary.output_megapixels
+        totals.input_megapixels += work.input_megapixels
+        totals.output_megapixels += work.output_megapixels
         totals.cost += cost or 0.0
         return cost
 

@@ -142,7 +142,8 @@ async def test_another_key_finds_nothing(tmp_path):
     suite = FakeSuite(settings={"tokens_file": tokens_toml(tmp_path)})
     async with job_suite(suite) as jobs:
         answer = await jobs.post(PATH, {"prompt": "a ring"})
-        assert (answer.status_code, answer.json()) == (401, {"detail": "The API key is missing or unknown."})
+        assert answer.status_code == 401
+        assert "token" in answer.json()["detail"]
         made = (await jobs.post(PATH, {"prompt": "a ring"}, x_key=TOKEN)).json()
         assert (await jobs.polled(made["polling_url"], x_key=TOKEN))["status"] == "Ready"
         for headers in ({}, {"x_key": "other"}):
@@ -189,7 +190,9 @@ async def test_an_orchestrator_that_is_gone():
     async with job_suite(target="127.0.0.1:1") as jobs:
         answer = await jobs.post(PATH, {"prompt": "a ring"})
         assert answer.status_code == 503
-        assert answer.json() == {"detail": "The orchestrator does not answer."}
+        assert "does not answer" in answer.json()["detail"]
+        assert "127.0.0.1" not in answer.json()["detail"]
+        assert answer.headers["retry-after"] == "2"
 
 
 async def test_jobs_that_are_off():

@@ -205,7 +205,7 @@ async def test_a_dead_orchestrator_hides_the_state_from_strangers_only(free_port
             assert (alive.status_code, len(alive.json()["models"])) == (200, 1)
         dead = await client.get("/page/api/suite", headers=known)
         assert dead.status_code == 200
-        assert "no klein orchestrator answers" in dead.json()["models_problem"]
+        assert "orchestrator does not answer" in dead.json()["models_problem"]
         assert dead.json()["processes"][0]["problem"]
         refused = await client.get("/page/api/suite", headers=stranger)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")
