@@ -13,15 +13,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx2
-import pytest
 
 from klein_services.cli.process import inherited_environment
 from tests.services.fakes.orchestrator_suite import FakeSuite
 from tests.services.fakes.runtime_toy import until
 from tests.services.gateway.job_contract import Gateway
 from tests.services.gateway.job_suite import ALIASES
-
-pytestmark = pytest.mark.deploy
 
 
 @asynccontextmanager
