@@ -143,12 +143,18 @@ def tapped_embedding(model: Qwen3Model, token_ids: Tensor, mask: Tensor, taps: S
     Padding is masked as keys, but its rows are computed, because the flow transformer attends to them.
     Source: diffusers' `Flux2KleinPipeline`.
     """
-    length = token_ids.shape[1]
-    # transformers would make the same mask, but looks at its values for that, so that a GPU and its host wait twice.
-    causal = torch.ones(length, length, dtype=torch.bool, device=token_ids.device).tril()
-    allowed = causal & mask.bool()[:, None, None, :]
-    output = model(input_ids=token_ids, attention_mask=allowed, output_hidden_states=True, use_cache=False)
+    if _attends_to_all_before(model.config):
+        # transformers would make the same mask, but looks at its values for that: a GPU and its host would wait twice.
+        length = token_ids.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=token_ids.device).tril()
+        mask = causal & mask.bool()[:, None, None, :]
+    output = model(input_ids=token_ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
     return torch.cat([output.hidden_states[tap] for tap in taps], dim=-1)
+
+
+def _attends_to_all_before(config: Qwen3Config) -> bool:
+    """Returns whether all layers attend to every token before, as published ones do, and not to a window or to all."""
+    return getattr(config, "is_causal", True) and set(config.layer_types) == {"full_attention"}
 
 
 def _cut_config(config: TextEncoderConfig) -> dict[str, object]:

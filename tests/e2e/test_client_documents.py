@@ -15,6 +15,7 @@ from tests.e2e.running_suite import READY_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 ADDRESS = "127.0.0.1:50050"
+GATEWAY_URL = "http://127.0.0.1:8080"
 STAGE_ADDRESSES = {"127.0.0.1:50051": "text-encoder", "127.0.0.1:50053": "vae-decoder"}
 BLOCK = re.compile(r"^```python( no-run)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SNIPPETS = [
@@ -30,7 +31,8 @@ BATCH = re.compile(
 
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Suite]:
-    options = SuiteOptions(device="cpu", threads=1, log_folder=tmp_path_factory.mktemp("logs"))
+    logs = tmp_path_factory.mktemp("logs")
+    options = SuiteOptions(device="cpu", threads=1, log_folder=logs, has_gateway=True, gateway_port=0)
     with Suite(options) as running:
         running.wait_until_ready(timeout_seconds=READY_SECONDS)
         yield running
@@ -54,7 +56,8 @@ def test_a_snippet_runs(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert any(address in code for address in (ADDRESS, *STAGE_ADDRESSES))
+    assert any(address in code for address in (ADDRESS, GATEWAY_URL, *STAGE_ADDRESSES))
+    code = code.replace(GATEWAY_URL, suite.gateway_url)
     for address, stage in STAGE_ADDRESSES.items():
         code = code.replace(address, f"127.0.0.1:{suite.ports[stage]}")
     monkeypatch.chdir(folder)

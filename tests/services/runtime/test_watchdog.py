@@ -233,8 +233,9 @@ async def test_the_text_encoder_is_watched(tiny_checkpoint, monkeypatch):
 
 @pytest.mark.parametrize("operation", ["encode", "decode"])
 async def test_the_vae_decoder_is_watched(tiny_checkpoint, monkeypatch, operation):
-    hang = Hang(getattr(VaeDecoder, operation))
-    monkeypatch.setattr(VaeDecoder, operation, lambda *arguments: hang(*arguments))
+    method = {"encode": "encode", "decode": "decode_batch"}[operation]
+    hang = Hang(getattr(VaeDecoder, method))
+    monkeypatch.setattr(VaeDecoder, method, lambda *arguments: hang(*arguments))
     application = vae.tiny_application(tiny_checkpoint, receive_timeout_seconds=30.0)
     async with running_server(application) as address, open_channel(address) as opened:
         hang.calls = 0
