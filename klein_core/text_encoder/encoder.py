@@ -154,7 +154,7 @@ def tapped_embedding(model: Qwen3Model, token_ids: Tensor, mask: Tensor, taps: S
 
 def _attends_to_all_before(config: Qwen3Config) -> bool:
     """Returns whether all layers attend to every token before, as published ones do, and not to a window or to all."""
-    return getattr(config, "is_causal", True) and set(config.layer_types) == {"full_attention"}
+    return getattr(config, "is_causal", True) and set(config.layer_types or ()) == {"full_attention"}
 
 
 def _cut_config(config: TextEncoderConfig) -> dict[str, object]:
