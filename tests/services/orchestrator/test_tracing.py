@@ -8,6 +8,7 @@ import logging
 
 import grpc
 import pytest
+from prometheus_client import REGISTRY
 
 from klein_api.v1.image_service_pb2 import ImageSpec, StreamGenerateImageRequest
 from klein_services.runtime.logs import REQUEST_ID_KEY
@@ -24,7 +25,8 @@ from tests.services.fakes.span_collector import export
 
 PROMPT = "a vermilion axolotl"
 REFERENCE = reference_file(64, 96, "a")
-PUBLIC = "klein_api.v1.ImageService/GenerateImage"
+SERVICE = "klein_api.v1.ImageService"
+PUBLIC = f"{SERVICE}/GenerateImage"
 ENCODE = "klein_api.v1.TextEncoderService/EncodePrompt"
 REFERENCES = "klein_api.v1.VaeDecoderService/EncodeReference"
 DENOISE = "klein_api.v1.DenoiserService/DenoiseLatents"
@@ -49,10 +51,26 @@ def ancestors(collector, span):
     return found
 
 
+def images_in_progress() -> float:
+    """Returns the calls of the public API that have begun and not ended."""
+    counts = {"grpc_server_started_total": 0.0, "grpc_server_handled_total": 0.0}
+    for family in REGISTRY.collect():
+        for sample in family.samples:
+            if sample.name in counts and sample.labels["grpc_service"] == SERVICE:
+                counts[sample.name] += sample.value
+    return counts["grpc_server_started_total"] - counts["grpc_server_handled_total"]
+
+
+async def end_and_export() -> None:
+    """Exports the spans once the server's have ended: a client has its answer a moment before."""
+    await until(lambda: not images_in_progress())
+    await export()
+
+
 async def test_a_request_is_one_trace_from_its_arrival_to_its_decoded_image(span_collector, suite):
     answer = await generate(suite, prompt=PROMPT, seed=7, image_count=2, references=[REFERENCE])
     assert len(answer.images) == 2
-    await export()
+    await end_and_export()
     assert len({span.trace for span in span_collector.spans}) == 1
     root = [("SERVER", PUBLIC), ("INTERNAL", "generate_content fake")]
     paths = [path(span_collector, span) for span in span_collector.spans]
@@ -79,7 +97,7 @@ async def test_the_requests_span_has_the_attributes_of_the_conventions(span_coll
         metadata=((REQUEST_ID_KEY, "r7"),),
     )
     await drained(call)
-    await export()
+    await end_and_export()
     (span,) = span_collector.named("generate_content fake")
     assert span.attributes == {
         "gen_ai.operation.name": "generate_content",
@@ -108,7 +126,7 @@ async def test_no_prompt_is_in_traces_or_logs_unless_the_setting_asks(span_colle
     caplog.set_level(logging.DEBUG)
     await generate(suite, prompt=PROMPT, seed=1)
     await refusal(suite, prompt=PROMPT, width_px=63)
-    await export()
+    await end_and_export()
     assert "axolotl" not in str(span_collector.requests)
     lines = [str(vars(record)) for record in caplog.records]
     assert len(lines) > 4
@@ -119,7 +137,7 @@ async def test_prompts_are_recorded_when_the_setting_asks(span_collector, caplog
     caplog.set_level(logging.INFO)
     async with FakeSuite(settings={"log_prompts": True}).running() as suite:
         await generate(suite, prompt=PROMPT, seed=1)
-    await export()
+    await end_and_export()
     (span,) = span_collector.named("generate_content fake")
     assert json.loads(span.attributes["gen_ai.input.messages"]) == [
         {"role": "user", "parts": [{"type": "text", "content": PROMPT}]}
@@ -130,7 +148,7 @@ async def test_prompts_are_recorded_when_the_setting_asks(span_collector, caplog
 async def test_failures_have_their_code_in_every_span_that_they_pass(span_collector, suite):
     suite.denoiser.error = grpc.StatusCode.INTERNAL and RuntimeError("broken")
     await refusal(suite, prompt=PROMPT, seed=1)
-    await export()
+    await end_and_export()
     (request,) = span_collector.named("generate_content fake")
     (client,) = [span for span in span_collector.named(DENOISE) if span.kind == "CLIENT"]
     (server,) = span_collector.named(PUBLIC)
@@ -148,7 +166,7 @@ async def test_a_request_whose_client_went_away_ends_every_span_as_cancelled(spa
     request.cancel()
     await nothing_left_running()
     await until(lambda: suite.denoiser.cancelled == 1)
-    await export()
+    await end_and_export()
     (span,) = span_collector.named("generate_content fake")
     assert not span.is_error
     denoising = {each.kind: each for each in span_collector.named(DENOISE)}
@@ -158,6 +176,6 @@ async def test_a_request_whose_client_went_away_ends_every_span_as_cancelled(spa
 
 async def test_an_unknown_model_has_a_span_with_a_bounded_name(span_collector, suite):
     await refusal(suite, prompt=PROMPT, model="x" * 500)
-    await export()
+    await end_and_export()
     (span,) = span_collector.named("generate_content unknown")
     assert span.attributes["error.type"] == "NOT_FOUND"
